@@ -1,0 +1,23 @@
+"""Fused RNN, LSTM and GRU layers for PyTorch that give ``torch.nn``'s numbers."""
+
+from . import functional
+from .convert import convert, revert
+from .explain import explain
+from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from .recurrence import backends, use_backend
+
+__version__ = "0.1.0"
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "GRUCell",
+    "LSTMCell",
+    "RNNCell",
+    "backends",
+    "convert",
+    "explain",
+    "functional",
+    "revert",
+    "use_backend",
+]

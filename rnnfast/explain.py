@@ -1,0 +1,85 @@
+"""Which backend serves each layer of a model, and why."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from .modules import _Cell, _Recurrent
+from .recurrence import choose_backend
+
+
+class Choice(NamedTuple):
+    """The backend of one module for one input."""
+
+    module: str
+    layer: str
+    input: str
+    backend: str
+    reason: str
+
+
+class Explanation(list[Choice]):
+    """A list of :class:`Choice` that prints as a table."""
+
+    def __repr__(self) -> str:
+        if not self:
+            return "no rnnfast module was called"
+        return "\n".join(
+            f"{choice.module or '(the model)'}: {choice.layer}, input {choice.input} -> {choice.backend}: {choice.reason}"
+            for choice in self
+        )
+
+    __str__ = __repr__
+
+
+def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> Explanation:
+    """Which backend each recurrent layer of ours in a model will use for this input, and why.
+
+    Args:
+        model: any module. It runs once, in eval mode and without gradients; its training flags and torch's
+            generators are left as they were.
+        inputs, kwargs: what the model is called with. Without any, nothing runs, and each module is explained by
+            its weights.
+
+    Returns:
+        A :class:`Choice` for each call of a module of ours, in the order of the calls; it prints as a table. A
+        torch.nn recurrent module is named with the backend ``"torch.nn"``.
+    """
+    found = Explanation()
+    names = {module: name for name, module in model.named_modules() if isinstance(module, (nn.RNNBase, nn.RNNCellBase))}
+
+    def record(module: nn.Module, args: tuple, call_kwargs: dict) -> None:
+        found.append(_choice(names[module], module, args[0] if args else call_kwargs["input"]))
+
+    if not (inputs or kwargs):
+        for module, name in names.items():
+            found.append(_choice(name, module, next(module.parameters())))
+        return found
+    hooks = [module.register_forward_pre_hook(record, with_kwargs=True) for module in names]
+    training = [module for module in model.modules() if module.training]
+    try:
+        with torch.no_grad(), torch.random.fork_rng():
+            model.eval()(*inputs, **kwargs)
+    finally:
+        for module in training:
+            module.training = True
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def _choice(name: str, module: nn.Module, input: Tensor | PackedSequence) -> Choice:
+    data = input.data if isinstance(input, PackedSequence) else input
+    device, dtype = data.device.type, data.dtype
+    if device != "meta" and torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    layer = f"{type(module).__name__}({module.extra_repr()})"
+    described = f"{dtype} on {data.device}"
+    if not isinstance(module, (_Recurrent, _Cell)):
+        return Choice(name, layer, described, "torch.nn", "not an rnnfast module; rnnfast.convert would make it one")
+    mode = module.mode if isinstance(module, _Recurrent) else module._mode()
+    return Choice(name, layer, described, *choose_backend(mode, device, dtype))

@@ -1,0 +1,203 @@
+"""Layers x directions x dropout x packing, written once over ``recurrence.layer``, and the checks at its border.
+
+Letters as in ``reference.py``, and L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import recurrence
+from .reference import GATES
+
+_DTYPE_NAMES = {torch.float32: "Float", torch.float64: "Double", torch.float16: "Half", torch.int64: "Long"}
+
+
+def rnn(
+    mode: str,
+    input: Tensor,
+    hx: Sequence[Tensor] | None,
+    weights: Sequence[Tensor],
+    *,
+    num_layers: int = 1,
+    bidirectional: bool = False,
+    dropout: float = 0.0,
+    training: bool = False,
+    batch_sizes: Tensor | None = None,
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
+    return_states: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | tuple[Tensor, Tensor] | None]:
+    """A stack of recurrent layers: the function behind :class:`rnnfast.RNN`, ``LSTM`` and ``GRU``.
+
+    Args:
+        mode: ``"RNN_TANH"``, ``"RNN_RELU"``, ``"LSTM"`` or ``"GRU"``.
+        input: ``[T, N, I]``, or with ``batch_sizes`` the packed rows ``[R, I]``.
+        hx: (h_0,) or, for an LSTM, (h_0, c_0), ``[L*D, N, P]`` and ``[L*D, N, H]``; None is zeros.
+        weights: all weights in torch's flat order: layer by layer, direction by direction, weight_ih, weight_hh,
+            then bias_ih and bias_hh if there are biases, then weight_hr if there is a projection.
+        dropout, training: between layers, in training only, with torch's generator.
+        batch_sizes: int64 ``[T]`` on the CPU, of a PackedSequence.
+        lengths: integer tensor ``[N]`` within 0..T, in any order. Output beyond a row's end is 0.
+        resets: bool ``[T, N]``, true at the first step of an episode: the state is zeroed there, in every layer and
+            direction, and the gradient is cut.
+        return_states: whether to return h (and c) of every layer and step.
+
+    Returns:
+        output ``[T, N, D*P]`` (or ``[R, D*P]``), h_n, c_n (shape ``[0]`` but for an LSTM) and the states: None, or
+        h ``[L, T, N, D*P]``, or for an LSTM (h, c) with c ``[L, T, N, D*H]``.
+
+    Raises:
+        RuntimeError: dtypes, devices or shapes do not fit, in torch's words; T is 0 and no lengths are given.
+        ValueError: lengths or resets have a wrong shape or dtype; lengths on the CPU leave 0..T.
+    """
+    h0, c0 = (None, None) if hx is None else (hx[0], hx[1] if mode == "LSTM" else None)
+    if input.device.type != "meta" and torch.is_autocast_enabled(input.device.type):
+        low = torch.get_autocast_dtype(input.device.type)
+        input, h0, c0, *weights = (_autocast(t, low) for t in (input, h0, c0, *weights))
+    directions = 1 + bidirectional
+    per_layer = len(weights) // num_layers
+    _check_operands(input, h0, c0, weights)
+    if hx is not None and not (batch_sizes is not None and torch.compiler.is_compiling()):
+        batch = input.size(1) if batch_sizes is None else int(batch_sizes[0])
+        _check_states(h0, c0, num_layers * directions, batch, weights[1], weights[1].size(0) // GATES[mode])
+    if batch_sizes is None:
+        lengths = _check_lengths(input, lengths)
+        _check_resets(input, resets)
+
+    y, h_ns, c_ns, hs, cs = input, [], [], [], []
+    for k in range(num_layers):
+        if k and dropout and training:
+            y = F.dropout(y, dropout)
+        states = slice(k * directions, (k + 1) * directions)
+        y, h_n, c_n, c = recurrence.layer(
+            mode,
+            y,
+            h0 if h0 is None or num_layers == 1 else h0[states],
+            c0 if c0 is None or num_layers == 1 else c0[states],
+            weights[k * per_layer : (k + 1) * per_layer],
+            batch_sizes=batch_sizes,
+            lengths=lengths,
+            resets=resets,
+            bidirectional=bidirectional,
+            keep_c=return_states,
+        )
+        h_ns.append(h_n)
+        c_ns.append(c_n)
+        hs.append(y)
+        cs.append(c)
+    all_states = _join(torch.stack, hs) if return_states else None
+    if return_states and mode == "LSTM":
+        all_states = all_states, _join(torch.stack, cs).to(input.dtype)
+    return y, _join(torch.cat, h_ns), _join(torch.cat, c_ns), all_states
+
+
+def cell(mode: str, input: Tensor, hx: Sequence[Tensor] | None, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """One step of a cell: the function behind :class:`rnnfast.RNNCell`, ``LSTMCell`` and ``GRUCell``.
+
+    Args:
+        mode: as for :func:`rnn`.
+        input: ``[N, I]``.
+        hx: (h,) or, for an LSTM, (h, c), each ``[N, H]``; None is zeros.
+        weights: weight_ih, weight_hh and, if there are biases, bias_ih and bias_hh.
+
+    Returns:
+        h and c after the step, ``[N, H]``; c has shape ``[0]`` but for an LSTM.
+
+    Raises:
+        RuntimeError: dtypes, devices or shapes do not fit, in torch's words.
+    """
+    inputs, hidden = weights[0].size(1), weights[1].size(1)
+    if input.size(1) != inputs:
+        raise RuntimeError(f"input has inconsistent input_size: got {input.size(1)} expected {inputs}")
+    for k, state in enumerate(hx or ()):
+        if state.size(0) != input.size(0):
+            raise RuntimeError(f"Input batch size {input.size(0)} doesn't match hidden{k} batch size {state.size(0)}")
+        if state.size(1) != hidden:
+            raise RuntimeError(f"hidden{k} has inconsistent hidden_size: got {state.size(1)}, expected {hidden}")
+    states = None if hx is None else [state.unsqueeze(0) for state in hx]
+    _, h_n, c_n, _ = rnn(mode, input.unsqueeze(0), states, weights)
+    return h_n.squeeze(0), c_n.squeeze(0) if mode == "LSTM" else c_n
+
+
+def _join(function, tensors: list[Tensor]) -> Tensor:
+    """``torch.cat`` or ``torch.stack``, without a copy for a single tensor."""
+    if len(tensors) > 1:
+        return function(tensors)
+    return tensors[0] if function is torch.cat else tensors[0].unsqueeze(0)
+
+
+def _autocast(tensor: Tensor | None, low: torch.dtype) -> Tensor | None:
+    """By autocast's own rule: whatever floats is cast, but not float64."""
+    if tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(low)
+
+
+def _check_operands(input: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor]) -> None:
+    device, dtype = input.device, input.dtype
+    for kind, tensors in (("parameter", weights), ("hidden", (h0, c0))):
+        for t in tensors:
+            if t is None:
+                continue
+            if t.device != device:
+                raise RuntimeError(
+                    f"Input and {kind} tensors are not at the same device, "
+                    f"found input tensor at {device} and {kind} tensor at {t.device}"
+                )
+            if t.dtype != dtype:
+                first, second = (t.dtype, dtype) if kind == "hidden" else (dtype, t.dtype)
+                raise RuntimeError(
+                    "mat1 and mat2 must have the same dtype, but got "
+                    f"{_DTYPE_NAMES.get(first, first)} and {_DTYPE_NAMES.get(second, second)}"
+                )
+    if input.size(-1) != weights[0].size(1):
+        raise _products_differ(input.numel() // max(input.size(-1), 1), input.size(-1), weights[0])
+
+
+def _check_states(h0: Tensor, c0: Tensor | None, states: int, batch: int, w_hh: Tensor, hidden: int) -> None:
+    for state, width in ((h0, w_hh.size(1)), (c0, hidden)):
+        if state is None:
+            continue
+        if state.size(2) != width:
+            raise _products_differ(state.size(1), state.size(2), w_hh)
+        if state.size(0) != states:
+            raise RuntimeError(f"Expected {'more' if state.size(0) < states else 'fewer'} hidden states in stacked_rnn")
+        if state.size(1) != batch:
+            raise RuntimeError(
+                f"The size of tensor a ({state.size(1)}) must match the size of tensor b ({batch}) "
+                "at non-singleton dimension 0"
+            )
+
+
+def _products_differ(rows: int, columns: int, weight: Tensor) -> RuntimeError:
+    return RuntimeError(
+        f"mat1 and mat2 shapes cannot be multiplied ({rows}x{columns} and {weight.size(1)}x{weight.size(0)})"
+    )
+
+
+def _check_lengths(input: Tensor, lengths: Tensor | None) -> Tensor | None:
+    if lengths is None:
+        if input.size(0) == 0:
+            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+        return None
+    if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
+        raise ValueError(f"lengths must be an integer tensor, got {lengths.dtype}")
+    if lengths.dim() != 1 or lengths.size(0) != input.size(1):
+        raise ValueError(f"lengths must have shape [{input.size(1)}], the batch size, got {list(lengths.shape)}")
+    return torch.ops.rnnfast.checked_lengths(lengths, input.size(0)).to(input.device)
+
+
+def _check_resets(input: Tensor, resets: Tensor | None) -> None:
+    if resets is None:
+        return
+    if resets.dtype != torch.bool:
+        raise ValueError(f"resets must be a bool tensor, got {resets.dtype}")
+    if resets.shape != input.shape[:2]:
+        raise ValueError(f"resets must have shape {list(input.shape[:2])}, one a step, got {list(resets.shape)}")
+    if resets.device != input.device:
+        raise ValueError(f"resets must be on the input's device {input.device}, got {resets.device}")

@@ -1,0 +1,382 @@
+"""One recurrent layer, with all its directions, as a differentiable operator.
+
+A backend is a pair of ``torch.library`` ops, ``rnnfast::NAME_forward`` and ``rnnfast::NAME_backward``, that nothing
+traces into. Around them stand, once for all backends: the fakes, first and second derivatives, vmap, and the choice
+of the backend. Letters as in ``reference.py``.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from . import reference
+
+_FORWARD = (
+    "(str mode, Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? batch_sizes, Tensor? lengths, "
+    "Tensor? resets, bool bidirectional, bool keep_c, bool keep_gates) "
+    "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor c, Tensor gates)"
+)
+_BACKWARD = (
+    "(str mode, Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dc, Tensor x, Tensor? h0, Tensor? c0, "
+    "Tensor[] weights, Tensor? batch_sizes, Tensor? lengths, Tensor? resets, bool bidirectional, Tensor y, Tensor c, "
+    "Tensor gates, bool need_dx, bool need_dw) -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dweights)"
+)
+_SAVED_GATES = {"RNN_TANH": 0, "RNN_RELU": 0, "LSTM": 4, "GRU": 4}  # columns of H; the GRU also keeps W_hn h + b_hn
+
+_library = torch.library.Library("rnnfast", "DEF")
+
+
+# The fakes: what every backend returns. An absent tensor has shape [0].
+
+
+def _forward_fake(
+    mode, x, h0, c0, weights, batch_sizes, lengths, resets, bidirectional, keep_c, keep_gates, *, saves_gates
+):
+    directions = 1 + bidirectional
+    gate_rows, out = weights[1].shape
+    hidden = gate_rows // reference.GATES[mode]
+    if batch_sizes is None:
+        batch = x.shape[1]
+    elif h0 is not None:
+        batch = h0.shape[1]
+    else:  # known only from the values of batch_sizes
+        batch = torch.library.get_ctx().new_dynamic_size()
+    rows = functools.reduce(lambda a, b: a * b, x.shape[:-1])
+    is_lstm, saved = mode == "LSTM", _SAVED_GATES[mode]
+    acc = torch.promote_types(x.dtype, torch.float32)
+    return (
+        x.new_empty(*x.shape[:-1], directions * out),
+        x.new_empty(directions, batch, out),
+        x.new_empty(directions, batch, hidden) if is_lstm else x.new_empty(0),
+        x.new_empty(*x.shape[:-1], directions * hidden, dtype=acc) if is_lstm and keep_c else x.new_empty(0, dtype=acc),
+        x.new_empty(directions, rows, saved * hidden) if saved and keep_gates and saves_gates else x.new_empty(0),
+    )
+
+
+def _backward_fake(mode, dy, dh_n, dc_n, dc, x, h0, c0, weights, *args):
+    need_dx, need_dw = args[-2:]
+
+    def like(tensor: Tensor | None, needed: bool = True) -> Tensor:
+        return x.new_empty(tensor.shape if needed and tensor is not None else 0)
+
+    return like(x, need_dx), like(h0), like(c0), [like(w) for w in weights] if need_dw else []
+
+
+def _define(backend: str, saves_gates: bool) -> None:
+    for direction, schema, fake in (
+        ("forward", _FORWARD, functools.partial(_forward_fake, saves_gates=saves_gates)),
+        ("backward", _BACKWARD, _backward_fake),
+    ):
+        name = f"{backend}_{direction}"
+        _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(f"rnnfast::{name}", fake, lib=_library)
+
+
+# The reference as a backend: the loop of reference.py behind an op, its backward by torch.func.
+
+
+def _reference_forward(
+    mode, x, h0, c0, weights, batch_sizes, lengths, resets, bidirectional, keep_c, keep_gates
+) -> tuple[Tensor, ...]:
+    with torch.no_grad():
+        outputs = reference.layer(mode, x, h0, c0, weights, batch_sizes, lengths, resets, bidirectional)
+    y, h_n, c_n, c = (t.clone() if t.numel() else t for t in outputs)  # no output may alias an input
+    return y, h_n, c_n, c if keep_c else c.new_empty(0), x.new_empty(0)
+
+
+def _reference_backward(
+    mode, dy, dh_n, dc_n, dc, x, h0, c0, weights, batch_sizes, lengths, resets, bidirectional, y, c, gates, *needs
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    form = (batch_sizes, lengths, resets, bidirectional)
+    with torch.no_grad():
+        dx, dh0, dc0, *dweights = _plain_backward(mode, form, (dy, dh_n, dc_n, dc), (x, h0, c0, *weights))
+    none = x.new_empty(0)
+    need_dx, need_dw = needs
+    return (
+        dx.clone() if need_dx else none,
+        none if dh0 is None else dh0.clone(),
+        none.clone() if dc0 is None else dc0.clone(),
+        [dw.clone() for dw in dweights] if need_dw else [],
+    )
+
+
+def _plain_backward(mode: str, form: tuple, grads: tuple, inputs: tuple) -> tuple[Tensor | None, ...]:
+    """The gradients of ``inputs`` (x, h0, c0, *weights), None where one is None, in plain torch."""
+
+    def forward(x, h0, c0, *weights):
+        return reference.layer(mode, x, h0, c0, weights, *form)
+
+    return _vjp(forward, inputs, grads)
+
+
+def _vjp(function: Callable, inputs: Sequence[Tensor | None], grads: Sequence[Tensor | None]) -> tuple:
+    """``torch.func.vjp`` where some inputs are None (theirs are None too) and some gradients are None (zeros)."""
+    given = [i for i, t in enumerate(inputs) if t is not None]
+    result: list[Tensor | None] = [None] * len(inputs)
+
+    def of_given(*tensors: Tensor):
+        full = list(inputs)
+        for i, t in zip(given, tensors):
+            full[i] = t
+        return function(*full)
+
+    outputs, vjp = torch.func.vjp(of_given, *(inputs[i] for i in given))
+    cotangents = tuple(torch.zeros_like(out) if grad is None else grad for out, grad in zip(outputs, grads))
+    for i, grad in zip(given, vjp(cotangents)):
+        result[i] = grad
+    return tuple(result)
+
+
+def _checked_lengths(lengths: Tensor, steps: int) -> Tensor:
+    """A copy of ``lengths``, int64 and within 0..steps: checked where that needs no synchronisation, else clamped."""
+    if lengths.device.type == "cpu" and lengths.numel():
+        low, high = lengths.min().item(), lengths.max().item()
+        if low < 0 or high > steps:
+            raise ValueError(f"lengths must be within 0..{steps}, the sequence length, got values in {low}..{high}")
+    return lengths.to(torch.int64, copy=True).clamp_(0, steps)
+
+
+_define("reference", saves_gates=False)
+_define("cpu", saves_gates=True)
+_library.define("cpu_isa(str? use) -> str")
+_library.define("checked_lengths(Tensor lengths, SymInt steps) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+_library.impl("reference_forward", _reference_forward, "CompositeExplicitAutograd")
+_library.impl("reference_backward", _reference_backward, "CompositeExplicitAutograd")
+_library.impl("checked_lengths", _checked_lengths, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "rnnfast::checked_lengths", lambda lengths, steps: torch.empty_like(lengths, dtype=torch.int64), lib=_library
+)
+
+
+# The choice of a backend.
+
+
+class Backend(NamedTuple):
+    """A backend of this machine: whether it can be used, and with what, or why not."""
+
+    available: bool
+    detail: str
+
+
+def _load_cpu_library() -> Backend:
+    path = Path(__file__).with_name("_cpu.so")
+    if not path.exists():
+        return Backend(False, "the native library is not built (no C++ compiler at installation?)")
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        return Backend(False, f"the native library does not load: {error}")
+    return Backend(True, "C++ with SIMD")
+
+
+_BACKENDS = {
+    "reference": Backend(True, "plain torch, any dtype and device"),
+    "cpu": _load_cpu_library(),
+    "triton": Backend(False, "this version has no Triton kernels"),
+    "cuda": Backend(False, "this version has no CUDA kernels"),
+}
+_CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_forced: str | None = None  # by use_backend
+
+
+def backends() -> dict[str, Backend]:
+    """Every backend by name: whether this machine can use it, and with what, or why not."""
+    found = dict(_BACKENDS)
+    if found["cpu"].available:
+        found["cpu"] = Backend(True, f"C++ with SIMD: {torch.ops.rnnfast.cpu_isa(None)}")
+    return found
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Within the context every layer runs on the backend ``name``; where it cannot, the call raises.
+
+    The setting is the process's: threads share it.
+
+    Raises:
+        ValueError: there is no backend of that name.
+        RuntimeError: this machine lacks it; or, from a layer's call, it cannot serve the call.
+    """
+    global _forced
+    if name not in _BACKENDS:
+        raise ValueError(f"unknown backend {name!r}, expected one of {', '.join(_BACKENDS)}")
+    if not _BACKENDS[name].available:
+        raise RuntimeError(f"backend {name!r} is missing here: {_BACKENDS[name].detail}")
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def choose_backend(mode: str, device: str, dtype: torch.dtype) -> tuple[str, str]:
+    """The backend that serves a layer, and why.
+
+    Args:
+        mode: torch's name of the cell, such as ``"LSTM"``.
+        device: the type of the input's device, such as ``"cpu"``.
+        dtype: the input's dtype.
+    """
+    if _forced == "reference":
+        return "reference", "asked for by use_backend"
+    if forward_ad._current_level >= 0:
+        reason = "forward-mode derivatives are taken through plain torch"
+    elif device != "cpu":
+        reason = f"no fused backend serves device {device!r}"
+    elif dtype not in _CPU_DTYPES:
+        reason = f"no fused backend serves {dtype}"
+    elif not _BACKENDS["cpu"].available:
+        reason = _BACKENDS["cpu"].detail
+    else:
+        return "cpu", f"native kernels serve {dtype} on a CPU"
+    if _forced is not None:
+        raise RuntimeError(f"backend {_forced!r} cannot serve this call: {reason}")
+    return "reference", reason
+
+
+# Derivatives, written once over the ops.
+
+
+def _loop_over_batch(function: type, info, in_dims: tuple, args: tuple):
+    """The vmap of an autograd Function, sample by sample: no sum crosses samples, so each gets its own gradients."""
+    samples = [
+        function.apply(*(a if dim is None else a.select(dim, i) for a, dim in zip(args, in_dims)))
+        for i in range(info.batch_size)
+    ]
+    outputs = tuple(torch.stack(tensors) for tensors in zip(*samples))
+    return outputs, (0,) * len(outputs)
+
+
+def _op(backend: str, direction: str):
+    return getattr(torch.ops.rnnfast, f"{backend}_{direction}").default
+
+
+class _Layer(torch.autograd.Function):
+    @staticmethod
+    def forward(backend, mode, bidirectional, batch_sizes, lengths, resets, x, h0, c0, *weights):
+        return _op(backend, "forward")(
+            mode, x, h0, c0, weights, batch_sizes, lengths, resets, bidirectional, True, True
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.backend, ctx.mode, ctx.bidirectional, *tensors = inputs
+        y, _, _, c, gates = output
+        ctx.mark_non_differentiable(gates)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors[:6], y, c, gates, *tensors[6:])
+
+    @staticmethod
+    def backward(ctx, dy, dh_n, dc_n, dc, _):
+        if all(grad is None for grad in (dy, dh_n, dc_n, dc)):
+            return (None,) * len(ctx.needs_input_grad)
+        batch_sizes, lengths, resets, x, h0, c0, y, c, gates, *weights = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        # Only a derivative of this backward needs a Function; torch.compile wants none where there is no derivative.
+        twice = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
+        grads = (_LayerBackward.apply if twice else _LayerBackward.forward)(
+            ctx.backend, ctx.mode, ctx.bidirectional, needs[6], any(needs[9:]), batch_sizes, lengths, resets,
+            dy, dh_n, dc_n, dc, x, h0, c0, y, c, gates, *weights,
+        )  # fmt: skip
+        grads = [grad if need else None for grad, need in zip(grads, needs[6:])]
+        return (None,) * 6 + (*grads, *[None] * (3 + len(weights) - len(grads)))
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        return _loop_over_batch(_Layer, info, in_dims, args)
+
+
+class _LayerBackward(torch.autograd.Function):
+    """Its own derivatives go through plain torch: x and the weights determine y, c and the gates, which get none."""
+
+    @staticmethod
+    def forward(
+        backend, mode, bidirectional, need_dx, need_dw, batch_sizes, lengths, resets, dy, dh_n, dc_n, dc, x, h0, c0, y,
+        c, gates, *weights,
+    ):  # fmt: skip
+        dx, dh0, dc0, dweights = _op(backend, "backward")(
+            mode, dy, dh_n, dc_n, dc, x, h0, c0, weights, batch_sizes, lengths, resets, bidirectional, y, c, gates,
+            need_dx, need_dw,
+        )  # fmt: skip
+        return dx, dh0, dc0, *dweights
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, ctx.mode, ctx.bidirectional, ctx.need_dx, ctx.need_dw, *tensors = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors[:10], *tensors[13:])
+
+    @staticmethod
+    def backward(ctx, *grads):
+        batch_sizes, lengths, resets, *tensors = ctx.saved_tensors
+        form = (batch_sizes, lengths, resets, ctx.bidirectional)
+        # An output that was not asked for has shape [0]; whatever gradient comes for it says nothing.
+        live = [i for i, (g, t) in enumerate(zip(grads, tensors[4:])) if None not in (g, t) and g.shape == t.shape]
+
+        if not live:
+            return (None,) * len(ctx.needs_input_grad)
+
+        def first_order(*inputs: Tensor | None) -> tuple[Tensor, ...]:
+            firsts = _plain_backward(ctx.mode, form, inputs[:4], inputs[4:])
+            return tuple(firsts[i] for i in live)
+
+        seconds = _vjp(first_order, tensors, [grads[i] for i in live])
+        return (None,) * 8 + (*seconds[:7], None, None, None, *seconds[7:])
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        return _loop_over_batch(_LayerBackward, info, in_dims, args)
+
+
+def layer(
+    mode: str,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: list[Tensor],
+    *,
+    batch_sizes: Tensor | None = None,
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
+    bidirectional: bool = False,
+    keep_c: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One recurrent layer over a sequence. Arguments are taken as valid: ``functional`` has checked them.
+
+    Args:
+        mode: ``"RNN_TANH"``, ``"RNN_RELU"``, ``"LSTM"`` or ``"GRU"``.
+        x: ``[T, N, I]``; with ``batch_sizes`` packed rows ``[R, I]``.
+        h0, c0: ``[D, N, P]`` and ``[D, N, H]``; None is zero.
+        weights: of each direction w_ih ``[G*H, I]``, w_hh ``[G*H, P]``, then if there are biases b_ih and b_hh
+            ``[G*H]``, then if there is a projection w_hr ``[P, H]``.
+        batch_sizes: int64 ``[T]`` on the CPU, as in a PackedSequence.
+        lengths: int64 ``[N]`` within 0..T on x's device. y and c are zero beyond a row's end.
+        resets: bool ``[T, N]``, true at the first step of an episode: the state is zeroed before that step, for the
+            reverse direction after it.
+        keep_c: whether c is asked for.
+
+    Returns:
+        y ``[T, N, D*P]`` (or ``[R, D*P]``), h_n ``[D, N, P]``, and for an LSTM c_n ``[D, N, H]`` and c, the cell state
+        at every step, ``[T, N, D*H]`` (or ``[R, D*H]``), in float32 where x is of a half type. Absent: shape ``[0]``.
+    """
+    backend, _ = choose_backend(mode, x.device.type, x.dtype)
+    form = (batch_sizes, lengths, resets)
+    if forward_ad._current_level >= 0:
+        return reference.layer(mode, x, h0, c0, weights, *form, bidirectional)
+    if _is_differentiated(x, h0, c0, weights):
+        return _Layer.apply(backend, mode, bidirectional, *form, x, h0, c0, *weights)[:4]
+    return _op(backend, "forward")(mode, x, h0, c0, weights, *form, bidirectional, keep_c, False)[:4]
+
+
+def _is_differentiated(x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: list[Tensor]) -> bool:
+    if torch._C._are_functorch_transforms_active():
+        return True
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, h0, c0, *weights))
