@@ -14,7 +14,14 @@ from torch.nn import functional as F
 from . import recurrence
 from .reference import GATES
 
-_DTYPE_NAMES = {torch.float32: "Float", torch.float64: "Double", torch.float16: "Half", torch.int64: "Long"}
+_DTYPE_NAMES = {
+    torch.float32: "Float",
+    torch.float64: "Double",
+    torch.float16: "Half",
+    torch.bfloat16: "BFloat16",
+    torch.complex64: "ComplexFloat",
+    torch.int64: "Long",
+}
 
 
 def rnn(

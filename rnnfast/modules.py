@@ -115,6 +115,12 @@ class _Recurrent(nn.RNNBase):
         result = output, self.permute_hidden(hidden, unsorted_indices)
         return (*result, states) if return_states else result
 
+    def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
+        """torch's check. It reads the dtype of ``_flat_weights``, behind which functional_call swaps the weights."""
+        if input.dtype != self._flat_weights[0].dtype:
+            self._update_flat_weights()
+        super().check_input(input, batch_sizes)
+
     def _check(self, input: Tensor, hx: Any, batch_sizes: Tensor | None) -> None:
         """torch's checks; of packed input with states they need the batch size, which compilation does not know."""
         if hx is None or (batch_sizes is not None and torch.compiler.is_compiling()):

@@ -8,7 +8,7 @@ of the backend. Letters as in ``reference.py``.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -31,6 +31,7 @@ _BACKWARD = (
 )
 _SAVED_GATES = {"RNN_TANH": 0, "RNN_RELU": 0, "LSTM": 4, "GRU": 4}  # columns of H; the GRU also keeps W_hn h + b_hn
 
+_CONTIGUOUS = torch.contiguous_format
 _library = torch.library.Library("rnnfast", "DEF")
 
 
@@ -80,7 +81,7 @@ def _define(backend: str, saves_gates: bool) -> None:
         torch.library.register_fake(f"rnnfast::{name}", fake, lib=_library)
 
 
-# The reference as a backend: the loop of reference.py behind an op, its backward by torch.func.
+# The reference as a backend: the loops of reference.py behind ops.
 
 
 def _reference_forward(
@@ -88,51 +89,20 @@ def _reference_forward(
 ) -> tuple[Tensor, ...]:
     with torch.no_grad():
         outputs = reference.layer(mode, x, h0, c0, weights, batch_sizes, lengths, resets, bidirectional)
-    y, h_n, c_n, c = (t.clone() if t.numel() else t for t in outputs)  # no output may alias an input
+    y, h_n, c_n, c = (t.clone() for t in outputs)  # no output may alias an input or another output
     return y, h_n, c_n, c if keep_c else c.new_empty(0), x.new_empty(0)
 
 
 def _reference_backward(
     mode, dy, dh_n, dc_n, dc, x, h0, c0, weights, batch_sizes, lengths, resets, bidirectional, y, c, gates, *needs
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    form = (batch_sizes, lengths, resets, bidirectional)
-    with torch.no_grad():
-        dx, dh0, dc0, *dweights = _plain_backward(mode, form, (dy, dh_n, dc_n, dc), (x, h0, c0, *weights))
-    none = x.new_empty(0)
     need_dx, need_dw = needs
-    return (
-        dx.clone() if need_dx else none,
-        none if dh0 is None else dh0.clone(),
-        none.clone() if dc0 is None else dc0.clone(),
-        [dw.clone() for dw in dweights] if need_dw else [],
-    )
-
-
-def _plain_backward(mode: str, form: tuple, grads: tuple, inputs: tuple) -> tuple[Tensor | None, ...]:
-    """The gradients of ``inputs`` (x, h0, c0, *weights), None where one is None, in plain torch."""
-
-    def forward(x, h0, c0, *weights):
-        return reference.layer(mode, x, h0, c0, weights, *form)
-
-    return _vjp(forward, inputs, grads)
-
-
-def _vjp(function: Callable, inputs: Sequence[Tensor | None], grads: Sequence[Tensor | None]) -> tuple:
-    """``torch.func.vjp`` where some inputs are None (theirs are None too) and some gradients are None (zeros)."""
-    given = [i for i, t in enumerate(inputs) if t is not None]
-    result: list[Tensor | None] = [None] * len(inputs)
-
-    def of_given(*tensors: Tensor):
-        full = list(inputs)
-        for i, t in zip(given, tensors):
-            full[i] = t
-        return function(*full)
-
-    outputs, vjp = torch.func.vjp(of_given, *(inputs[i] for i in given))
-    cotangents = tuple(torch.zeros_like(out) if grad is None else grad for out, grad in zip(outputs, grads))
-    for i, grad in zip(given, vjp(cotangents)):
-        result[i] = grad
-    return tuple(result)
+    with torch.no_grad():
+        grads = reference.layer_backward(
+            mode, dy, dh_n, dc_n, dc, x, h0, c0, weights, batch_sizes, lengths, resets, bidirectional
+        )
+    dx, dh0, dc0, *dweights = (x.new_empty(0) if g is None else g.clone(memory_format=_CONTIGUOUS) for g in grads)
+    return dx if need_dx else x.new_empty(0), dh0, dc0, dweights if need_dw else []
 
 
 def _checked_lengths(lengths: Tensor, steps: int) -> Tensor:
@@ -324,11 +294,19 @@ class _LayerBackward(torch.autograd.Function):
         if not live:
             return (None,) * len(ctx.needs_input_grad)
 
-        def first_order(*inputs: Tensor | None) -> tuple[Tensor, ...]:
-            firsts = _plain_backward(ctx.mode, form, inputs[:4], inputs[4:])
+        given = [i for i, t in enumerate(tensors) if t is not None]
+
+        def first_order(*values: Tensor) -> tuple[Tensor, ...]:
+            inputs = list(tensors)
+            for i, value in zip(given, values):
+                inputs[i] = value
+            firsts = reference.layer_backward(ctx.mode, *inputs[:7], inputs[7:], *form)
             return tuple(firsts[i] for i in live)
 
-        seconds = _vjp(first_order, tensors, [grads[i] for i in live])
+        _, vjp = torch.func.vjp(first_order, *(tensors[i] for i in given))
+        seconds: list[Tensor | None] = [None] * len(tensors)
+        for i, second in zip(given, vjp(tuple(grads[i] for i in live))):
+            seconds[i] = second
         return (None,) * 8 + (*seconds[:7], None, None, None, *seconds[7:])
 
     @staticmethod

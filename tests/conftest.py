@@ -1,0 +1,57 @@
+"""The backends that this machine can run, as one fixture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import rnnfast
+
+
+def _instruction_sets() -> list[str]:
+    if not rnnfast.backends()["cpu"].available:
+        return []
+    best = torch.ops.rnnfast.cpu_isa(None)
+    found = []
+    for name in ("avx512", "avx2", "portable"):
+        try:
+            found.append(torch.ops.rnnfast.cpu_isa(name))
+        except RuntimeError:  # this processor lacks it
+            continue
+    torch.ops.rnnfast.cpu_isa(best)
+    return found
+
+
+BACKENDS = ["reference", *(f"cpu-{name}" for name in _instruction_sets())]
+
+
+def pytest_report_header() -> str:
+    return f"rnnfast backends: {', '.join(BACKENDS)}"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every backend of this machine in turn, the CPU kernels once for each instruction set."""
+    name, _, instruction_set = request.param.partition("-")
+    with rnnfast.use_backend(name):
+        if not instruction_set:
+            yield request.param
+            return
+        best = torch.ops.rnnfast.cpu_isa(None)
+        torch.ops.rnnfast.cpu_isa(instruction_set)
+        yield request.param
+        torch.ops.rnnfast.cpu_isa(best)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)

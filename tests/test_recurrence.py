@@ -1,0 +1,484 @@
+"""Numbers and derivatives of every backend: all cells, sequence forms and dtypes, every output and every gradient."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, jacfwd, jacrev, jvp, stack_module_state, vmap
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+import rnnfast
+from rnnfast import reference
+
+CELLS = {
+    "tanh": ("RNN", {"nonlinearity": "tanh"}),
+    "relu": ("RNN", {"nonlinearity": "relu"}),
+    "lstm": ("LSTM", {}),
+    "projection": ("LSTM", {"proj_size": 1}),  # scaled to the case: a third of H
+    "gru": ("GRU", {}),
+}
+FORMS = ("rectangular", "packed", "lengths", "resets")
+
+# The error that rounding one value to the dtype makes, relative to the largest value: the floor of the rule below.
+FLOOR = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+
+
+class Case(NamedTuple):
+    """Sizes and options of a layer. Odd on purpose: tails of vectors, of row tiles and of thread shares."""
+
+    steps: int
+    batch: int
+    inputs: int
+    hidden: int
+    bias: bool = True
+    bidirectional: bool = False
+    given_hx: bool = True
+    layers: int = 1
+
+
+CASES = {
+    "one-step": Case(1, 3, 5, 7, bidirectional=True),
+    "one-row": Case(6, 1, 9, 33),
+    "one-unit": Case(5, 4, 1, 2, bias=False, given_hx=False),
+    "H63": Case(7, 13, 70, 63, bidirectional=True, given_hx=False),
+    "H130-no-bias": Case(3, 5, 17, 130, bias=False),
+    "stack": Case(5, 6, 3, 4, bidirectional=True, layers=3),
+}
+
+
+class Problem:
+    """Inputs of a case in float64, and what a module makes of them: outputs, and gradients of a random projection."""
+
+    def __init__(self, case: Case, cell: str, form: str) -> None:
+        self.case, self.form = case, form
+        self.cls, options = CELLS[cell]
+        self.options = dict(
+            options, num_layers=case.layers, bias=case.bias, bidirectional=case.bidirectional, dtype=torch.float64
+        )
+        if cell == "projection":
+            self.options["proj_size"] = max(case.hidden // 3, 1)
+        self.exact_module = getattr(rnnfast, self.cls)(case.inputs, case.hidden, **self.options)
+        self.x = torch.randn(case.steps, case.batch, case.inputs, dtype=torch.float64)
+        states = case.layers * (1 + case.bidirectional)
+        out = self.options.get("proj_size", 0) or case.hidden
+        widths = (out, case.hidden) if self.cls == "LSTM" else (out,)
+        self.hx = [torch.randn(states, case.batch, w, dtype=torch.float64) for w in widths] if case.given_hx else []
+        self.lengths = torch.randint(0, case.steps + 1, (case.batch,))
+        self.lengths[0] = case.steps
+        self.resets = torch.rand(case.steps, case.batch) < 0.4
+
+    def module(self, package, dtype: torch.dtype) -> nn.Module:
+        module = getattr(package, self.cls)(self.case.inputs, self.case.hidden, **self.options)
+        module.load_state_dict(self.exact_module.state_dict())
+        return module.to(dtype)
+
+    def run(self, module: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Every output and every gradient by name. Values are the dtype's, so that all see the same problem."""
+        x = self.x.to(dtype).requires_grad_()
+        hx = [h.to(dtype).requires_grad_() for h in self.hx]
+        extra, inputs = {}, x
+        if self.form == "packed":
+            inputs = pack_padded_sequence(x, self.lengths.clamp(min=1), enforce_sorted=False)
+        elif self.form != "rectangular":
+            extra = {self.form: getattr(self, self.form)}
+        states = None if not hx else tuple(hx) if self.cls == "LSTM" else hx[0]
+        output, hidden = module(inputs, states, **extra)
+        output = output.data if isinstance(output, PackedSequence) else output
+        outputs = {"output": output, "h_n": hidden} if self.cls != "LSTM" else {"output": output}
+        if self.cls == "LSTM":
+            outputs["h_n"], outputs["c_n"] = hidden
+        generator = torch.Generator().manual_seed(1)
+        loss = sum(
+            (t * torch.randn(t.shape, dtype=torch.float64, generator=generator).to(dtype)).sum()
+            for t in outputs.values()
+        )
+        leaves = {"x": x, **{f"hx[{k}]": h for k, h in enumerate(hx)}, **dict(module.named_parameters())}
+        grads = torch.autograd.grad(loss, list(leaves.values()))
+        return {**outputs, **{f"d {name}": g for name, g in zip(leaves, grads)}}
+
+
+@functools.cache
+def solved(case: str, cell: str, form: str, dtype: torch.dtype) -> tuple[Problem, dict[str, Tensor], dict[str, Tensor]]:
+    """A problem, its exact result in float64 and torch's in the dtype, once for all backends."""
+    torch.manual_seed(0)
+    problem = Problem(CASES[case], cell, form)
+    problem.x, problem.hx = problem.x.to(dtype).double(), [h.to(dtype).double() for h in problem.hx]
+    problem.exact_module.to(dtype).double()
+    with rnnfast.use_backend("reference"):
+        exact = problem.run(problem.exact_module, torch.float64)
+        # torch.nn knows neither lengths nor resets; the plain-torch loop is what it would do.
+        known = form in ("rectangular", "packed")
+        baseline = problem.run(problem.module(nn if known else rnnfast, dtype), dtype)
+    return problem, exact, baseline
+
+
+@pytest.mark.parametrize("dtype", FLOOR, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("case", CASES)
+def test_error_is_at_most_twice_torchs(backend: str, case: str, cell: str, form: str, dtype: torch.dtype) -> None:
+    """Against float64, ours may be off by twice what torch is in the same dtype, plus the floor."""
+    problem, exact, baseline = solved(case, cell, form, dtype)
+    actual = problem.run(problem.module(rnnfast, dtype), dtype)
+    assert actual.keys() == exact.keys() == baseline.keys()
+    for name, value in actual.items():
+        assert value.dtype == dtype and value.shape == exact[name].shape, name
+        scale = exact[name].abs().max().item() if exact[name].numel() else 0
+        error = (value.double() - exact[name]).abs().max().item()
+        allowed = 2 * (baseline[name].double() - exact[name]).abs().max().item() + FLOOR[dtype] * scale
+        assert error <= allowed, f"{name}: off by {error:.2e}, allowed {allowed:.2e}, of {scale:.2e}"
+
+
+@pytest.mark.parametrize("form", ("rectangular", "packed"))
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("case", CASES)
+def test_reference_is_torchs(case: str, cell: str, form: str) -> None:
+    """The definition, tied to torch.nn in float64: the oracle of every other test here."""
+    problem = Problem(CASES[case], cell, form)
+    with rnnfast.use_backend("reference"):
+        actual = problem.run(problem.exact_module, torch.float64)
+    expected = problem.run(problem.module(nn, torch.float64), torch.float64)
+    for name, value in actual.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-12, atol=1e-13, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def layer(cell: str, inputs: int = 4, hidden: int = 5, **options) -> nn.Module:
+    cls, own = CELLS[cell]
+    own = {"proj_size": 3} if cell == "projection" else own
+    return getattr(rnnfast, cls)(inputs, hidden, dtype=torch.float64, **own, **options)
+
+
+def states_of(module: nn.Module, batch: int) -> Tensor | tuple[Tensor, Tensor]:
+    states = module.num_layers * (1 + module.bidirectional)
+    h = torch.randn(states, batch, module.proj_size or module.hidden_size, dtype=torch.float64)
+    c = torch.randn(states, batch, module.hidden_size, dtype=torch.float64)
+    return (h, c) if module.mode == "LSTM" else h
+
+
+def tensors_of(result) -> list[Tensor]:
+    return [t for item in result for t in (item if isinstance(item, tuple) else (item,))]
+
+
+def assert_same(actual, expected) -> None:
+    for a, e in zip(tensors_of(actual), tensors_of(expected), strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-11, atol=1e-13)
+
+
+def row(hidden, n: int):
+    return tuple(h[:, n : n + 1] for h in hidden) if isinstance(hidden, tuple) else hidden[:, n : n + 1]
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_lengths_are_each_row_alone(backend: str, cell: str) -> None:
+    module = layer(cell, num_layers=2, bidirectional=True)
+    lengths, x, hx = torch.tensor([3, 0, 7, 1, 7, 4]), torch.randn(7, 6, 4, dtype=torch.float64), states_of(module, 6)
+    y, hidden, states = module(x, hx, lengths=lengths, return_states=True)
+    for n, length in enumerate(lengths.tolist()):
+        if length == 0:  # an empty row yields zeros and keeps its state
+            assert_same([row(hidden, n)], [row(hx, n)])
+        else:
+            y_n, hidden_n, states_n = module(x[:length, n : n + 1], row(hx, n), return_states=True)
+            assert_same([y[:length, n : n + 1], row(hidden, n)], [y_n, hidden_n])
+            assert_same([s[:, :length, n : n + 1] for s in tensors_of([states])], tensors_of([states_n]))
+        assert not y[length:, n].any()
+        assert not any(s[:, length:, n].any() for s in tensors_of([states]))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_resets_are_each_episode_alone(backend: str, cell: str) -> None:
+    """In a bidirectional stack; hx enters the forward direction at the start and the reverse one at the end."""
+    module = layer(cell, num_layers=2, bidirectional=True)
+    x, hx = torch.randn(8, 3, 4, dtype=torch.float64, requires_grad=True), states_of(module, 3)
+    borders = [(3, 4), (), (0, 7)]
+    resets = torch.zeros(8, 3, dtype=torch.bool)
+    for n, starts in enumerate(borders):
+        resets[list(starts), n] = True
+    y, hidden = module(x, hx, resets=resets)
+    for n, starts in enumerate(borders):
+        cuts = sorted({0, 8, *starts})
+        for start, end in zip(cuts, cuts[1:]):
+            own = [h.clone() for h in tensors_of([row(hx, n)])]
+            for h in own:  # what of hx enters this episode
+                if start or 0 in starts:
+                    h[0::2] = 0
+                if end < 8:
+                    h[1::2] = 0
+            y_n, hidden_n = module(x[start:end, n : n + 1], tuple(own) if module.mode == "LSTM" else own[0])
+            assert_same([y[start:end, n : n + 1]], [y_n])
+            for h, h_n in zip(tensors_of([row(hidden, n)]), tensors_of([hidden_n])):
+                if end == 8:
+                    assert_same([h[0::2]], [h_n[0::2]])
+                if start == 0:
+                    assert_same([h[1::2]], [h_n[1::2]])
+            # the gradient is cut at the borders
+            (dx,) = torch.autograd.grad(y[start:end, n].sum(), x, retain_graph=True)
+            assert dx[start:end, n].any() and not dx[:start].any() and not dx[end:].any()
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_resets_with_lengths(backend: str, cell: str) -> None:
+    module = layer(cell, bidirectional=True)
+    x, lengths, resets = torch.randn(6, 4, 4, dtype=torch.float64), torch.tensor([6, 2, 0, 4]), torch.rand(6, 4) < 0.5
+    y, hidden = module(x, lengths=lengths, resets=resets)
+    for n, length in enumerate(lengths.tolist()):
+        if length:
+            y_n, hidden_n = module(x[:length, n : n + 1], resets=resets[:length, n : n + 1])
+            assert_same([y[:length, n : n + 1], row(hidden, n)], [y_n, hidden_n])
+        assert not y[length:, n].any()
+
+
+@pytest.mark.parametrize("batch_first", (False, True), ids=("time-major", "batch-first"))
+@pytest.mark.parametrize("cell", CELLS)
+def test_return_states(backend: str, cell: str, batch_first: bool) -> None:
+    """The states are those of each step's own run, and gradients flow through them."""
+    module = layer(cell, num_layers=2, bidirectional=True, batch_first=batch_first)
+    x = torch.randn(5, 3, 4, dtype=torch.float64, requires_grad=True)
+    inputs = x.transpose(0, 1) if batch_first else x
+    output, _, states = module(inputs, return_states=True)
+    h, c = states if module.mode == "LSTM" else (states, None)
+    out, hidden = module.proj_size or 5, 5
+    leading = (2, 3, 5) if batch_first else (2, 5, 3)
+    assert h.shape == (*leading, 2 * out) and (c is None or c.shape == (*leading, 2 * hidden))
+    torch.testing.assert_close(h[1], output, rtol=0, atol=0)
+    for t in range(1, 6):  # the forward direction's state after t steps is the h_n of a run of t steps
+        _, h_n = module(inputs[:, :t] if batch_first else inputs[:t])
+        h_n, c_n = h_n if module.mode == "LSTM" else (h_n, None)
+        at = (slice(None), t - 1) if batch_first else (t - 1,)
+        torch.testing.assert_close(h[0][at][..., :out], h_n[0], rtol=1e-11, atol=1e-13)
+        if c is not None:
+            torch.testing.assert_close(c[0][at][..., :hidden], c_n[0], rtol=1e-11, atol=1e-13)
+    cotangents = [torch.randn_like(s) for s in tensors_of([states])]
+    leaves = [x, *module.parameters()]
+    actual = torch.autograd.grad(tensors_of([states]), leaves, cotangents)
+    with rnnfast.use_backend("reference"):
+        _, _, states = module(inputs, return_states=True)
+        assert_same(actual, torch.autograd.grad(tensors_of([states]), leaves, cotangents))
+
+
+def test_return_states_packed_and_unbatched(backend: str) -> None:
+    module = layer("lstm", num_layers=2)
+    x = torch.randn(5, 3, 4, dtype=torch.float64)
+    lengths = torch.tensor([5, 3, 2])
+    output, _, (h, c) = module(pack_padded_sequence(x, lengths), return_states=True)
+    assert h.shape == c.shape == (2, 10, 5)
+    torch.testing.assert_close(h[1], output.data, rtol=0, atol=0)
+    padded = module(x, lengths=lengths, return_states=True)[2]
+    for packed, expected in zip((h, c), padded):
+        of_layer = [pad_packed_sequence(output._replace(data=p))[0] for p in packed]
+        torch.testing.assert_close(torch.stack(of_layer), expected, rtol=1e-11, atol=1e-13)
+    _, _, (h, c) = module(x[:, 0], return_states=True)
+    assert h.shape == c.shape == (2, 5, 5)
+
+
+def test_lengths_zero_steps(backend: str) -> None:
+    module = layer("lstm", bidirectional=True)
+    hx = states_of(module, 2)
+    y, hidden = module(torch.randn(0, 2, 4, dtype=torch.float64), hx, lengths=torch.tensor([0, 0]))
+    assert y.shape == (0, 2, 10)
+    assert_same([hidden], [hx])
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_empty_batch(backend: str, cell: str) -> None:
+    module = layer(cell, bidirectional=True)
+    x = torch.randn(3, 0, 4, dtype=torch.float64, requires_grad=True)
+    y, _ = module(x)
+    y.sum().backward()
+    assert y.shape[:2] == (3, 0) and x.grad.shape == x.shape
+    assert all(not p.grad.any() for p in module.parameters())
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_layouts_do_not_matter(backend: str, cell: str) -> None:
+    """Transposed, sliced and expanded operands and gradients give the numbers of contiguous ones."""
+    module = layer(cell, bidirectional=True)
+    x = torch.randn(3, 6, 8, dtype=torch.float64)[:, :, ::2].transpose(0, 1)
+    hx = tuple(h[:, :1].expand(-1, 3, -1) for h in tensors_of([states_of(module, 3)]))
+    hx = hx if module.mode == "LSTM" else hx[0]
+    strided = {name: torch.randn(*p.shape, 2, dtype=torch.float64)[..., 0] for name, p in module.named_parameters()}
+
+    def run(as_given):
+        leaves = [as_given(t).requires_grad_() for t in (x, *tensors_of([hx]), *strided.values())]
+        states = tuple(leaves[1:3]) if module.mode == "LSTM" else leaves[1]
+        values = dict(zip(strided, leaves[len(leaves) - len(strided) :]))
+        y, h_n = functional_call(module, values, (leaves[0], states))
+        cotangent = torch.randn(y.shape[-1], dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+        return [y, *tensors_of([h_n]), *torch.autograd.grad(y, leaves, as_given(cotangent.expand_as(y)))]
+
+    assert_same(run(lambda t: t.detach()), run(lambda t: t.detach().clone(memory_format=torch.contiguous_format)))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("cell", CELLS)
+def test_first_and_second_derivatives(backend: str, cell: str, form: str) -> None:
+    module = layer(cell, 2, 4, bidirectional=True)
+    x = torch.randn(3, 2, 2, dtype=torch.float64)
+    hx = tensors_of([states_of(module, 2)])
+    extra = {"lengths": torch.tensor([3, 1])} if form == "lengths" else {}
+    extra |= {"resets": torch.tensor([[0, 0], [1, 0], [0, 1]], dtype=torch.bool)} if form == "resets" else {}
+
+    def run(x: Tensor, *rest: Tensor):
+        hidden = tuple(rest[: len(hx)]) if module.mode == "LSTM" else rest[0]
+        values = dict(zip((name for name, _ in module.named_parameters()), rest[len(hx) :]))
+        inputs = pack_padded_sequence(x, torch.tensor([3, 2])) if form == "packed" else x
+        y, h_n = functional_call(module, values, (inputs, hidden), extra)
+        return (y.data if form == "packed" else y, *tensors_of([h_n]))
+
+    leaves = [t.detach().requires_grad_() for t in (x, *hx, *module.parameters())]
+    assert torch.autograd.gradcheck(run, leaves, fast_mode=True)
+    assert torch.autograd.gradgradcheck(run, leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_function_transforms(backend: str, cell: str) -> None:
+    """grad, per-sample vmap(grad), ensembles and jacrev: each against a loop, or against plain torch."""
+    module = layer(cell, 3, 4, bidirectional=True)
+    weights = {name: p.detach() for name, p in module.named_parameters()}
+    x = torch.randn(5, 3, 3, dtype=torch.float64)
+
+    def loss(weights: dict[str, Tensor], x: Tensor) -> Tensor:
+        return functional_call(module, weights, (x,))[0].square().sum()
+
+    def by_autograd(x: Tensor) -> list[Tensor]:
+        module.zero_grad()
+        module(x)[0].square().sum().backward()
+        return [p.grad.clone() for p in module.parameters()]
+
+    assert_same(grad(loss)(weights, x).values(), by_autograd(x))
+    samples = vmap(grad(loss), in_dims=(None, 1))(weights, x)
+    for n in range(3):
+        assert_same([g[n] for g in samples.values()], by_autograd(x[:, n]))
+    others = [layer(cell, 3, 4, bidirectional=True) for _ in range(2)]
+    stacked, _ = stack_module_state(others)
+    ensemble = vmap(lambda w: functional_call(module, w, (x,))[0])(stacked)
+    for k, other in enumerate(others):
+        torch.testing.assert_close(ensemble[k], other(x)[0])
+    jacobian = jacrev(lambda x: module(x)[0])(x)
+    with rnnfast.use_backend("reference"):
+        torch.testing.assert_close(jacobian, jacrev(lambda x: module(x)[0])(x))
+        torch.testing.assert_close(jacobian, jacfwd(lambda x: module(x)[0])(x))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_forward_mode(cell: str) -> None:
+    """Forward-mode derivatives go through plain torch on any default backend, and are never silently zero."""
+    module = layer(cell, 3, 4, bidirectional=True)
+    x, tangent = torch.randn(2, 5, 2, 3, dtype=torch.float64)
+    _, derivative = jvp(lambda x: module(x)[0], (x,), (tangent,))
+    epsilon = 1e-6
+    difference = (module(x + epsilon * tangent)[0] - module(x - epsilon * tangent)[0]) / (2 * epsilon)
+    torch.testing.assert_close(derivative, difference, rtol=1e-6, atol=1e-8)
+    assert derivative.abs().max() > 1e-3
+
+
+def test_forward_mode_on_a_forced_backend(backend: str) -> None:
+    module, x = layer("gru"), torch.randn(2, 1, 4, dtype=torch.float64)
+    if backend == "reference":
+        assert jvp(lambda x: module(x)[0], (x,), (x,))[1].any()
+    else:
+        with pytest.raises(RuntimeError, match="forward-mode"):
+            jvp(lambda x: module(x)[0], (x,), (x,))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_runs_and_thread_counts_give_equal_bits(backend: str, cell: str) -> None:
+    module = layer(cell, 9, 40, bidirectional=True).float()
+    x = torch.randn(11, 7, 9)
+    threads = torch.get_num_threads()
+
+    def run() -> list[Tensor]:
+        module.zero_grad()
+        inputs = x.clone().requires_grad_()
+        y, h_n = module(inputs)
+        y.square().sum().backward()
+        return [y, *tensors_of([h_n]), inputs.grad, *(p.grad for p in module.parameters())]
+
+    try:
+        expected = run()
+        # Plain torch's products may differ by thread count; ours never split a sum over threads.
+        for count in (threads,) if backend == "reference" else (threads, 1, 2, 5):
+            torch.set_num_threads(count)
+            assert all(torch.equal(a, e) for a, e in zip(run(), expected, strict=True))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("change", ("input", "weight", "output"))
+def test_changing_a_saved_tensor_raises(backend: str, change: str) -> None:
+    module, x = layer("lstm"), torch.randn(3, 2, 4, dtype=torch.float64)
+    y, _ = module(x)
+    with torch.no_grad():
+        {"input": x, "weight": module.weight_hh_l0, "output": y}[change].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_long_sequences(backend: str) -> None:
+    """70,000 steps: beyond 16-bit step counts; in two halves the state carries over bit by bit."""
+    if backend == "reference":
+        pytest.skip("the plain loop would take minutes")
+    module = layer("gru", 1, 2).float()
+    x = torch.randn(70_000, 1, 1)
+    y, h_n = module(x)
+    first, h = module(x[:40_000])
+    second, h = module(x[40_000:], h)
+    assert torch.equal(y, torch.cat([first, second])) and torch.equal(h_n, h)
+    y.sum().backward()
+    assert all(p.grad.isfinite().all() for p in module.parameters())
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("name", [n for n, b in rnnfast.backends().items() if b.available])
+def test_opcheck(name: str, cell: str, form: str) -> None:
+    module = layer(cell, bidirectional=True)
+    x = torch.randn(3, 2, 4, dtype=torch.float64)
+    hx = [h.detach() for h in tensors_of([states_of(module, 2)])]
+    h0, c0 = hx if module.mode == "LSTM" else (hx[0], None)
+    weights = [p.detach() for p in module.parameters()]
+    batch_sizes = lengths = resets = None
+    if form == "packed":
+        x, batch_sizes = x.reshape(6, 4)[:5], torch.tensor([2, 2, 1])
+    elif form == "lengths":
+        lengths = torch.tensor([1, 3])
+    elif form == "resets":
+        resets = torch.rand(3, 2) < 0.5
+    sequence = (batch_sizes, lengths, resets, True)
+    forward = getattr(torch.ops.rnnfast, f"{name}_forward").default
+    backward = getattr(torch.ops.rnnfast, f"{name}_backward").default
+    y, h_n, c_n, c, gates = forward(module.mode, x, h0, c0, weights, *sequence, True, True)
+    torch.library.opcheck(forward, (module.mode, x, h0, c0, weights, *sequence, True, True))
+    torch.library.opcheck(forward, (module.mode, x, None, None, weights, *sequence, False, False))
+    dy, dc = torch.randn_like(y), torch.randn_like(c) if module.mode == "LSTM" else None
+    for need_dx, need_dw in ((True, True), (False, True), (True, False)):
+        torch.library.opcheck(
+            backward,
+            (module.mode, dy, None, None, dc, x, h0, c0, weights, *sequence, y, c, gates, need_dx, need_dw),
+        )
+
+
+def test_opcheck_of_lengths() -> None:
+    torch.library.opcheck(torch.ops.rnnfast.checked_lengths.default, (torch.tensor([0, 3, 2]), 3))
+
+
+def test_reference_cell_is_torchs() -> None:
+    """One step of each cell against torch.nn's cells, from the same products."""
+    h, c = torch.randn(2, 3, 5, dtype=torch.float64)
+    for mode, cls, options in (
+        ("RNN_TANH", nn.RNNCell, {}),
+        ("RNN_RELU", nn.RNNCell, {"nonlinearity": "relu"}),
+        ("GRU", nn.GRUCell, {}),
+        ("LSTM", nn.LSTMCell, {}),
+    ):
+        module, x = cls(4, 5, dtype=torch.float64, **options), torch.randn(3, 4, dtype=torch.float64)
+        expected = module(x, (h, c) if mode == "LSTM" else h)
+        products = (
+            torch.nn.functional.linear(x, module.weight_ih, module.bias_ih),
+            torch.nn.functional.linear(h, module.weight_hh, module.bias_hh),
+        )
+        actual = reference.cell(mode, *products, h, c if mode == "LSTM" else None)
+        torch.testing.assert_close(actual, expected if mode == "LSTM" else (expected, None))
