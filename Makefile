@@ -1,0 +1,55 @@
+# make demo    train a sentiment classifier with torch.nn and with rnnfast, side by side
+# make test    run the tests; ARGS="-k lstm" goes to pytest
+# make lint    check style
+# make clean   remove what these made
+#
+# All of them work in .venv, which the first one makes: it needs Python 3.10 or newer, a C++ compiler and a network.
+# PyPI's torch for Linux brings CUDA along (several GB). A machine without a GPU is better served by a CPU build, from
+# wherever yours come: `make test TORCH=path/to/torch.whl`. `make clean` before changing PYTHON or TORCH.
+
+PYTHON ?= python3
+TORCH  ?= torch==2.13.0
+ARGS   ?=
+
+VENV := .venv
+BIN  := $(VENV)/bin
+PIP  := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+sources := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/installed
+	$(BIN)/python examples/sentiment.py $(ARGS)
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/linters
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(sources)
+
+clean:
+	rm -rf $(VENV) build *.egg-info rnnfast/*.so sentiment.png
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Each file below is a stamp: what it names was done after everything it depends on last changed.
+
+$(VENV)/made:
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed" if sys.version_info < (3, 10) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/linters: constraints.txt $(VENV)/made
+	$(PIP) ruff clang-format
+	touch $@
+
+# torch goes first, because the library is built against its headers and not in an isolated environment with another one.
+$(VENV)/torch: constraints.txt $(VENV)/made
+	$(PIP) $(TORCH) setuptools wheel ninja
+	touch $@
+
+$(VENV)/installed: $(VENV)/torch setup.py pyproject.toml $(sources)
+	$(PIP) --no-build-isolation --editable ".[dev,examples]"
+	touch $@

@@ -1,0 +1,112 @@
+// The cells: torch's equations in torch's gate order (i f g o; r z n), written once for every device.
+//
+// A cell is a policy over a value type F: one float on a GPU, a vector of hidden units on a CPU. The device supplies
+// sigmoid(F), tanh(F), relu(F) and zero_where_not_positive(F h, F dh) beside F. Names:
+//   x[g]  gate g of W_ih x + b_ih            a[g]  gate g of W_hh h + b_hh
+//   s[j]  what the backward needs of a step  d[j]  gradient at the gates: d[0..kGates) are those of x[g], and
+//                                                  d[kHidden[g]] is that of a[g]
+#pragma once
+
+#ifdef __CUDACC__
+#define RNNFAST_INLINE __host__ __device__ __forceinline__
+#else
+#define RNNFAST_INLINE inline __attribute__((always_inline))
+#endif
+
+namespace rnnfast {
+
+enum CellKind { kTanh, kRelu, kLstm, kGru, kCellKinds };
+
+// h and c are the states: before the step on entry, after it on return.
+// dh is the gradient of the new h; dc that of the new c on entry, of the old c on return;
+// the old h gets W_hh^T d[kHidden] plus what backward() returns.
+
+struct Tanh {
+  template <class F>
+  static RNNFAST_INLINE F apply(F x) {
+    return tanh(x);
+  }
+  template <class F>
+  static RNNFAST_INLINE F backward(F h, F dh) {
+    return dh * (1 - h * h);
+  }
+};
+
+struct Relu {
+  template <class F>
+  static RNNFAST_INLINE F apply(F x) {
+    return relu(x);
+  }
+  template <class F>
+  static RNNFAST_INLINE F backward(F h, F dh) {
+    return zero_where_not_positive(h, dh);
+  }
+};
+
+template <class Activation>
+struct Rnn {
+  static constexpr int kGates = 1, kSaved = 0, kGrads = 1, kHidden[1] = {0};
+  static constexpr bool kHasCell = false, kNeedsH = true, kNeedsOldH = false;
+
+  template <class F>
+  static RNNFAST_INLINE void forward(const F* x, const F* a, F& h, F&, F*) {
+    h = Activation::apply(x[0] + a[0]);
+  }
+  template <class F>
+  static RNNFAST_INLINE F backward(const F*, F h, F, F, F, F dh, F&, F* d) {
+    d[0] = Activation::backward(h, dh);
+    return F(0);
+  }
+};
+
+struct Lstm {
+  static constexpr int kGates = 4, kSaved = 4, kGrads = 4, kHidden[4] = {0, 1, 2, 3};
+  static constexpr bool kHasCell = true, kNeedsH = false, kNeedsOldH = false;
+
+  template <class F>
+  static RNNFAST_INLINE void forward(const F* x, const F* a, F& h, F& c, F* s) {
+    F i = s[0] = sigmoid(x[0] + a[0]);
+    F f = s[1] = sigmoid(x[1] + a[1]);
+    F g = s[2] = tanh(x[2] + a[2]);
+    F o = s[3] = sigmoid(x[3] + a[3]);
+    c = f * c + i * g;
+    h = o * tanh(c);
+  }
+  template <class F>
+  static RNNFAST_INLINE F backward(const F* s, F, F, F c, F old_c, F dh, F& dc, F* d) {
+    F i = s[0], f = s[1], g = s[2], o = s[3], tanh_c = tanh(c);
+    dc = dc + dh * o * (1 - tanh_c * tanh_c);
+    d[0] = dc * g * i * (1 - i);
+    d[1] = dc * old_c * f * (1 - f);
+    d[2] = dc * i * (1 - g * g);
+    d[3] = dh * tanh_c * o * (1 - o);
+    dc = dc * f;
+    return F(0);
+  }
+};
+
+// The reset gate multiplies q = a[2], the hidden part of the candidate, so x and a differ in the candidate's gradient.
+struct Gru {
+  static constexpr int kGates = 3, kSaved = 4, kGrads = 4, kHidden[3] = {0, 1, 3};
+  static constexpr bool kHasCell = false, kNeedsH = false, kNeedsOldH = true;
+
+  template <class F>
+  static RNNFAST_INLINE void forward(const F* x, const F* a, F& h, F&, F* s) {
+    F r = s[0] = sigmoid(x[0] + a[0]);
+    F z = s[1] = sigmoid(x[1] + a[1]);
+    F q = s[3] = a[2];
+    F n = s[2] = tanh(x[2] + r * q);
+    h = n + z * (h - n);
+  }
+  template <class F>
+  static RNNFAST_INLINE F backward(const F* s, F, F old_h, F, F, F dh, F&, F* d) {
+    F r = s[0], z = s[1], n = s[2], q = s[3];
+    d[1] = dh * (old_h - n) * z * (1 - z);
+    d[2] = dh * (1 - z) * (1 - n * n);
+    d[0] = d[2] * q * r * (1 - r);
+    d[3] = d[2] * r;
+    return dh * z;
+  }
+};
+
+}  // namespace rnnfast

@@ -1,0 +1,245 @@
+// The CPU operators: arguments to the kernels' terms, the kernels of the best instruction set, outputs allocated.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <numeric>
+#include <tuple>
+
+#include "../ops.h"
+#include "kernels.h"
+
+namespace rnnfast {
+
+void parallel_tasks(int64_t tasks, void (*body)(void* context, int64_t task), void* context) {
+  torch::stable::parallel_for(0, tasks, 1, [=](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; task++) body(context, task);
+  });
+}
+
+void* allocate(size_t bytes) {
+  void* memory = std::aligned_alloc(64, (bytes + 63) / 64 * 64);
+  if (!memory) throw std::bad_alloc();
+  return memory;
+}
+
+void release(void* memory) { std::free(memory); }
+
+namespace {
+
+// ---- instruction sets, best first
+
+struct InstructionSet {
+  const Kernels* kernels;
+  bool supported;
+};
+
+const std::vector<InstructionSet>& instruction_sets() {
+  static const std::vector<InstructionSet> sets = {
+#if defined(__x86_64__)
+      {&avx512::kernels, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                             __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+                             __builtin_cpu_supports("avx512vl")},
+      {&avx2::kernels, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                           __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c")},
+#endif
+      {&portable::kernels, true},
+  };
+  return sets;
+}
+
+std::atomic<const Kernels*>& chosen() {
+  static std::atomic<const Kernels*> kernels = [] {
+    for (const auto& set : instruction_sets()) {
+      if (set.supported) return set.kernels;
+    }
+    return &portable::kernels;
+  }();
+  return kernels;
+}
+
+std::string cpu_isa(std::optional<std::string> use) {
+  if (use) {
+    const auto& sets = instruction_sets();
+    auto found = std::find_if(sets.begin(), sets.end(), [&](const auto& set) { return *use == set.kernels->name; });
+    STD_TORCH_CHECK(found != sets.end() && found->supported, "rnnfast: this CPU or build has no '", *use, "'");
+    chosen() = found->kernels;
+  }
+  return chosen().load()->name;
+}
+
+// ---- tensors
+
+Tensor empty(const Shape& shape, ScalarType dtype) {
+  static const int32_t types[] = {aoti_torch_dtype_float32(), aoti_torch_dtype_float64(), aoti_torch_dtype_bfloat16(),
+                                  aoti_torch_dtype_float16()};
+  Shape strides(shape.size(), 1);
+  for (size_t i = shape.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(shape[i], 1);
+  AtenTensorHandle handle;
+  int32_t type = types[dtype == ScalarType::Float ? 0 : dtype == ScalarType::Double ? 1 : dtype == ScalarType::BFloat16 ? 2 : 3];
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(shape.size(), shape.data(), strides.data(), type,
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+Tensor empty_if(bool wanted, const Shape& shape, ScalarType dtype) { return empty(wanted ? shape : Shape{0}, dtype); }
+
+void* data_if(bool wanted, const Tensor& tensor) { return wanted ? tensor.data_ptr() : nullptr; }
+
+// Pointers to contiguous data, copied where a tensor is not; the copies live as long as this.
+class Reader {
+ public:
+  const void* operator()(const Tensor& tensor) {
+    if (tensor.is_contiguous()) return tensor.data_ptr();
+    copies_.push_back(torch::stable::contiguous(tensor));
+    return copies_.back().data_ptr();
+  }
+  const void* operator()(const OptionalTensor& tensor) { return tensor ? (*this)(*tensor) : nullptr; }
+
+ private:
+  std::vector<Tensor> copies_;
+};
+
+// ---- the time-step table
+
+class StepTable {
+ public:
+  StepTable(const Dimensions& n, const int64_t* batch_sizes, const int64_t* lengths, const bool* resets)
+      : numbers_(3 * n.T + 2 + 2 * n.N) {
+    int64_t *offset = numbers_.data(), *active = offset + n.T, *start = active + n.T + 1;
+    int64_t *order = start + n.T + 1, *length = order + n.N;
+    std::iota(order, order + n.N, 0);
+    if (lengths) {
+      std::stable_sort(order, order + n.N, [=](int64_t a, int64_t b) { return lengths[a] > lengths[b]; });
+    }
+    for (int64_t j = 0; j < n.N; j++) {
+      length[j] = lengths ? lengths[order[j]] : n.T;
+      STD_TORCH_CHECK(length[j] >= 0 && length[j] <= n.T, "rnnfast: lengths have to be between 0 and ", n.T);
+    }
+    start[0] = 0;
+    for (int64_t t = 0, rank = n.N; t < n.T; t++) {
+      while (rank > 0 && length[rank - 1] <= t) rank--;
+      active[t] = batch_sizes ? batch_sizes[t] : rank;
+      offset[t] = batch_sizes ? start[t] : t * n.N;
+      start[t + 1] = start[t] + active[t];
+    }
+    active[n.T] = 0;
+    for (int64_t t = n.T; batch_sizes && t > 0; t--) {
+      for (int64_t j = active[t]; j < active[t - 1]; j++) length[j] = t;
+    }
+    steps = {n.T, n.N, offset, active, start, order, length, resets};
+  }
+
+  Steps steps;
+
+ private:
+  std::vector<int64_t> numbers_;
+};
+
+int storage_of(ScalarType dtype) {
+  return dtype == ScalarType::Float      ? kFloat
+         : dtype == ScalarType::Double   ? kDouble
+         : dtype == ScalarType::BFloat16 ? kBFloat16
+                                         : kHalf;
+}
+
+template <class Pointer, class Read>
+Parameters<Pointer> parameters(const Dimensions& n, const Tensor* weights, const Read& read) {
+  return {read(weights[0]), read(weights[1]), n.has_bias ? read(weights[2]) : nullptr,
+          n.has_bias ? read(weights[3]) : nullptr, n.has_projection ? read(weights[n.weights() - 1]) : nullptr};
+}
+
+void fill(Layer& layer, const Dimensions& n, const StepTable& table, Reader& read, const Tensor& x,
+          const OptionalTensor& h0, const OptionalTensor& c0, const std::vector<Tensor>& weights) {
+  layer.steps = table.steps;
+  layer.I = n.I, layer.H = n.H, layer.P = n.P, layer.R = n.R, layer.D = n.D;
+  layer.threads = torch::stable::get_num_threads();
+  layer.x = read(x), layer.h0 = read(h0), layer.c0 = read(c0);
+  for (int64_t d = 0; d < n.D; d++) {
+    layer.weights[d] = parameters<const void*>(n, &weights[d * n.weights()], std::ref(read));
+  }
+}
+
+StepTable make_table(const Dimensions& n, Reader& read, const OptionalTensor& batch_sizes,
+                     const OptionalTensor& lengths, const OptionalTensor& resets) {
+  return StepTable(n, static_cast<const int64_t*>(read(batch_sizes)), static_cast<const int64_t*>(read(lengths)),
+                   static_cast<const bool*>(read(resets)));
+}
+
+// ---- the operators
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu_forward(
+    std::string cell, Tensor x, OptionalTensor h0, OptionalTensor c0, std::vector<Tensor> weights,
+    OptionalTensor batch_sizes, OptionalTensor lengths, OptionalTensor resets, bool bidirectional, bool keep_c,
+    bool keep_gates) {
+  const Dimensions n = check_layer(cell, x, h0, c0, weights, batch_sizes, lengths, resets, bidirectional);
+  keep_c = keep_c && n.cell == kLstm;
+  keep_gates = keep_gates && n.saved_gates > 0;
+  Tensor y = empty(n.rows(n.D * n.P), n.dtype), h_n = empty(n.state(n.P), n.dtype);
+  Tensor c_n = empty_if(n.cell == kLstm, n.state(n.H), n.dtype);
+  Tensor c = empty_if(keep_c, n.rows(n.D * n.H), n.acc_dtype);
+  Tensor gates = empty_if(keep_gates, {n.D, n.R, n.saved_gates * n.H}, n.dtype);
+
+  Reader read;
+  const StepTable table = make_table(n, read, batch_sizes, lengths, resets);
+  Forward f{};
+  fill(f, n, table, read, x, h0, c0, weights);
+  f.y = y.data_ptr(), f.h_n = h_n.data_ptr(), f.c_n = c_n.data_ptr();
+  f.c = data_if(keep_c, c), f.gates = data_if(keep_gates, gates);
+  chosen().load()->forward[n.cell][storage_of(n.dtype)](f);
+  return {y, h_n, c_n, c, gates};
+}
+
+std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> cpu_backward(
+    std::string cell, OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n, OptionalTensor dc, Tensor x,
+    OptionalTensor h0, OptionalTensor c0, std::vector<Tensor> weights, OptionalTensor batch_sizes,
+    OptionalTensor lengths, OptionalTensor resets, bool bidirectional, Tensor y, Tensor c, Tensor gates, bool need_dx,
+    bool need_dw) {
+  const Dimensions n = check_layer(cell, x, h0, c0, weights, batch_sizes, lengths, resets, bidirectional);
+  const bool lstm = n.cell == kLstm;
+  check_tensor("y", y, n.rows(n.D * n.P), n.dtype);
+  if (lstm) check_tensor("c", c, n.rows(n.D * n.H), n.acc_dtype);
+  if (n.saved_gates) check_tensor("gates", gates, {n.D, n.R, n.saved_gates * n.H}, n.dtype);
+  check_tensor("dy", dy, n.rows(n.D * n.P), n.dtype);
+  check_tensor("dh_n", dh_n, n.state(n.P), n.dtype);
+  if (lstm) check_tensor("dc_n", dc_n, n.state(n.H), n.dtype);
+  if (lstm) check_tensor("dc", dc, n.rows(n.D * n.H), n.acc_dtype);
+
+  Tensor dx = empty_if(need_dx, n.rows(n.I), n.dtype);
+  Tensor dh0 = empty_if(h0.has_value(), n.state(n.P), n.dtype), dc0 = empty_if(c0.has_value(), n.state(n.H), n.dtype);
+  std::vector<Tensor> dweights;
+  for (size_t i = 0; need_dw && i < weights.size(); i++) {
+    auto sizes = weights[i].sizes();
+    dweights.push_back(empty(Shape(sizes.begin(), sizes.end()), n.dtype));
+  }
+
+  Reader read;
+  const StepTable table = make_table(n, read, batch_sizes, lengths, resets);
+  Backward f{};
+  fill(f, n, table, read, x, h0, c0, weights);
+  f.dy = read(dy), f.dh_n = read(dh_n), f.y = read(y);
+  if (lstm) f.dc_n = read(dc_n), f.dc = read(dc), f.c = read(c);
+  if (n.saved_gates) f.gates = read(gates);
+  f.dx = data_if(need_dx, dx), f.dh0 = data_if(h0.has_value(), dh0), f.dc0 = data_if(c0.has_value(), dc0);
+  f.need_dw = need_dw;
+  for (int64_t d = 0; need_dw && d < n.D; d++) {
+    f.dw[d] = parameters<void*>(n, &dweights[d * n.weights()], [](const Tensor& t) { return t.data_ptr(); });
+  }
+  if (f.dx && table.steps.start[n.T] < n.R) std::memset(f.dx, 0, dx.numel() * dx.element_size());
+  chosen().load()->backward[n.cell][storage_of(n.dtype)](f);
+  return {dx, dh0, dc0, dweights};
+}
+
+}  // namespace
+}  // namespace rnnfast
+
+STABLE_TORCH_LIBRARY_IMPL(rnnfast, CPU, m) {
+  m.impl("cpu_forward", TORCH_BOX(&rnnfast::cpu_forward));
+  m.impl("cpu_backward", TORCH_BOX(&rnnfast::cpu_backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(rnnfast, CompositeExplicitAutograd, m) { m.impl("cpu_isa", TORCH_BOX(&rnnfast::cpu_isa)); }

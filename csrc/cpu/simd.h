@@ -1,0 +1,342 @@
+// Vectors of one register: Vec<float> and Vec<double> over the compilers' vector extensions, with intrinsics only where
+// an instruction set has what the extensions cannot say. Everything has internal linkage or a namespace of its own
+// instruction set, so that no function built for a larger set can be linked into code for a smaller one.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "../cells.h"
+
+namespace rnnfast {
+namespace RNNFAST_ISA {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64, kRegisters = 32;
+#elif defined(__AVX__)
+constexpr int kVectorBytes = 32, kRegisters = 16;
+#elif defined(__aarch64__)
+constexpr int kVectorBytes = 16, kRegisters = 32;
+#else
+constexpr int kVectorBytes = 16, kRegisters = 16;
+#endif
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+template <class S>
+struct Types {
+  using Acc = S;  // what products and states are held in
+};
+template <>
+struct Types<BFloat16> {
+  using Acc = float;
+};
+template <>
+struct Types<Half> {
+  using Acc = float;
+};
+template <class S>
+using AccOf = typename Types<S>::Acc;
+
+template <class T>
+constexpr int kLanes = kVectorBytes / sizeof(T);
+
+template <class T>
+struct Raw;
+template <>
+struct Raw<float> {
+  typedef float V __attribute__((vector_size(kVectorBytes)));
+  typedef int32_t I __attribute__((vector_size(kVectorBytes)));
+  typedef uint16_t H __attribute__((vector_size(kVectorBytes / 2)));  // as many 16-bit lanes
+};
+template <>
+struct Raw<double> {
+  typedef double V __attribute__((vector_size(kVectorBytes)));
+  typedef int64_t I __attribute__((vector_size(kVectorBytes)));
+};
+
+template <class T>
+struct Vec {
+  using V = typename Raw<T>::V;
+  using I = typename Raw<T>::I;
+  V v;
+
+  Vec() = default;
+  RNNFAST_INLINE Vec(V v) : v(v) {}
+  RNNFAST_INLINE Vec(T s) : v(s - V{}) {}
+  RNNFAST_INLINE Vec(int s) : Vec(T(s)) {}
+
+  friend RNNFAST_INLINE Vec operator+(Vec a, Vec b) { return a.v + b.v; }
+  friend RNNFAST_INLINE Vec operator-(Vec a, Vec b) { return a.v - b.v; }
+  friend RNNFAST_INLINE Vec operator*(Vec a, Vec b) { return a.v * b.v; }
+  friend RNNFAST_INLINE Vec operator/(Vec a, Vec b) { return a.v / b.v; }
+};
+
+// ---- loads and stores: n lanes, the others zero; converting where storage is 16 bits wide
+
+template <class T>
+RNNFAST_INLINE Vec<T> load(const T* p) {
+  Vec<T> v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <class T>
+RNNFAST_INLINE void store(T* p, Vec<T> v) {
+  memcpy(p, &v, sizeof v);
+}
+
+using Bits = Raw<float>::I;
+using Bits16 = Raw<float>::H;
+typedef uint32_t UBits __attribute__((vector_size(kVectorBytes)));
+
+template <class To, class From>
+RNNFAST_INLINE To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+RNNFAST_INLINE Vec<float> widen(BFloat16, Bits16 h) {
+  return bit_cast<Vec<float>>(__builtin_convertvector(h, UBits) << 16);
+}
+
+RNNFAST_INLINE Bits16 narrow(BFloat16, Vec<float> v) {
+  UBits u = bit_cast<UBits>(v);
+  UBits rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  return __builtin_convertvector(v.v != v.v ? (u >> 16) | 0x40 : rounded, Bits16);  // a NaN stays one
+}
+
+RNNFAST_INLINE Vec<float> widen(Half, Bits16 h) {
+#if defined(__AVX512F__)
+  return Vec<float>(_mm512_maskz_cvtph_ps(0xffff, bit_cast<__m256i>(h)));
+#elif defined(__F16C__)
+  return Vec<float>(_mm256_cvtph_ps(bit_cast<__m128i>(h)));
+#else
+  UBits u = __builtin_convertvector(h, UBits);
+  UBits sign = (u & 0x8000) << 16, magnitude = (u & 0x7fff) << 13;
+  // Multiplying by 2^112 moves the exponent's bias and makes subnormals normal; infinities and NaN are put right after.
+  UBits scaled = bit_cast<UBits>(bit_cast<Vec<float>>(magnitude) * Vec<float>(0x1p112f));
+  return bit_cast<Vec<float>>(((u & 0x7c00) == 0x7c00 ? magnitude | 0x7f800000 : scaled) | sign);
+#endif
+}
+
+RNNFAST_INLINE Bits16 narrow(Half, Vec<float> v) {
+#if defined(__AVX512F__)
+  return bit_cast<Bits16>(_mm512_maskz_cvtps_ph(0xffff, (__m512)v.v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  return bit_cast<Bits16>(_mm256_cvtps_ph((__m256)v.v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  UBits u = bit_cast<UBits>(v), sign = (u >> 16) & 0x8000;
+  u &= 0x7fffffff;
+  UBits normal = (u - (112u << 23) + 0xfff + ((u >> 13) & 1)) >> 13;
+  // Below 2^-14, adding 0.5 leaves the subnormal's bits, rounded by the hardware, at the bottom of the sum.
+  UBits subnormal = bit_cast<UBits>(bit_cast<Vec<float>>(u) + Vec<float>(0.5f)) - 0x3f000000;
+  UBits infinite = u > 0x7f800000 ? UBits{} + 0x7e00 : UBits{} + 0x7c00;
+  UBits result = u < (113u << 23) ? subnormal : normal;
+  return __builtin_convertvector((u >= 0x477ff000 ? infinite : result) | sign, Bits16);
+#endif
+}
+
+template <class S>
+RNNFAST_INLINE Vec<float> load16(const S* p) {
+  Bits16 h;
+  memcpy(&h, p, sizeof h);
+  return widen(S{}, h);
+}
+template <class S>
+RNNFAST_INLINE void store16(S* p, Vec<float> v) {
+  Bits16 h = narrow(S{}, v);
+  memcpy(p, &h, sizeof h);
+}
+RNNFAST_INLINE Vec<float> load(const BFloat16* p) { return load16(p); }
+RNNFAST_INLINE Vec<float> load(const Half* p) { return load16(p); }
+RNNFAST_INLINE void store(BFloat16* p, Vec<float> v) { store16(p, v); }
+RNNFAST_INLINE void store(Half* p, Vec<float> v) { store16(p, v); }
+
+template <class S>
+RNNFAST_INLINE Vec<AccOf<S>> load_part(const S* p, int n) {
+  S lanes[kLanes<AccOf<S>>] = {};
+  for (int i = 0; i < n; i++) lanes[i] = p[i];
+  return load(lanes);
+}
+template <class S>
+RNNFAST_INLINE void store_part(S* p, Vec<AccOf<S>> v, int n) {
+  S lanes[kLanes<AccOf<S>>];
+  store(lanes, v);
+  for (int i = 0; i < n; i++) p[i] = lanes[i];
+}
+#if defined(__AVX512F__)
+RNNFAST_INLINE Vec<float> load_part(const float* p, int n) {
+  return Vec<float>(_mm512_maskz_loadu_ps((1u << n) - 1, p));
+}
+RNNFAST_INLINE Vec<double> load_part(const double* p, int n) {
+  return Vec<double>(_mm512_maskz_loadu_pd((1u << n) - 1, p));
+}
+RNNFAST_INLINE void store_part(float* p, Vec<float> v, int n) { _mm512_mask_storeu_ps(p, (1u << n) - 1, (__m512)v.v); }
+RNNFAST_INLINE void store_part(double* p, Vec<double> v, int n) {
+  _mm512_mask_storeu_pd(p, (1u << n) - 1, (__m512d)v.v);
+}
+#elif defined(__AVX2__)
+RNNFAST_INLINE __m256i first_lanes(int n, __m256i lane) { return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), lane); }
+RNNFAST_INLINE __m256i mask32(int n) { return first_lanes(n, _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)); }
+RNNFAST_INLINE __m256i mask64(int n) { return first_lanes(n, _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3)); }
+RNNFAST_INLINE Vec<float> load_part(const float* p, int n) { return Vec<float>(_mm256_maskload_ps(p, mask32(n))); }
+RNNFAST_INLINE Vec<double> load_part(const double* p, int n) { return Vec<double>(_mm256_maskload_pd(p, mask64(n))); }
+RNNFAST_INLINE void store_part(float* p, Vec<float> v, int n) { _mm256_maskstore_ps(p, mask32(n), (__m256)v.v); }
+RNNFAST_INLINE void store_part(double* p, Vec<double> v, int n) { _mm256_maskstore_pd(p, mask64(n), (__m256d)v.v); }
+#endif
+
+template <class S>
+RNNFAST_INLINE Vec<AccOf<S>> load(const S* p, int n) {
+  return n >= kLanes<AccOf<S>> ? load(p) : load_part(p, n);
+}
+template <class S>
+RNNFAST_INLINE void store(S* p, Vec<AccOf<S>> v, int n) {
+  n >= kLanes<AccOf<S>> ? store(p, v) : store_part(p, v, n);
+}
+
+// v as a reader of storage type S sees it.
+template <class S, class T>
+RNNFAST_INLINE Vec<T> rounded(Vec<T> v) {
+  if constexpr (sizeof(S) == 2) {
+    return widen(S{}, narrow(S{}, v));
+  } else {
+    return v;
+  }
+}
+
+// ---- lane shuffles
+
+template <int kStep, class T, size_t... L>
+RNNFAST_INLINE void swap_lanes(Vec<T>& a, Vec<T>& b, std::index_sequence<L...>) {
+  constexpr int U = sizeof...(L);
+  auto low = __builtin_shufflevector(a.v, b.v, (L & kStep ? int(U + (L ^ kStep)) : int(L))...);
+  auto high = __builtin_shufflevector(a.v, b.v, (L & kStep ? int(U + L) : int(L ^ kStep))...);
+  a.v = low, b.v = high;
+}
+
+// Transposes a square of U = kLanes<T> rows in log2(U) rounds.
+template <class T, int kStep = 1>
+RNNFAST_INLINE void transpose(Vec<T>* rows) {
+  constexpr int U = kLanes<T>;
+  if constexpr (kStep < U) {
+#pragma GCC unroll 16
+    for (int i = 0; i < U; i++) {
+      if (!(i & kStep)) swap_lanes<kStep>(rows[i], rows[i | kStep], std::make_index_sequence<U>());
+    }
+    transpose<T, 2 * kStep>(rows);
+  }
+}
+
+// ---- functions, to about 2 units in the last place; NaN propagates
+
+template <class T>
+RNNFAST_INLINE Vec<T> abs(Vec<T> x) {
+  using I = typename Vec<T>::I;
+  return bit_cast<Vec<T>>(bit_cast<I>(x) & ~bit_cast<I>(Vec<T>(T(-0.0))));
+}
+
+template <class T>
+RNNFAST_INLINE Vec<T> relu(Vec<T> x) {
+  return x.v < 0 ? Vec<T>(0).v : x.v;  // this way round a NaN stays
+}
+
+template <class T>
+RNNFAST_INLINE Vec<T> zero_where_not_positive(Vec<T> h, Vec<T> dh) {
+  return h.v <= 0 ? Vec<T>(0).v : dh.v;
+}
+
+template <class T, class... C>
+RNNFAST_INLINE Vec<T> polynomial(Vec<T> x, T lead, C... rest) {
+  Vec<T> p = lead;
+  ((p = p * x + Vec<T>(T(rest))), ...);
+  return p;
+}
+
+// Constants of exp: x = n ln2 + r. Adding kMagic leaves n in the low bits of the sum, so no conversion is needed.
+template <class T>
+struct Exp;
+template <>
+struct Exp<float> {
+  static constexpr float kMagic = 0x1.8p23f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
+  static constexpr float kMin = -87.3f, kMax = 88.37f;  // beyond: 0 and infinity
+  static constexpr int kMantissa = 23;
+  static constexpr int32_t kOne = 0x3f800000;
+  static RNNFAST_INLINE Vec<float> reduced(Vec<float> r) {
+    return polynomial(r, 1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f,
+                      5.0000001201e-1f) *
+               (r * r) +
+           r + 1;
+  }
+};
+template <>
+struct Exp<double> {
+  static constexpr double kMagic = 0x1.8p52, kLn2High = 0x1.62e42fefa38p-1, kLn2Low = 0x1.ef35793c7673p-45;
+  static constexpr double kMin = -708.0, kMax = 709.4;
+  static constexpr int kMantissa = 52;
+  static constexpr int64_t kOne = 0x3ff0000000000000;
+  static RNNFAST_INLINE Vec<double> reduced(Vec<double> r) {  // Taylor: |r| < 0.35, so r^14/14! is below 2^-57
+    return polynomial(r, 1 / 6227020800.0, 1 / 479001600.0, 1 / 39916800.0, 1 / 3628800.0, 1 / 362880.0, 1 / 40320.0,
+                      1 / 5040.0, 1 / 720.0, 1 / 120.0, 1 / 24.0, 1 / 6.0, 0.5) *
+               (r * r) +
+           r + 1;
+  }
+};
+
+template <class T>
+RNNFAST_INLINE Vec<T> exp(Vec<T> x) {
+  using E = Exp<T>;
+  using I = typename Vec<T>::I;
+  Vec<T> shifted = x * Vec<T>(T(1.4426950408889634074)) + Vec<T>(E::kMagic);
+  Vec<T> n = shifted - Vec<T>(E::kMagic);
+  Vec<T> r = x - n * Vec<T>(E::kLn2High) - n * Vec<T>(E::kLn2Low);
+  Vec<T> power = bit_cast<Vec<T>>((bit_cast<I>(shifted) << E::kMantissa) + E::kOne);
+  Vec<T> e = E::reduced(r) * power;
+  e = x.v > E::kMax ? Vec<T>(T(__builtin_inf())).v : e.v;
+  return x.v < E::kMin ? Vec<T>(0).v : e.v;
+}
+
+template <class T>
+RNNFAST_INLINE Vec<T> sigmoid(Vec<T> x) {
+  return Vec<T>(1) / (Vec<T>(1) + exp(Vec<T>(0) - x));
+}
+
+// x P(x^2) near zero, where 1 - 2 / (e^2x + 1) would cancel (coefficients from Cephes).
+RNNFAST_INLINE Vec<float> tanh_near_zero(Vec<float> x, Vec<float> z) {
+  return polynomial(z, -5.70498872745e-3f, 2.06390887954e-2f, -5.37397155531e-2f, 1.33314422036e-1f,
+                    -3.33332819422e-1f) *
+             z * x +
+         x;
+}
+RNNFAST_INLINE Vec<double> tanh_near_zero(Vec<double> x, Vec<double> z) {
+  Vec<double> p = polynomial(z, -9.64399179425052238628e-1, -9.92877231001918586564e1, -1.61468768441708447952e3);
+  Vec<double> q = polynomial(z, 1.0, 1.12811678491632931402e2, 2.23548839060100448583e3, 4.84406305325125486048e3);
+  return p / q * z * x + x;
+}
+
+template <class T>
+RNNFAST_INLINE Vec<T> tanh(Vec<T> x) {
+  using I = typename Vec<T>::I;
+  Vec<T> size = abs(x), near = tanh_near_zero(x, x * x);
+  Vec<T> far = Vec<T>(1) - Vec<T>(2) / (exp(size + size) + Vec<T>(1));
+  I sign = bit_cast<I>(x) ^ bit_cast<I>(size);
+  far = bit_cast<Vec<T>>(bit_cast<I>(far) | sign);
+  return size.v < T(0.625) ? near.v : far.v;
+}
+
+}  // namespace
+}  // namespace RNNFAST_ISA
+}  // namespace rnnfast
