@@ -63,12 +63,9 @@ def rnn(
         ValueError: lengths or resets have a wrong shape or dtype; lengths on the CPU leave 0..T.
     """
     h0, c0 = (None, None) if hx is None else (hx[0], hx[1] if mode == "LSTM" else None)
-    if input.device.type != "meta" and torch.is_autocast_enabled(input.device.type):
-        low = torch.get_autocast_dtype(input.device.type)
-        input, h0, c0, *weights = (_autocast(t, low) for t in (input, h0, c0, *weights))
+    input, h0, c0, weights = _operands(input, h0, c0, weights)
     directions = 1 + bidirectional
     per_layer = len(weights) // num_layers
-    _check_operands(input, h0, c0, weights)
     if hx is not None and not (batch_sizes is not None and torch.compiler.is_compiling()):
         batch = input.size(1) if batch_sizes is None else int(batch_sizes[0])
         _check_states(h0, c0, num_layers * directions, batch, weights[1], weights[1].size(0) // GATES[mode])
@@ -126,8 +123,9 @@ def cell(mode: str, input: Tensor, hx: Sequence[Tensor] | None, weights: Sequenc
             raise RuntimeError(f"Input batch size {input.size(0)} doesn't match hidden{k} batch size {state.size(0)}")
         if state.size(1) != hidden:
             raise RuntimeError(f"hidden{k} has inconsistent hidden_size: got {state.size(1)}, expected {hidden}")
-    states = None if hx is None else [state.unsqueeze(0) for state in hx]
-    _, h_n, c_n, _ = rnn(mode, input.unsqueeze(0), states, weights)
+    h0, c0 = (None, None) if hx is None else (hx[0].unsqueeze(0), hx[1].unsqueeze(0) if mode == "LSTM" else None)
+    x, h0, c0, weights = _operands(input.unsqueeze(0), h0, c0, weights)
+    _, h_n, c_n, _ = recurrence.layer(mode, x, h0, c0, weights)
     return h_n.squeeze(0), c_n.squeeze(0) if mode == "LSTM" else c_n
 
 
@@ -138,32 +136,36 @@ def _join(function, tensors: list[Tensor]) -> Tensor:
     return tensors[0] if function is torch.cat else tensors[0].unsqueeze(0)
 
 
+def _operands(input: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor]) -> tuple:
+    """What a backend computes with: cast under autocast, and of one device and dtype, or refused in torch's words."""
+    if input.device.type != "meta" and torch.is_autocast_enabled(input.device.type):
+        low = torch.get_autocast_dtype(input.device.type)
+        input, h0, c0, *weights = (_autocast(t, low) for t in (input, h0, c0, *weights))
+    device, dtype = input.device, input.dtype
+    for t in (*weights, h0, c0):
+        if t is not None and (t.dtype != dtype or t.device != device):
+            raise _mismatch(input, t, "hidden" if t is h0 or t is c0 else "parameter")
+    if input.size(-1) != weights[0].size(1):
+        raise _products_differ(input.numel() // max(input.size(-1), 1), input.size(-1), weights[0])
+    return input, h0, c0, weights
+
+
+def _mismatch(input: Tensor, other: Tensor, kind: str) -> RuntimeError:
+    if other.device != input.device:
+        return RuntimeError(
+            f"Input and {kind} tensors are not at the same device, "
+            f"found input tensor at {input.device} and {kind} tensor at {other.device}"
+        )
+    first, second = (other.dtype, input.dtype) if kind == "hidden" else (input.dtype, other.dtype)
+    names = _DTYPE_NAMES.get(first, first), _DTYPE_NAMES.get(second, second)
+    return RuntimeError("mat1 and mat2 must have the same dtype, but got {} and {}".format(*names))
+
+
 def _autocast(tensor: Tensor | None, low: torch.dtype) -> Tensor | None:
     """By autocast's own rule: whatever floats is cast, but not float64."""
     if tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
         return tensor
     return tensor.to(low)
-
-
-def _check_operands(input: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor]) -> None:
-    device, dtype = input.device, input.dtype
-    for kind, tensors in (("parameter", weights), ("hidden", (h0, c0))):
-        for t in tensors:
-            if t is None:
-                continue
-            if t.device != device:
-                raise RuntimeError(
-                    f"Input and {kind} tensors are not at the same device, "
-                    f"found input tensor at {device} and {kind} tensor at {t.device}"
-                )
-            if t.dtype != dtype:
-                first, second = (t.dtype, dtype) if kind == "hidden" else (dtype, t.dtype)
-                raise RuntimeError(
-                    "mat1 and mat2 must have the same dtype, but got "
-                    f"{_DTYPE_NAMES.get(first, first)} and {_DTYPE_NAMES.get(second, second)}"
-                )
-    if input.size(-1) != weights[0].size(1):
-        raise _products_differ(input.numel() // max(input.size(-1), 1), input.size(-1), weights[0])
 
 
 def _check_states(h0: Tensor, c0: Tensor | None, states: int, batch: int, w_hh: Tensor, hidden: int) -> None:

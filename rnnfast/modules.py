@@ -246,8 +246,8 @@ class _Cell(nn.RNNCellBase):
             input = input.unsqueeze(0)
             states = states if states is None else [s.unsqueeze(0) for s in states]
         weights = [self.weight_ih, self.weight_hh]
-        if self.bias_ih is not None:
-            weights += [self.bias_ih, self.bias_hh]
+        if (bias_ih := self.bias_ih) is not None:
+            weights += [bias_ih, self.bias_hh]
         mode = self._mode()
         h, c = functional.cell(mode, input, states, weights)
         if not batched:
