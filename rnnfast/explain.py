@@ -29,8 +29,7 @@ class Explanation(list[Choice]):
         if not self:
             return "no rnnfast module was called"
         return "\n".join(
-            f"{choice.module or '(the model)'}: {choice.layer}, input {choice.input} -> {choice.backend}: {choice.reason}"
-            for choice in self
+            f"{c.module or '(the model)'}: {c.layer}, input {c.input} -> {c.backend}: {c.reason}" for c in self
         )
 
     __str__ = __repr__

@@ -64,6 +64,8 @@ def rnn(
     """
     h0, c0 = (None, None) if hx is None else (hx[0], hx[1] if mode == "LSTM" else None)
     input, h0, c0, weights = _operands(input, h0, c0, weights)
+    if input.size(-1) != weights[0].size(1):
+        raise _products_differ(input.numel() // max(input.size(-1), 1), input.size(-1), weights[0])
     directions = 1 + bidirectional
     per_layer = len(weights) // num_layers
     if hx is not None and not (batch_sizes is not None and torch.compiler.is_compiling()):
@@ -118,7 +120,7 @@ def cell(mode: str, input: Tensor, hx: Sequence[Tensor] | None, weights: Sequenc
     inputs, hidden = weights[0].size(1), weights[1].size(1)
     if input.size(1) != inputs:
         raise RuntimeError(f"input has inconsistent input_size: got {input.size(1)} expected {inputs}")
-    for k, state in enumerate(hx or ()):
+    for k, state in enumerate(() if hx is None else hx):
         if state.size(0) != input.size(0):
             raise RuntimeError(f"Input batch size {input.size(0)} doesn't match hidden{k} batch size {state.size(0)}")
         if state.size(1) != hidden:
@@ -138,15 +140,14 @@ def _join(function, tensors: list[Tensor]) -> Tensor:
 
 def _operands(input: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor]) -> tuple:
     """What a backend computes with: cast under autocast, and of one device and dtype, or refused in torch's words."""
-    if input.device.type != "meta" and torch.is_autocast_enabled(input.device.type):
-        low = torch.get_autocast_dtype(input.device.type)
+    device = input.device
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):
+        low = torch.get_autocast_dtype(device.type)
         input, h0, c0, *weights = (_autocast(t, low) for t in (input, h0, c0, *weights))
-    device, dtype = input.device, input.dtype
+    dtype = input.dtype
     for t in (*weights, h0, c0):
         if t is not None and (t.dtype != dtype or t.device != device):
             raise _mismatch(input, t, "hidden" if t is h0 or t is c0 else "parameter")
-    if input.size(-1) != weights[0].size(1):
-        raise _products_differ(input.numel() // max(input.size(-1), 1), input.size(-1), weights[0])
     return input, h0, c0, weights
 
 

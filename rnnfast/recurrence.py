@@ -31,6 +31,7 @@ _BACKWARD = (
 )
 _SAVED_GATES = {"RNN_TANH": 0, "RNN_RELU": 0, "LSTM": 4, "GRU": 4}  # columns of H; the GRU also keeps W_hn h + b_hn
 
+_OPS: dict[tuple[str, str], torch._ops.OpOverload] = {}  # by backend and direction
 _CONTIGUOUS = torch.contiguous_format
 _library = torch.library.Library("rnnfast", "DEF")
 
@@ -79,6 +80,7 @@ def _define(backend: str, saves_gates: bool) -> None:
         name = f"{backend}_{direction}"
         _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"rnnfast::{name}", fake, lib=_library)
+        _OPS[backend, direction] = getattr(torch.ops.rnnfast, name).default
 
 
 # The reference as a backend: the loops of reference.py behind ops.
@@ -206,7 +208,7 @@ def choose_backend(mode: str, device: str, dtype: torch.dtype) -> tuple[str, str
     elif not _BACKENDS["cpu"].available:
         reason = _BACKENDS["cpu"].detail
     else:
-        return "cpu", f"native kernels serve {dtype} on a CPU"
+        return "cpu", "native kernels serve this dtype on a CPU"
     if _forced is not None:
         raise RuntimeError(f"backend {_forced!r} cannot serve this call: {reason}")
     return "reference", reason
@@ -225,14 +227,10 @@ def _loop_over_batch(function: type, info, in_dims: tuple, args: tuple):
     return outputs, (0,) * len(outputs)
 
 
-def _op(backend: str, direction: str):
-    return getattr(torch.ops.rnnfast, f"{backend}_{direction}").default
-
-
 class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(backend, mode, bidirectional, batch_sizes, lengths, resets, x, h0, c0, *weights):
-        return _op(backend, "forward")(
+        return _OPS[backend, "forward"](
             mode, x, h0, c0, weights, batch_sizes, lengths, resets, bidirectional, True, True
         )
 
@@ -272,7 +270,7 @@ class _LayerBackward(torch.autograd.Function):
         backend, mode, bidirectional, need_dx, need_dw, batch_sizes, lengths, resets, dy, dh_n, dc_n, dc, x, h0, c0, y,
         c, gates, *weights,
     ):  # fmt: skip
-        dx, dh0, dc0, dweights = _op(backend, "backward")(
+        dx, dh0, dc0, dweights = _OPS[backend, "backward"](
             mode, dy, dh_n, dc_n, dc, x, h0, c0, weights, batch_sizes, lengths, resets, bidirectional, y, c, gates,
             need_dx, need_dw,
         )  # fmt: skip
@@ -351,7 +349,7 @@ def layer(
         return reference.layer(mode, x, h0, c0, weights, *form, bidirectional)
     if _is_differentiated(x, h0, c0, weights):
         return _Layer.apply(backend, mode, bidirectional, *form, x, h0, c0, *weights)[:4]
-    return _op(backend, "forward")(mode, x, h0, c0, weights, *form, bidirectional, keep_c, False)[:4]
+    return _OPS[backend, "forward"](mode, x, h0, c0, weights, *form, bidirectional, keep_c, False)[:4]
 
 
 def _is_differentiated(x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: list[Tensor]) -> bool:
