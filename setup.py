@@ -30,14 +30,20 @@ def quote(words):
     return " ".join(shlex.quote(str(word)) for word in words)
 
 
+def escape(path):
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
 def ninja_file(root, output):
     """The build as the text of a build.ninja file."""
     from torch.utils.cpp_extension import include_paths, library_paths
 
-    libraries = [f"-L{path}" for path in library_paths()] + ["-ltorch_cpu", "-lc10"]
+    # Messages and debug information name sources from the root on, wherever that is.
+    flags = [f"-ffile-prefix-map={root}=.", *(f"-isystem{path}" for path in include_paths())]
+    libraries = [*(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-lc10"]
     lines = [
         f"cxx = {os.environ.get('CXX', 'c++')}",
-        f"flags = {FLAGS} {quote(f'-isystem{path}' for path in include_paths())} {os.environ.get('CXXFLAGS', '')}",
+        f"flags = {FLAGS} {quote(flags)} {os.environ.get('CXXFLAGS', '')}",
         "rule compile",
         "  command = $cxx -MMD -MF $out.d $flags $extra -c $in -o $out",
         "  depfile = $out.d",
@@ -49,13 +55,13 @@ def ninja_file(root, output):
 
     def compile(source, name, extra=""):
         objects.append(f"{name}.o")
-        lines.extend([f"build {name}.o: compile {root / 'csrc' / source}", f"  extra = {extra}"])
+        lines.extend([f"build {name}.o: compile {escape(root / 'csrc' / source)}", f"  extra = {extra}"])
 
     for isa, flags in INSTRUCTION_SETS.items():
         compile("cpu/kernels.cpp", f"kernels_{isa}", f"-DRNNFAST_ISA={isa} {KERNEL_FLAGS} {flags}")
     compile("ops.cpp", "ops")
     compile("cpu/recurrence.cpp", "recurrence")
-    lines += [f"build {output}: link {' '.join(objects)}", ""]
+    lines += [f"build {escape(output)}: link {' '.join(objects)}", ""]
     return "\n".join(lines)
 
 
@@ -78,7 +84,13 @@ class AnyPythonWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
+def files(pattern):
+    """What a source distribution has to hold."""
+    root = Path(__file__).resolve().parent
+    return sorted(str(path.relative_to(root)) for path in (root / "csrc").rglob(pattern))
+
+
 setup(
-    ext_modules=[Extension("rnnfast._cpu", sources=[])],
+    ext_modules=[Extension("rnnfast._cpu", sources=files("*.cpp"), depends=files("*.h"))],
     cmdclass={"build_ext": BuildLibrary, "bdist_wheel": AnyPythonWheel},
 )

@@ -1,11 +1,11 @@
 // Matrix products of a few rows with a packed matrix, the one kernel under every phase of a layer.
 //
-// A packed matrix keeps its columns in panels of up to four vectors of U lanes, [panel][K][vector][U], zeros where there
-// is no column. A panel of a gate matrix holds all gates of one block of U hidden units, so that a tile of the product
-// is what a cell needs; a matrix of one gate takes four blocks a panel.
+// A packed matrix keeps its columns in panels of up to four vectors of U lanes, [panel][K][vector][U], zeros where
+// there is no column. A panel of a gate matrix holds all gates of one block of U hidden units, so that a tile of the
+// product is what a cell needs; a matrix of one gate takes four blocks a panel.
 #pragma once
 
-#include "kernels.h"
+#include "parallel.h"
 #include "simd.h"
 
 namespace rnnfast {
@@ -14,51 +14,12 @@ namespace {
 
 constexpr int kMaxVectors = 4;
 constexpr int kMaxRows = 8;
-constexpr int kBlockRows = 48;             // rows a pass over a panel serves: their sums and a block of the panel fit L1
-constexpr int kBlockBytes = 32 * 1024;     // of a panel, kept in L1 while several tiles use it
-
-constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
-constexpr int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int kBlockRows = 48;          // rows a pass over a panel serves: their sums and a block of the panel fit L1
+constexpr int kBlockBytes = 32 * 1024;  // of a panel, kept in L1 while several tiles use it
 
 // Rows of a register tile V vectors wide. With 32 registers: R*V sums, V of the panel, 1 or 2 broadcast values. With 16
 // the panel's vectors are memory operands.
 constexpr int tile_rows(int V) { return min(kMaxRows, kRegisters == 32 ? (30 - V) / V : 12 / V); }
-
-template <class F>
-void parallel(int64_t tasks, const F& body) {
-  if (tasks == 1) return body(int64_t(0));
-  parallel_tasks(
-      tasks, [](void* context, int64_t task) { (*static_cast<const F*>(context))(task); }, const_cast<F*>(&body));
-}
-
-struct Range {
-  int64_t begin, end;
-};
-constexpr Range share(int64_t n, int64_t part, int64_t parts) { return {n * part / parts, n * (part + 1) / parts}; }
-
-// Calls body(i) for all i < n; neighbours go to one thread.
-template <class F>
-void parallel_for(int64_t n, int64_t threads, const F& body) {
-  int64_t tasks = max(1, min(n, threads));
-  parallel(tasks, [&](int64_t task) {
-    Range r = share(n, task, tasks);
-    for (int64_t i = r.begin; i < r.end; i++) body(i);
-  });
-}
-
-template <class T>
-class Buffer {
- public:
-  explicit Buffer(int64_t n) : data_(n ? static_cast<T*>(allocate(n * sizeof(T))) : nullptr) {}
-  ~Buffer() { release(data_); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  operator T*() const { return data_; }
-
- private:
-  T* data_;
-};
 
 // The columns of a packed matrix of gates*units columns.
 template <class T>
@@ -66,7 +27,7 @@ struct Panels {
   static constexpr int U = kLanes<T>;
   int64_t units;
   int gates;
-  int64_t blocks = ceil_div(units, U);
+  int64_t blocks = max(1, ceil_div(units, U));  // one, of no lanes, where there is no unit
   int blocks_per_panel = gates == 1 ? kMaxVectors : 1;
 
   explicit Panels(int64_t units, int gates = 1) : units(units), gates(gates) {}
@@ -173,9 +134,9 @@ void product_of(const T* a, int64_t rs, int64_t ks, int64_t M, const T* b, int64
     for (int64_t i = 0; i < tiles; i++) {  // rows are dealt evenly: 16 are 6 + 5 + 5
       Range r = share(M, i, tiles);
       const T* from = k ? out + r.begin * os : init + r.begin * is;
-      tile_of<T, V>(r.end - r.begin, std::make_index_sequence<kRows>())(
-          a + r.begin * rs + k * ks, rs, ks, b + k * V * kLanes<T>, min(depth, K - k), from, k ? os : is,
-          out + r.begin * os, os);
+      tile_of<T, V>(r.end - r.begin, std::make_index_sequence<kRows>())(a + r.begin * rs + k * ks, rs, ks,
+                                                                        b + k * V * kLanes<T>, min(depth, K - k), from,
+                                                                        k ? os : is, out + r.begin * os, os);
     }
   }
 }
@@ -185,9 +146,35 @@ template <class T>
 void product(const T* a, int64_t rs, int64_t ks, int64_t M, const T* b, int V, int64_t K, const T* init, int64_t is,
              T* out, int64_t os) {
   static constexpr decltype(&product_of<T, 1>) products[] = {product_of<T, 1>, product_of<T, 2>, product_of<T, 3>,
-                                                      product_of<T, 4>};
+                                                             product_of<T, 4>};
   for (int64_t i = 0; i < M; i += kBlockRows) {
     products[V - 1](a + i * rs, rs, ks, min(kBlockRows, M - i), b, K, init + i * is, is, out + i * os, os);
+  }
+}
+
+// The same with panel p of W^T, read from w [gates*units,K] as it lies: for rows too few to pay for packing.
+template <class S, class T = AccOf<S>>
+void product_unpacked(const T* a, int64_t rs, int64_t M, const S* w, const Panels<AccOf<S>>& panels, int64_t p,
+                      int64_t K, const T* init, T* out, int64_t os) {
+  constexpr int U = kLanes<T>;
+  for (int v = 0; v < panels.vectors(p); v++) {
+    const int lanes = panels.lanes(p, v);
+    const S* from = w + panels.column(p, v) * K;
+    for (int64_t i = 0; i < M; i++) {
+      Vec<T> sums[U] = {};
+      for (int64_t k = 0; k < K; k += U) {
+        const int n = min(U, K - k);
+        const Vec<T> row = load(a + i * rs + k, n);
+#pragma GCC unroll 16
+        for (int j = 0; j < U; j++) {
+          if (j < lanes) sums[j] = sums[j] + row * load(from + j * K + k, n);
+        }
+      }
+      transpose(sums);
+      Vec<T> total = load(init + v * U);
+      for (int j = 0; j < U; j++) total = total + sums[j];
+      store(out + i * os + v * U, total);
+    }
   }
 }
 

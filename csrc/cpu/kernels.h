@@ -25,14 +25,15 @@ struct Steps {
   const int64_t* length;  // [N]    steps of rank j
   const bool* resets;     // [T,N]  or null
 
-  int64_t row(int64_t t, int64_t j) const { return offset[t] + order[j]; }
+  // Always inlined, so that no copy built for one instruction set serves another.
+  RNNFAST_INLINE int64_t row(int64_t t, int64_t j) const { return offset[t] + order[j]; }
   // The memory row of the step that direction d takes before t; -1 if t is its first.
-  int64_t previous(int d, int64_t t, int64_t j) const {
+  RNNFAST_INLINE int64_t previous(int d, int64_t t, int64_t j) const {
     if (d == 0) return t > 0 ? row(t - 1, j) : -1;
     return j < active[t + 1] ? row(t + 1, j) : -1;
   }
   // Whether an episode border lies between t and the step that direction d takes before it.
-  bool cut(int d, int64_t t, int64_t j) const {
+  RNNFAST_INLINE bool cut(int d, int64_t t, int64_t j) const {
     return resets && j < active[t + d] && resets[(t + d) * N + order[j]];
   }
 };
@@ -81,7 +82,6 @@ struct Backward : Layer {
 };
 
 struct Kernels {
-  const char* name;
   void (*forward[kCellKinds][kStorages])(const Forward&);
   void (*backward[kCellKinds][kStorages])(const Backward&);
 };
@@ -97,7 +97,8 @@ extern const Kernels kernels;
 }
 
 // Services of the operators' side, here as plain functions so that the kernels include nothing of torch.
-void parallel_tasks(int64_t tasks, void (*body)(void* context, int64_t task), void* context);
+// parallel_tasks calls body with ranges that make up [0, tasks), each on a thread of its own where that can be had.
+void parallel_tasks(int64_t tasks, void (*body)(void* context, int64_t begin, int64_t end), void* context);
 void* allocate(size_t bytes);
 void release(void* memory);
 

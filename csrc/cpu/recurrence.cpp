@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <mutex>
 #include <new>
 #include <numeric>
 #include <tuple>
@@ -15,25 +16,78 @@
 
 namespace rnnfast {
 
-void parallel_tasks(int64_t tasks, void (*body)(void* context, int64_t task), void* context) {
-  torch::stable::parallel_for(0, tasks, 1, [=](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; task++) body(context, task);
-  });
+void parallel_tasks(int64_t tasks, void (*body)(void* context, int64_t begin, int64_t end), void* context) {
+  torch::stable::parallel_for(0, tasks, 1, [=](int64_t begin, int64_t end) { body(context, begin, end); });
 }
 
-void* allocate(size_t bytes) {
-  void* memory = std::aligned_alloc(64, (bytes + 63) / 64 * 64);
-  if (!memory) throw std::bad_alloc();
-  return memory;
+namespace {
+
+// Scratch kept between calls: fresh pages cost as much as a good part of a short backward pass.
+class ScratchPool {
+ public:
+  void* allocate(size_t bytes) {
+    if (bytes > kSmall) {
+      std::lock_guard<std::mutex> lock(mutex_);
+      auto best = free_.end();
+      for (auto block = free_.begin(); block != free_.end(); ++block) {
+        if (block->bytes >= bytes && (best == free_.end() || block->bytes < best->bytes)) best = block;
+      }
+      if (best != free_.end() && best->bytes <= 2 * bytes) {
+        void* memory = best->memory;
+        kept_ -= best->bytes;
+        free_.erase(best);
+        return memory;
+      }
+    }
+    bytes = (bytes + 63) / 64 * 64;
+    auto* memory = static_cast<char*>(std::aligned_alloc(64, kHeader + bytes));
+    if (!memory) throw std::bad_alloc();
+    *reinterpret_cast<size_t*>(memory) = bytes;
+    return memory + kHeader;
+  }
+
+  void release(void* memory) {
+    if (!memory) return;
+    Block block{*reinterpret_cast<size_t*>(static_cast<char*>(memory) - kHeader), memory};
+    if (block.bytes <= kSmall || block.bytes > kKept) return drop(block);
+    std::lock_guard<std::mutex> lock(mutex_);
+    free_.push_back(block);
+    for (kept_ += block.bytes; kept_ > kKept; free_.erase(free_.begin())) {  // the oldest goes first
+      kept_ -= free_.front().bytes;
+      drop(free_.front());
+    }
+  }
+
+ private:
+  static constexpr size_t kHeader = 64, kSmall = 64 << 10, kKept = 64 << 20;
+  struct Block {
+    size_t bytes;
+    void* memory;
+  };
+  static void drop(Block block) { std::free(static_cast<char*>(block.memory) - kHeader); }
+
+  std::mutex mutex_;
+  std::vector<Block> free_;
+  size_t kept_ = 0;
+};
+
+ScratchPool& scratch_pool() {
+  static auto* pool = new ScratchPool;  // never destroyed: a thread may outlive static objects
+  return *pool;
 }
 
-void release(void* memory) { std::free(memory); }
+}  // namespace
+
+void* allocate(size_t bytes) { return scratch_pool().allocate(bytes); }
+
+void release(void* memory) { scratch_pool().release(memory); }
 
 namespace {
 
 // ---- instruction sets, best first
 
 struct InstructionSet {
+  const char* name;
   const Kernels* kernels;
   bool supported;
 };
@@ -41,33 +95,32 @@ struct InstructionSet {
 const std::vector<InstructionSet>& instruction_sets() {
   static const std::vector<InstructionSet> sets = {
 #if defined(__x86_64__)
-      {&avx512::kernels, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                             __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
-                             __builtin_cpu_supports("avx512vl")},
-      {&avx2::kernels, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                           __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c")},
+      {"avx512", &avx512::kernels,
+       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")},
+      {"avx2", &avx2::kernels,
+       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") &&
+           __builtin_cpu_supports("f16c")},
 #endif
-      {&portable::kernels, true},
+      {"portable", &portable::kernels, true},
   };
   return sets;
 }
 
-std::atomic<const Kernels*>& chosen() {
-  static std::atomic<const Kernels*> kernels = [] {
-    for (const auto& set : instruction_sets()) {
-      if (set.supported) return set.kernels;
-    }
-    return &portable::kernels;
+std::atomic<const InstructionSet*>& chosen() {
+  static std::atomic<const InstructionSet*> set = [] {
+    const auto& sets = instruction_sets();
+    return &*std::find_if(sets.begin(), sets.end(), [](const auto& set) { return set.supported; });
   }();
-  return kernels;
+  return set;
 }
 
 std::string cpu_isa(std::optional<std::string> use) {
   if (use) {
     const auto& sets = instruction_sets();
-    auto found = std::find_if(sets.begin(), sets.end(), [&](const auto& set) { return *use == set.kernels->name; });
+    auto found = std::find_if(sets.begin(), sets.end(), [&](const auto& set) { return *use == set.name; });
     STD_TORCH_CHECK(found != sets.end() && found->supported, "rnnfast: this CPU or build has no '", *use, "'");
-    chosen() = found->kernels;
+    chosen() = &*found;
   }
   return chosen().load()->name;
 }
@@ -80,7 +133,10 @@ Tensor empty(const Shape& shape, ScalarType dtype) {
   Shape strides(shape.size(), 1);
   for (size_t i = shape.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(shape[i], 1);
   AtenTensorHandle handle;
-  int32_t type = types[dtype == ScalarType::Float ? 0 : dtype == ScalarType::Double ? 1 : dtype == ScalarType::BFloat16 ? 2 : 3];
+  int32_t type = types[dtype == ScalarType::Float      ? 0
+                       : dtype == ScalarType::Double   ? 1
+                       : dtype == ScalarType::BFloat16 ? 2
+                                                       : 3];
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(shape.size(), shape.data(), strides.data(), type,
                                                          aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
@@ -172,10 +228,11 @@ StepTable make_table(const Dimensions& n, Reader& read, const OptionalTensor& ba
 
 // ---- the operators
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu_forward(
-    std::string cell, Tensor x, OptionalTensor h0, OptionalTensor c0, std::vector<Tensor> weights,
-    OptionalTensor batch_sizes, OptionalTensor lengths, OptionalTensor resets, bool bidirectional, bool keep_c,
-    bool keep_gates) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu_forward(std::string cell, Tensor x, OptionalTensor h0,
+                                                               OptionalTensor c0, std::vector<Tensor> weights,
+                                                               OptionalTensor batch_sizes, OptionalTensor lengths,
+                                                               OptionalTensor resets, bool bidirectional, bool keep_c,
+                                                               bool keep_gates) {
   const Dimensions n = check_layer(cell, x, h0, c0, weights, batch_sizes, lengths, resets, bidirectional);
   keep_c = keep_c && n.cell == kLstm;
   keep_gates = keep_gates && n.saved_gates > 0;
@@ -190,7 +247,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu_forward(
   fill(f, n, table, read, x, h0, c0, weights);
   f.y = y.data_ptr(), f.h_n = h_n.data_ptr(), f.c_n = c_n.data_ptr();
   f.c = data_if(keep_c, c), f.gates = data_if(keep_gates, gates);
-  chosen().load()->forward[n.cell][storage_of(n.dtype)](f);
+  chosen().load()->kernels->forward[n.cell][storage_of(n.dtype)](f);
   return {y, h_n, c_n, c, gates};
 }
 
@@ -230,7 +287,7 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> cpu_backward(
     f.dw[d] = parameters<void*>(n, &dweights[d * n.weights()], [](const Tensor& t) { return t.data_ptr(); });
   }
   if (f.dx && table.steps.start[n.T] < n.R) std::memset(f.dx, 0, dx.numel() * dx.element_size());
-  chosen().load()->backward[n.cell][storage_of(n.dtype)](f);
+  chosen().load()->kernels->backward[n.cell][storage_of(n.dtype)](f);
   return {dx, dh0, dc0, dweights};
 }
 

@@ -310,8 +310,21 @@ RNNFAST_INLINE Vec<T> exp(Vec<T> x) {
 }
 
 template <class T>
+RNNFAST_INLINE Vec<T> reciprocal(Vec<T> x) {
+  return Vec<T>(1) / x;
+}
+#if defined(__AVX512F__)
+// An estimate and a Newton step, at a fifth of a division's cost; the step would make 0 * infinity of 1 / infinity.
+RNNFAST_INLINE Vec<float> reciprocal(Vec<float> x) {
+  Vec<float> r = _mm512_maskz_rcp14_ps(0xffff, (__m512)x.v);
+  Vec<float> refined = r + r * (Vec<float>(1) - x * r);
+  return x.v < __builtin_inff() ? refined.v : r.v;
+}
+#endif
+
+template <class T>
 RNNFAST_INLINE Vec<T> sigmoid(Vec<T> x) {
-  return Vec<T>(1) / (Vec<T>(1) + exp(Vec<T>(0) - x));
+  return reciprocal(Vec<T>(1) + exp(Vec<T>(0) - x));
 }
 
 // x P(x^2) near zero, where 1 - 2 / (e^2x + 1) would cancel (coefficients from Cephes).
@@ -331,7 +344,7 @@ template <class T>
 RNNFAST_INLINE Vec<T> tanh(Vec<T> x) {
   using I = typename Vec<T>::I;
   Vec<T> size = abs(x), near = tanh_near_zero(x, x * x);
-  Vec<T> far = Vec<T>(1) - Vec<T>(2) / (exp(size + size) + Vec<T>(1));
+  Vec<T> far = Vec<T>(1) - Vec<T>(2) * reciprocal(exp(size + size) + Vec<T>(1));
   I sign = bit_cast<I>(x) ^ bit_cast<I>(size);
   far = bit_cast<Vec<T>>(bit_cast<I>(far) | sign);
   return size.v < T(0.625) ? near.v : far.v;

@@ -1,0 +1,197 @@
+"""torch.compile without a graph break and torch.export with dynamic sizes: each layer stays one opaque node."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from helpers import CELLS, LAYERS, assert_same, flatten, states, values_and_grads
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence
+
+import rnnfast
+
+DOUBLE = torch.float64
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+class Around(nn.Module):
+    """A recurrent module between two others, called with whatever arguments it takes."""
+
+    def __init__(self, name: str, **kwargs: Any) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, 4, dtype=DOUBLE)
+        self.rnn = getattr(rnnfast, name)(4, 5, **kwargs, dtype=DOUBLE)
+
+    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(x, torch.Tensor):
+            x = self.first(x)
+        return [t.sin() for _, t in flatten(self.rnn(x, *args, **kwargs)) if t.is_floating_point()]
+
+
+def _assert_compiled_is_eager(model: nn.Module, *args: Any, compiler: str = "aot_eager", **kwargs: Any) -> None:
+    expected = values_and_grads(model, *args, **kwargs)
+    compiled = torch.compile(model, backend=compiler, fullgraph=True)
+    found = values_and_grads(compiled, *args, **kwargs)
+    assert_same({key.replace("_orig_mod.", ""): t for key, t in found.items()}, expected)
+    with torch.no_grad():
+        assert_same(dict(flatten(compiled(*args, **kwargs))), dict(flatten(model(*args, **kwargs))))
+
+
+STACK = {"num_layers": 2, "bidirectional": True}
+LENGTHS = torch.tensor([2, 6, 0])
+RESETS = torch.zeros(6, 3, dtype=torch.bool)
+RESETS[2, 0] = RESETS[5, 1] = RESETS[0, 2] = RESETS[3, 2] = True
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize(
+    "case",
+    ["plain", "hx", "lengths", "resets", "states", "batch-first", "unbatched", "packed", "packed-hx", "packed-sorted"],
+)
+def test_compile_layer(name: str, case: str) -> None:
+    x, hx = torch.randn(6, 3, 3, dtype=DOUBLE), states(name, 4, 3, 5)
+    padded = torch.randn(6, 3, 4, dtype=DOUBLE)
+    unsorted = pack_padded_sequence(padded, torch.tensor([2, 6, 4]), enforce_sorted=False)
+    args, kwargs = {
+        "plain": ((x,), {}),
+        "hx": ((x, hx), {}),
+        "lengths": ((x, hx), {"lengths": LENGTHS}),
+        "resets": ((x, hx), {"resets": RESETS}),
+        "states": ((x, hx), {"lengths": LENGTHS, "resets": RESETS, "return_states": True}),
+        "batch-first": ((x, states(name, 4, 6, 5)), {"return_states": True}),
+        "unbatched": ((x[:, 0],), {}),
+        "packed": ((unsorted,), {}),
+        "packed-hx": ((unsorted, hx), {"return_states": True}),
+        "packed-sorted": ((pack_padded_sequence(padded, torch.tensor([6, 2, 1])), hx), {}),
+    }[case]
+    model = Around(name, **STACK, batch_first=case == "batch-first")
+    _assert_compiled_is_eager(model, *args, **kwargs)
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_compile_cell(name: str) -> None:
+    for shape in ((3,), ()):
+        _assert_compiled_is_eager(Around(name), torch.randn(*shape, 3, dtype=DOUBLE))
+        _assert_compiled_is_eager(Around(name), torch.randn(*shape, 3, dtype=DOUBLE), states(name, *shape, 5))
+
+
+def test_compile_everything_at_once() -> None:
+    class Everything(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(getattr(rnnfast, name)(4, 4, dtype=DOUBLE) for name in LAYERS)
+            self.cells = nn.ModuleList(getattr(rnnfast, name)(4, 4, dtype=DOUBLE) for name in CELLS)
+
+        def forward(self, x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+            for layer in self.layers:
+                x = x + layer(x, lengths=lengths)[0]
+            h = x.mean(0)
+            for cell in self.cells:
+                h = cell(x[0], (h, h) if isinstance(cell, rnnfast.LSTMCell) else h)
+                h = h[0] if isinstance(h, tuple) else h
+            return h
+
+    _assert_compiled_is_eager(Everything(), torch.randn(6, 3, 4, dtype=DOUBLE), LENGTHS)
+
+
+def test_compile_draws_dropout_in_training_only() -> None:
+    model = Around("LSTM", num_layers=2, dropout=0.5)
+    compiled, x = torch.compile(model, backend="aot_eager", fullgraph=True), torch.randn(6, 3, 3, dtype=DOUBLE)
+    assert not torch.equal(compiled(x)[0], compiled(x)[0])
+    model.eval()
+    torch.testing.assert_close(compiled(x)[0], model(x)[0])
+
+
+def test_compiled_once_for_every_length() -> None:
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, inputs: list) -> Any:
+        graphs.append(graph)
+        return graph
+
+    model = Around("GRU", **STACK)
+    compiled = torch.compile(model, backend=count, fullgraph=True, dynamic=True)
+    for steps, rows in ((6, 8), (11, 8), (7, 9)):  # of no size that the weights have, which would tie them
+        x = torch.randn(steps, rows, 3, dtype=DOUBLE)
+        assert_same(dict(flatten(compiled(x))), dict(flatten(model(x))))
+    assert len(graphs) == 1
+
+
+@pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
+@pytest.mark.parametrize("name", LAYERS)
+def test_compile_with_inductor(name: str) -> None:
+    model = Around(name, **STACK)
+    x, hx = torch.randn(6, 3, 3, dtype=DOUBLE), states(name, 4, 3, 5)
+    _assert_compiled_is_eager(model, x, hx, compiler="inductor", lengths=LENGTHS)
+
+
+def test_converted_model_compiles() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.LSTM(4, 5)).double()
+    x = torch.randn(6, 3, 3, dtype=DOUBLE)
+    expected = values_and_grads(model, x)
+    compiled = torch.compile(rnnfast.convert(model), backend="aot_eager", fullgraph=True)
+    found = values_and_grads(compiled, x)
+    assert_same({key.replace("_orig_mod.", ""): t for key, t in found.items()}, expected)
+
+
+# Export
+
+
+def _nodes(program: torch.export.ExportedProgram) -> list[str]:
+    calls = (str(node.target) for node in program.graph.nodes if node.op == "call_function")
+    return [target for target in calls if "getitem" not in target]
+
+
+@pytest.mark.parametrize("extension", ["none", "lengths", "resets"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_export_with_dynamic_sizes(name: str, extension: str) -> None:
+    steps, rows = torch.export.Dim("steps"), torch.export.Dim("rows")
+    model = Around(name, num_layers=3, bidirectional=True).eval()
+
+    class Batch(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, x: torch.Tensor, extra: torch.Tensor) -> Any:
+            return self.model(x, **({} if extension == "none" else {extension: extra}))
+
+    def inputs(steps: int, rows: int) -> tuple:
+        extra = {
+            "none": torch.zeros(rows),
+            "lengths": torch.randint(0, steps + 1, (rows,)),
+            "resets": torch.rand(steps, rows) < 0.3,
+        }[extension]
+        return torch.randn(steps, rows, 3, dtype=DOUBLE), extra
+
+    sizes = {0: steps, 1: rows}
+    program = torch.export.export(
+        Batch(), inputs(6, 3), dynamic_shapes=(sizes, sizes if extension == "resets" else {0: rows})
+    )
+    nodes = _nodes(program)
+    assert len([target for target in nodes if target.startswith("rnnfast.") and "_forward" in target]) == 3
+    assert len(nodes) < 20, nodes  # the projection before, sums of states, checks of sizes: no loop over steps
+    for size in ((6, 3), (13, 2), (2, 7)):
+        args = inputs(*size)
+        assert_same(dict(flatten(program.module()(*args))), dict(flatten(Batch()(*args))))
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_export_cell(name: str) -> None:
+    model, hx = Around(name), states(name, 3, 5)
+    rows = torch.export.Dim("rows")
+    sizes = {0: rows}, ((({0: rows},) * 2 if name == "LSTMCell" else {0: rows}),)
+    program = torch.export.export(model, (torch.randn(3, 3, dtype=DOUBLE), hx), dynamic_shapes=sizes)
+    assert sum("_forward" in target for target in _nodes(program)) == 1
+    args = torch.randn(8, 3, dtype=DOUBLE), states(name, 8, 5)
+    assert_same(dict(flatten(program.module()(*args))), dict(flatten(model(*args))))

@@ -1,0 +1,121 @@
+"""The package as installed: what it names, what it imports, and that it works without its native library."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import inspect
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import rnnfast
+
+PACKAGE = Path(rnnfast.__file__).parent
+
+
+def _run(script: str, directory: Path) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        cwd=directory,
+        env={**os.environ, "PYTHONPATH": str(directory)},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return done.stdout
+
+
+PARITY = """
+import sys, torch, rnnfast
+torch.manual_seed(0)
+theirs, ours = torch.nn.LSTM(4, 5, 2, bidirectional=True), rnnfast.LSTM(4, 5, 2, bidirectional=True)
+ours.load_state_dict(theirs.state_dict())
+x = torch.randn(7, 3, 4)
+found = []
+for module in (theirs, ours):
+    inputs = x.clone().requires_grad_()
+    output, (h_n, c_n) = module(inputs)
+    (output.square().sum() + h_n.sum() + c_n.sum()).backward()
+    found.append([output, h_n, c_n, inputs.grad, *(p.grad for p in module.parameters())])
+for actual, expected in zip(*found[::-1]):
+    torch.testing.assert_close(actual, expected)
+cpu = rnnfast.backends()["cpu"]
+print(rnnfast.__file__, cpu.available, cpu.detail, rnnfast.explain(ours)[0].backend, sep="\\n")
+"""
+
+
+def _copy(directory: Path) -> Path:
+    ignored = shutil.ignore_patterns("*.so", "__pycache__")
+    return Path(shutil.copytree(PACKAGE, directory / "rnnfast", ignore=ignored))
+
+
+def test_works_without_the_native_library(tmp_path: Path) -> None:
+    copy = _copy(tmp_path)
+    where, available, detail, backend = _run(PARITY, tmp_path).splitlines()
+    assert Path(where).parent == copy
+    assert available == "False"
+    assert "the native library is not built" in detail
+    assert backend == "reference"
+
+
+def test_works_with_a_native_library_that_does_not_load(tmp_path: Path) -> None:
+    (_copy(tmp_path) / "_cpu.so").write_bytes(b"no library")
+    _, available, detail, *_, backend = _run(PARITY, tmp_path).splitlines()
+    assert available == "False"
+    assert "the native library does not load: " in detail
+    assert backend == "reference"
+
+
+def test_import_is_frugal() -> None:
+    script = "import sys, torch; before = set(sys.modules); import rnnfast; print(*sorted(set(sys.modules) - before))"
+    found = _run(script, PACKAGE.parent).split()
+    assert "rnnfast.modules" in found
+    assert not {"triton", "numpy", "torch._dynamo", "torch._inductor", "rnnfast.__main__"} & set(found)
+
+
+def test_public_names() -> None:
+    assert rnnfast.__all__ == [
+        "GRU",
+        "LSTM",
+        "RNN",
+        "GRUCell",
+        "LSTMCell",
+        "RNNCell",
+        "backends",
+        "convert",
+        "explain",
+        "functional",
+        "revert",
+        "use_backend",
+    ]
+    for name in rnnfast.__all__:
+        assert inspect.getdoc(getattr(rnnfast, name)), name
+    names = {}
+    exec("from rnnfast import *", names)
+    assert set(rnnfast.__all__) <= set(names)
+
+
+def test_is_typed() -> None:
+    assert (PACKAGE / "py.typed").is_file()
+
+
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+def test_extensions_are_keyword_only(name: str) -> None:
+    parameters = inspect.signature(getattr(rnnfast, name).forward).parameters
+    assert list(parameters) == ["self", "input", "hx", "lengths", "resets", "return_states"]
+    assert [p.name for p in parameters.values() if p.kind is p.KEYWORD_ONLY] == ["lengths", "resets", "return_states"]
+
+
+def test_version() -> None:
+    text = (PACKAGE.parent / "pyproject.toml").read_text() if (PACKAGE.parent / "pyproject.toml").is_file() else None
+    versions = {rnnfast.__version__}
+    if text is not None:
+        versions |= {line.split('"')[1] for line in text.splitlines() if line.startswith("version = ")}
+    versions |= {d.version for d in importlib.metadata.distributions() if d.metadata["Name"] == "rnnfast"}
+    assert len(versions) == 1, versions
