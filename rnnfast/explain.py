@@ -80,5 +80,5 @@ def _choice(name: str, module: nn.Module, input: Tensor | PackedSequence) -> Cho
     described = f"{dtype} on {data.device}"
     if not isinstance(module, (_Recurrent, _Cell)):
         return Choice(name, layer, described, "torch.nn", "not an rnnfast module; rnnfast.convert would make it one")
-    mode = module.mode if isinstance(module, _Recurrent) else module._mode()
+    mode = module.mode if isinstance(module, _Recurrent) else module._mode
     return Choice(name, layer, described, *choose_backend(mode, device, dtype))

@@ -223,7 +223,10 @@ def _refuse_projection(kwargs: dict[str, Any]) -> None:
 
 
 class _Cell(nn.RNNCellBase):
-    """The forward that RNNCell, LSTMCell and GRUCell share."""
+    """The forward that RNNCell, LSTMCell and GRUCell share.
+
+    Each has a constructor of its own: Python names it in the error for a wrong argument, and torch's are so named.
+    """
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
         """One step.
@@ -248,7 +251,7 @@ class _Cell(nn.RNNCellBase):
         weights = [self.weight_ih, self.weight_hh]
         if (bias_ih := self.bias_ih) is not None:
             weights += [bias_ih, self.bias_hh]
-        mode = self._mode()
+        mode = self._mode
         h, c = functional.cell(mode, input, states, weights)
         if not batched:
             h, c = h.squeeze(0), c.squeeze(0) if mode == "LSTM" else c
@@ -275,9 +278,10 @@ class RNNCell(_Cell):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(input_size, hidden_size, bias, num_chunks=1, device=device, dtype=dtype)
+        super().__init__(input_size, hidden_size, bias, 1, device, dtype)
         self.nonlinearity = nonlinearity
 
+    @property
     def _mode(self) -> str:
         if self.nonlinearity not in ("tanh", "relu"):
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
@@ -287,7 +291,7 @@ class RNNCell(_Cell):
 class LSTMCell(_Cell):
     """``torch.nn.LSTMCell`` on fused kernels: the same arguments, parameters, state_dict and results."""
 
-    _name = "LSTMCell"
+    _name, _mode = "LSTMCell", "LSTM"
 
     def __init__(
         self,
@@ -297,10 +301,7 @@ class LSTMCell(_Cell):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
-
-    def _mode(self) -> str:
-        return "LSTM"
+        super().__init__(input_size, hidden_size, bias, 4, device, dtype)
 
     def _states(self, hx: Sequence[Tensor] | None) -> Sequence[Tensor] | None:
         for idx, state in enumerate(() if hx is None else hx):
@@ -316,7 +317,7 @@ class LSTMCell(_Cell):
 class GRUCell(_Cell):
     """``torch.nn.GRUCell`` on fused kernels: the same arguments, parameters, state_dict and results."""
 
-    _name = "GRUCell"
+    _name, _mode = "GRUCell", "GRU"
 
     def __init__(
         self,
@@ -326,7 +327,4 @@ class GRUCell(_Cell):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(input_size, hidden_size, bias, num_chunks=3, device=device, dtype=dtype)
-
-    def _mode(self) -> str:
-        return "GRU"
+        super().__init__(input_size, hidden_size, bias, 3, device, dtype)
