@@ -118,13 +118,18 @@ def _checked_lengths(lengths: Tensor, steps: int) -> Tensor:
 
 _define("reference", saves_gates=False)
 _define("cpu", saves_gates=True)
-_library.define("cpu_isa(str? use) -> str")
+_library.define("cpu_isa(int? use) -> int")
 _library.define("checked_lengths(Tensor lengths, SymInt steps) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 _library.impl("reference_forward", _reference_forward, "CompositeExplicitAutograd")
 _library.impl("reference_backward", _reference_backward, "CompositeExplicitAutograd")
 _library.impl("checked_lengths", _checked_lengths, "CompositeExplicitAutograd")
 torch.library.register_fake(
     "rnnfast::checked_lengths", lambda lengths, steps: torch.empty_like(lengths, dtype=torch.int64), lib=_library
+)
+torch.library.register_vmap(
+    "rnnfast::checked_lengths",
+    lambda info, in_dims, lengths, steps: (torch.ops.rnnfast.checked_lengths(lengths, steps), in_dims[0]),
+    lib=_library,
 )
 
 
@@ -155,6 +160,7 @@ _BACKENDS = {
     "triton": Backend(False, "this version has no Triton kernels"),
     "cuda": Backend(False, "this version has no CUDA kernels"),
 }
+INSTRUCTION_SETS = ("portable", "avx2", "avx512")  # of the CPU backend, as rnnfast::cpu_isa numbers them
 _CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _forced: str | None = None  # by use_backend
 
@@ -163,7 +169,7 @@ def backends() -> dict[str, Backend]:
     """Every backend by name: whether this machine can use it, and with what, or why not."""
     found = dict(_BACKENDS)
     if found["cpu"].available:
-        found["cpu"] = Backend(True, f"C++ with SIMD: {torch.ops.rnnfast.cpu_isa(None)}")
+        found["cpu"] = Backend(True, f"C++ with SIMD: {INSTRUCTION_SETS[torch.ops.rnnfast.cpu_isa(None)]}")
     return found
 
 
@@ -199,9 +205,9 @@ def choose_backend(mode: str, device: str, dtype: torch.dtype) -> tuple[str, str
     """
     if _forced == "reference":
         return "reference", "asked for by use_backend"
-    if forward_ad._current_level >= 0:
-        reason = "forward-mode derivatives are taken through plain torch"
-    elif device != "cpu":
+    if forward_ad._current_level >= 0:  # as second derivatives are, whatever the backend
+        return "reference", "forward-mode derivatives are taken through plain torch"
+    if device != "cpu":
         reason = f"no fused backend serves device {device!r}"
     elif dtype not in _CPU_DTYPES:
         reason = f"no fused backend serves {dtype}"

@@ -8,20 +8,14 @@ import pytest
 import torch
 
 import rnnfast
+from rnnfast.recurrence import INSTRUCTION_SETS
 
 
 def _instruction_sets() -> list[str]:
     if not rnnfast.backends()["cpu"].available:
         return []
-    best = torch.ops.rnnfast.cpu_isa(None)
-    found = []
-    for name in ("avx512", "avx2", "portable"):
-        try:
-            found.append(torch.ops.rnnfast.cpu_isa(name))
-        except RuntimeError:  # this processor lacks it
-            continue
-    torch.ops.rnnfast.cpu_isa(best)
-    return found
+    best = torch.ops.rnnfast.cpu_isa(None)  # a processor that has one has those before it
+    return list(INSTRUCTION_SETS[best::-1])
 
 
 BACKENDS = ["reference", *(f"cpu-{name}" for name in _instruction_sets())]
@@ -47,7 +41,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
             yield request.param
             return
         best = torch.ops.rnnfast.cpu_isa(None)
-        torch.ops.rnnfast.cpu_isa(instruction_set)
+        torch.ops.rnnfast.cpu_isa(INSTRUCTION_SETS.index(instruction_set))
         yield request.param
         torch.ops.rnnfast.cpu_isa(best)
 

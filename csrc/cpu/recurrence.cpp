@@ -84,45 +84,46 @@ void release(void* memory) { scratch_pool().release(memory); }
 
 namespace {
 
-// ---- instruction sets, best first
+// ---- instruction sets, numbered as rnnfast/recurrence.py names them
 
 struct InstructionSet {
-  const char* name;
   const Kernels* kernels;
   bool supported;
 };
 
 const std::vector<InstructionSet>& instruction_sets() {
   static const std::vector<InstructionSet> sets = {
+      {&portable::kernels, true},
 #if defined(__x86_64__)
-      {"avx512", &avx512::kernels,
-       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")},
-      {"avx2", &avx2::kernels,
-       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") &&
-           __builtin_cpu_supports("f16c")},
+      {&avx2::kernels, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                           __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c")},
+      {&avx512::kernels, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                             __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+                             __builtin_cpu_supports("avx512vl")},
 #endif
-      {"portable", &portable::kernels, true},
   };
   return sets;
 }
 
-std::atomic<const InstructionSet*>& chosen() {
-  static std::atomic<const InstructionSet*> set = [] {
-    const auto& sets = instruction_sets();
-    return &*std::find_if(sets.begin(), sets.end(), [](const auto& set) { return set.supported; });
+std::atomic<int64_t>& chosen() {
+  static std::atomic<int64_t> number = [] {
+    int64_t best = instruction_sets().size() - 1;
+    while (!instruction_sets()[best].supported) best--;
+    return best;
   }();
-  return set;
+  return number;
 }
 
-std::string cpu_isa(std::optional<std::string> use) {
+const Kernels& kernels() { return *instruction_sets()[chosen()].kernels; }
+
+int64_t cpu_isa(std::optional<int64_t> use) {
   if (use) {
     const auto& sets = instruction_sets();
-    auto found = std::find_if(sets.begin(), sets.end(), [&](const auto& set) { return *use == set.name; });
-    STD_TORCH_CHECK(found != sets.end() && found->supported, "rnnfast: this CPU or build has no '", *use, "'");
-    chosen() = &*found;
+    STD_TORCH_CHECK(*use >= 0 && *use < int64_t(sets.size()) && sets[*use].supported,
+                    "rnnfast: this CPU or build lacks instruction set ", *use);
+    chosen() = *use;
   }
-  return chosen().load()->name;
+  return chosen();
 }
 
 // ---- tensors
@@ -247,7 +248,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu_forward(std::string cell,
   fill(f, n, table, read, x, h0, c0, weights);
   f.y = y.data_ptr(), f.h_n = h_n.data_ptr(), f.c_n = c_n.data_ptr();
   f.c = data_if(keep_c, c), f.gates = data_if(keep_gates, gates);
-  chosen().load()->kernels->forward[n.cell][storage_of(n.dtype)](f);
+  kernels().forward[n.cell][storage_of(n.dtype)](f);
   return {y, h_n, c_n, c, gates};
 }
 
@@ -287,7 +288,7 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> cpu_backward(
     f.dw[d] = parameters<void*>(n, &dweights[d * n.weights()], [](const Tensor& t) { return t.data_ptr(); });
   }
   if (f.dx && table.steps.start[n.T] < n.R) std::memset(f.dx, 0, dx.numel() * dx.element_size());
-  chosen().load()->kernels->backward[n.cell][storage_of(n.dtype)](f);
+  kernels().backward[n.cell][storage_of(n.dtype)](f);
   return {dx, dh0, dc0, dweights};
 }
 
