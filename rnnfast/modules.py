@@ -53,8 +53,12 @@ class _Recurrent(nn.RNNBase):
         Raises:
             ValueError: input has a wrong number of dimensions or dtype; lengths or resets do not fit, or come with a
                 PackedSequence.
+            TypeError: lengths or resets is no Tensor.
             RuntimeError: hx or input has a wrong size, in torch's words.
         """
+        for name, given in (("lengths", lengths), ("resets", resets)):
+            if given is not None and not isinstance(given, Tensor):
+                raise TypeError(f"{name} must be a Tensor, got {type(given).__name__}")
         packed = isinstance(input, PackedSequence)
         batch_sizes = unsorted_indices = None
         if packed:
@@ -84,7 +88,7 @@ class _Recurrent(nn.RNNBase):
             self._check(input, hx, None)
             if self.batch_first:
                 input = input.transpose(0, 1)
-            if resets is not None and not time_major:
+            if resets is not None and resets.dim() == 2 and not time_major:
                 resets = resets.transpose(0, 1)
 
         output, h_n, c_n, states = functional.rnn(

@@ -287,6 +287,7 @@ EXTENSIONS: dict[str, tuple[Callable[[], Any], dict[str, Any], type, str]] = {
     "lengths-2D": (P.x, {"lengths": torch.tensor([[3, 2]])}, ValueError, r"shape \[2\], .* got \[1, 2\]"),
     "lengths-many": (P.x, {"lengths": torch.tensor([3, 2, 1])}, ValueError, r"shape \[2\], .* got \[3\]"),
     "lengths-scalar": (P.x, {"lengths": torch.tensor(2)}, ValueError, r"shape \[2\], .* got \[\]"),
+    "lengths-list": (P.x, {"lengths": [3, 2]}, TypeError, "lengths must be a Tensor, got list"),
     "resets-int": (P.x, {"resets": torch.zeros(3, 2).long()}, ValueError, "bool tensor, got torch.int64"),
     "resets-transposed": (P.x, {"resets": torch.zeros(2, 3).bool()}, ValueError, r"shape \[3, 2\], .* got \[2, 3\]"),
     "resets-1D": (P.x, {"resets": torch.zeros(3).bool()}, ValueError, r"shape \[3, 2\], .* got \[3\]"),
@@ -313,6 +314,8 @@ def test_extensions_of_batch_first_and_unbatched_input(name: str) -> None:
     module = getattr(rnnfast, name)(4, 5, batch_first=True)
     with pytest.raises(ValueError, match="resets must have shape"):
         module(R(2, 3, 4), resets=torch.zeros(3, 2).bool())
+    with pytest.raises(ValueError, match="resets must have shape"):
+        module(R(2, 3, 4), resets=torch.zeros(3).bool())
     with pytest.raises(ValueError, match=r"within 0\.\.3"):
         module(R(2, 3, 4), lengths=torch.tensor([4, 3]))
     with pytest.raises(ValueError, match=r"within 0\.\.3"):
