@@ -1,0 +1,285 @@
+"""rnnfast, torch.nn and every other runtime that is installed, timed in turn in one run: a CSV row for each case.
+
+    python bench/run.py            # the default table, a few minutes
+    python bench/run.py --quick    # does it all work? seconds
+
+Letters: T steps, N batch, I input features, H hidden units, G gates (LSTM 4, GRU 3, RNN 1).
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import functools
+import itertools
+import re
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import machine
+import peers
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from tqdm import tqdm
+
+import rnnfast
+
+SHAPES = ["100x64x64", "100x32x128", "100x32x256", "100x1x256", "50x64x512"]
+SHAPES += ["100x1x512", "50x32x1024", "37x12x200", "200x8x96"]
+GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
+PEERS = ("onnxruntime", "openvino", "torch_tf32")  # what may stand beside torch.nn
+BURST = 0.02  # seconds that one contender runs before the next one has its turn
+PAUSE = 0.02  # and rests before it: the threads of an OpenMP team spin for about 15 ms after their last work
+
+
+class Case(NamedTuple):
+    """What is timed: the part of a row that identifies it."""
+
+    cell: str
+    dtype: str
+    mode: str  # infer, forward (with a graph for autograd) or train (forward and backward)
+    threads: int
+    T: int
+    N: int
+    I: int
+    H: int
+    layers: int = 1
+    directions: int = 1
+    form: str = "rectangular"  # packed: of ragged rows; lengths: the same rows, padded
+
+    @property
+    def row_lengths(self) -> Tensor:
+        """Valid steps of each row: all of them, or from 55 % of T up."""
+        first = self.T if self.form == "rectangular" else 0.55 * self.T
+        return torch.linspace(first, self.T, self.N).round().long() if self.N > 1 else torch.tensor([self.T])
+
+    @property
+    def gflop(self) -> float:
+        """Of the matrix products; those of the backward are twice those of the forward."""
+        inputs = [self.I] + [self.directions * self.H] * (self.layers - 1)
+        per_step = sum(2 * GATES[self.cell] * self.H * (i + self.H) for i in inputs) * self.directions
+        return int(self.row_lengths.sum()) * per_step * (3 if self.mode == "train" else 1) / 1e9
+
+
+COLUMNS = [
+    *("machine", "versions", "commit", "device", *Case._fields),
+    *("ours_ms", "torch_ms", *(f"{peer}_ms" for peer in PEERS), "best_peer", "ratio_torch", "ratio_best"),
+    *("gflops", "ceiling_gflops", "share_of_ceiling", "ours_kept_mb", "torch_kept_mb", "elsewhere"),
+]
+
+
+def contenders(case: Case, device: str = "cpu") -> dict[str, Callable[[], list[Tensor]]]:
+    """By name a call of each contender on the same weights and inputs; ours and torch's first.
+
+    Raises:
+        RuntimeError: a result differs from torch.nn's, in float32 or better, by more than rounding.
+    """
+    torch.manual_seed(0)
+    dtype = getattr(torch, case.dtype)
+    options = {"num_layers": case.layers, "bidirectional": case.directions == 2, "device": device, "dtype": dtype}
+    theirs = getattr(nn, case.cell)(case.I, case.H, **options)
+    ours = getattr(rnnfast, case.cell)(case.I, case.H, **options)
+    ours.load_state_dict(theirs.state_dict())
+    lengths = case.row_lengths
+    # A GPU would find one and the same input in its cache each time.
+    inputs = [
+        torch.randn(case.T, case.N, case.I, dtype=dtype, device=device) for _ in range(4 if device == "cuda" else 1)
+    ]
+    if case.form == "packed":
+        inputs = [pack_padded_sequence(x, lengths, enforce_sorted=False) for x in inputs]
+
+    functions = {"ours": ours, "torch": theirs}
+    if case.form == "lengths":
+        functions = {
+            "ours": functools.partial(ours, lengths=lengths.to(device)),
+            "torch": _pack_and_pad(theirs, lengths),
+        }
+    calls = {
+        name: Call(function, module, inputs, case.mode)
+        for (name, function), module in zip(functions.items(), (ours, theirs))
+    }
+    if device == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        if case.dtype == "float32":
+            calls["torch_tf32"] = _with_tf32(calls["torch"])
+    elif (case.mode, case.dtype, case.form) == ("infer", "float32", "rectangular"):
+        x = inputs[0].numpy()
+        for name, run in peers.runners(theirs, case.T, case.N, case.threads).items():
+            calls[name] = lambda run=run: [torch.from_numpy(run(x))]
+
+    # torch.nn itself sums in the low dtype in places, so its gradients there are no measure.
+    exact = copy.deepcopy(theirs).to(wide := torch.promote_types(dtype, torch.float32))
+    function = _pack_and_pad(exact, lengths) if case.form == "lengths" else exact
+    expected = Call(function, exact, [x.to(wide) for x in inputs], case.mode)()
+    for name in calls.keys() - {"torch", "torch_tf32"}:
+        for a, e in zip(calls[name](), expected, strict=True):
+            error = ((a - e).abs().max() / e.abs().max().clamp(min=1e-9)).item()  # of a single step dW_hh is zero
+            if not error < torch.finfo(dtype).eps ** 0.5:
+                raise RuntimeError(f"{name} is off by {error:.1e} of the largest value: {case}")
+    return calls
+
+
+class Call:
+    """One contender on rotated inputs: its output, or for ``train`` the gradients of input and weights."""
+
+    def __init__(self, function: Callable, module: nn.Module, inputs: list[Tensor | PackedSequence], mode: str):
+        self.function, self.mode = function, mode
+        self.parameters = list(module.train(mode != "infer").parameters())
+        self.inputs = [_copy(x, requires_grad=mode != "infer") for x in inputs]
+        self.rotated = itertools.cycle(self.inputs)
+        self.d_output = None
+
+    def __call__(self) -> list[Tensor]:
+        x = next(self.rotated)
+        with torch.set_grad_enabled(self.mode != "infer"):
+            output = _data(self.function(x)[0])
+        if self.mode != "train":
+            return [output.detach()]
+        if self.d_output is None:
+            self.d_output = torch.linspace(-1, 1, output.numel()).to(output).view_as(output)
+        return list(torch.autograd.grad(output, [_data(x), *self.parameters], self.d_output))
+
+    def kept_mb(self) -> float:
+        """MB that autograd keeps for the backward, each storage once; weights and inputs live anyway: not counted."""
+        kept = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            self()
+        for given in [*self.parameters, *map(_data, self.inputs)]:
+            kept.pop(given.untyped_storage().data_ptr(), None)
+        return sum(kept.values()) / 1e6
+
+
+def _data(x: Tensor | PackedSequence) -> Tensor:
+    return x.data if isinstance(x, PackedSequence) else x
+
+
+def _copy(x: Tensor | PackedSequence, requires_grad: bool) -> Tensor | PackedSequence:
+    data = _data(x).clone().requires_grad_(requires_grad)
+    return x._replace(data=data) if isinstance(x, PackedSequence) else data
+
+
+def _pack_and_pad(module: nn.Module, lengths: Tensor) -> Callable:
+    """What one writes with torch.nn for padded rows of several lengths."""
+    return lambda x: pad_packed_sequence(module(pack_padded_sequence(x, lengths, enforce_sorted=False))[0])
+
+
+def _with_tf32(call: Callable) -> Callable:
+    def with_tf32() -> list[Tensor]:
+        torch.backends.cudnn.allow_tf32 = True
+        try:
+            return call()
+        finally:
+            torch.backends.cudnn.allow_tf32 = False
+
+    return with_tf32
+
+
+def measure(calls: dict[str, Callable], rounds: int, device: str, burst: float = BURST) -> dict[str, float]:
+    """Median milliseconds of each call. In every round each has its turn, of several calls where they are short."""
+    estimates = {name: min(machine.times(call, 2, device)) for name, call in calls.items()}
+    times = {name: [] for name in calls}
+    for i in range(rounds):
+        for name in list(calls)[:: -1 if i % 2 else 1]:  # nobody always follows the same one
+            count = max(1, min(1000, round(burst * 1e3 / estimates[name])))
+            time.sleep(PAUSE)
+            times[name] += machine.times(calls[name], count + (count > 1), device)[count > 1 :]  # a short call warms up
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def row_of(case: Case, device: str, rounds: int, burst: float = BURST, attempts: int = 2) -> dict[str, Any]:
+    """Everything about one case but for the machine. While others use it, it is measured again; the quietest counts."""
+    if device == "cpu":
+        torch.set_num_threads(case.threads)
+    calls = contenders(case, device)
+    product, product_gflop = machine.product(case.dtype, device)
+    tries = []
+    while len(tries) < attempts and not (tries and tries[-1][0] < 0.05):
+        with machine.Elsewhere() as elsewhere:
+            ms = measure(calls | {"product": product}, rounds, device, burst)
+        tries.append((elsewhere.cores, ms))
+    elsewhere, ms = min(tries, key=lambda found: found[0])
+    peak = product_gflop / ms.pop("product") * 1e3
+    others = {name: value for name, value in ms.items() if name != "ours"}
+    best_peer = min(others, key=others.get)
+    gflops = case.gflop / ms["ours"] * 1e3
+    kept = {} if case.mode == "infer" else {f"{name}_kept_mb": calls[name].kept_mb() for name in ("ours", "torch")}
+    row = {"device": device, **case._asdict(), **{f"{name}_ms": value for name, value in ms.items()}, **kept}
+    row |= {"best_peer": best_peer, "ratio_torch": ms["torch"] / ms["ours"], "ratio_best": ms[best_peer] / ms["ours"]}
+    row |= {"gflops": gflops, "ceiling_gflops": peak, "share_of_ceiling": gflops / peak, "elsewhere": elsewhere}
+    return {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in row.items()}
+
+
+def cases(args: argparse.Namespace) -> Iterator[Case]:
+    """The product of all options; with the default shapes and forms also three rows of another kind."""
+    default = (
+        not (args.shapes or args.quick) and args.forms == ["rectangular"] and args.layers == args.bidirectional == [1]
+    )
+    shapes = args.shapes or (["20x4x32"] if args.quick else SHAPES)
+    for cell, mode, threads in itertools.product(args.cells, args.modes, args.threads):
+        for dtype, shape, layers, directions, form in itertools.product(
+            args.dtypes, shapes, args.layers, args.bidirectional, args.forms
+        ):
+            T, N, *I, H = map(int, shape.split("x"))
+            yield Case(cell, dtype, mode, threads, T, N, I[0] if I else H, H, layers, directions, form)
+        if default:
+            yield Case(cell, "float32", mode, threads, 1, 1, 256, 256)
+            yield Case(cell, "float32", mode, threads, 100, 16, 256, 256, form="packed")
+            yield Case(cell, "bfloat16", mode, threads, 100, 32, 256, 256, layers=2, directions=2)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = functools.partial(parser.add_argument, nargs="+")
+    add("--cells", default=list(GATES), choices=GATES)
+    add("--dtypes", default=["float32"], choices=["float32", "float64", "bfloat16", "float16"])
+    add("--modes", default=["infer", "train"], choices=["infer", "forward", "train"])
+    add("--threads", default=[torch.get_num_threads()], type=int)
+    add("--shapes", metavar="TxNxH", help="or TxNxIxH")
+    add("--forms", default=["rectangular"], choices=["rectangular", "packed", "lengths"])
+    add("--layers", default=[1], type=int)
+    add("--bidirectional", default=[1], type=int, choices=[1, 2], help="directions", metavar="DIRECTIONS")
+    parser.add_argument("--repeats", type=int, help="rounds in which each contender has a turn (7, quick: 2)")
+    parser.add_argument("--quick", action="store_true", help="one small shape and little patience: no numbers to trust")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--out", type=Path, help="the CSV (results/<machine>.csv)")
+    args = parser.parse_args()
+
+    of_machine = machine.describe(args.device)
+    name = re.sub(r"[^a-z0-9]+", "-", of_machine["machine"].lower()).strip("-")
+    path = args.out or Path(__file__).parent / "results" / f"{name}{'-quick' if args.quick else ''}.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    patience = (args.repeats or 2, 0.002, 1) if args.quick else (args.repeats or 7,)
+    rows = []
+    with path.open("w", newline="") as file:
+        table = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
+        table.writeheader()
+        for case in (bar := tqdm(list(cases(args)))):
+            bar.set_description(f"{case.cell} {case.mode} {case.T}x{case.N}x{case.H}")
+            row = row_of(case, args.device, *patience)
+            rows.append(row)
+            table.writerow(of_machine | row)
+            file.flush()
+
+    print(f"{path}: {of_machine['machine']}; {of_machine['versions']}; {of_machine['commit']}\n")
+    print(f"{'':14}{'to torch.nn':>22}{'to the best peer':>22}\n{'':14}" + f"{'geomean':>12}{'minimum':>10}" * 2)
+    for group in sorted({(row["cell"], row["mode"]) for row in rows}):
+        of_group = [row for row in rows if (row["cell"], row["mode"]) == group]
+        print(f"{' '.join(group):14}", end="")
+        for column in ("ratio_torch", "ratio_best"):
+            ratios = [float(row[column]) for row in of_group]
+            print(f"{statistics.geometric_mean(ratios):12.2f}{min(ratios):10.2f}", end="")
+        print()
+
+
+if __name__ == "__main__":
+    main()
