@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from .functional import autocast_dtype
 from .modules import _Cell, _Recurrent
 from .recurrence import choose_backend
 
@@ -31,8 +32,6 @@ class Explanation(list[Choice]):
         return "\n".join(
             f"{c.module or '(the model)'}: {c.layer}, input {c.input} -> {c.backend}: {c.reason}" for c in self
         )
-
-    __str__ = __repr__
 
 
 def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> Explanation:
@@ -73,9 +72,8 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> Explanation:
 
 def _choice(name: str, module: nn.Module, input: Tensor | PackedSequence) -> Choice:
     data = input.data if isinstance(input, PackedSequence) else input
-    device, dtype = data.device.type, data.dtype
-    if device != "meta" and torch.is_autocast_enabled(device) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
+    device = data.device.type
+    dtype = autocast_dtype(device, data.dtype)
     layer = f"{type(module).__name__}({module.extra_repr()})"
     described = f"{dtype} on {data.device}"
     if not isinstance(module, (_Recurrent, _Cell)):

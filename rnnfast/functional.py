@@ -142,8 +142,8 @@ def _operands(input: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequ
     """What a backend computes with: cast under autocast, and of one device and dtype, or refused in torch's words."""
     device = input.device
     if device.type != "meta" and torch.is_autocast_enabled(device.type):
-        low = torch.get_autocast_dtype(device.type)
-        input, h0, c0, *weights = (_autocast(t, low) for t in (input, h0, c0, *weights))
+        operands = (input, h0, c0, *weights)
+        input, h0, c0, *weights = (None if t is None else t.to(autocast_dtype(device.type, t.dtype)) for t in operands)
     dtype = input.dtype
     for t in (*weights, h0, c0):
         if t is not None and (t.dtype != dtype or t.device != device):
@@ -162,11 +162,11 @@ def _mismatch(input: Tensor, other: Tensor, kind: str) -> RuntimeError:
     return RuntimeError("mat1 and mat2 must have the same dtype, but got {} and {}".format(*names))
 
 
-def _autocast(tensor: Tensor | None, low: torch.dtype) -> Tensor | None:
-    """By autocast's own rule: whatever floats is cast, but not float64."""
-    if tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
-        return tensor
-    return tensor.to(low)
+def autocast_dtype(device: str, dtype: torch.dtype) -> torch.dtype:
+    """What autocast makes of an operand's dtype, by its own rule: the low one if it floats, but float64 stays."""
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return dtype
+    return torch.get_autocast_dtype(device) if dtype.is_floating_point and dtype != torch.float64 else dtype
 
 
 def _check_states(h0: Tensor, c0: Tensor | None, states: int, batch: int, w_hh: Tensor, hidden: int) -> None:

@@ -284,7 +284,7 @@ class _LayerBackward(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, ctx.mode, ctx.bidirectional, ctx.need_dx, ctx.need_dw, *tensors = inputs
+        _, ctx.mode, ctx.bidirectional, _, _, *tensors = inputs
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors[:10], *tensors[13:])
 

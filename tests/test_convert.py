@@ -290,6 +290,7 @@ def test_explain_says_what_runs(here: str) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert rnnfast.explain(module, torch.randn(3, 2, 4))[0].input == "torch.bfloat16 on cpu"
         assert rnnfast.explain(module.double(), torch.randn(3, 2, 4).double())[0].input == "torch.float64 on cpu"
+        assert rnnfast.explain(rnnfast.GRU(4, 5, dtype=torch.complex64))[0].input == "torch.complex64 on cpu"
     choice = rnnfast.explain(rnnfast.LSTMCell(4, 5, dtype=torch.complex64), torch.randn(2, 4, dtype=torch.complex64))[0]
     assert choice[2:] == ("torch.complex64 on cpu", "reference", "no fused backend serves torch.complex64")
     choice = rnnfast.explain(rnnfast.RNN(4, 5, device="meta"))[0]

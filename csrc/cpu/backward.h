@@ -166,6 +166,14 @@ class BackwardPass {
     }
   }
 
+  // The row of h that direction d came to step t with; null where that is zero.
+  const S* h_before(int d, int64_t t, int64_t rank) const {
+    if (f.steps.cut(d, t, rank)) return nullptr;
+    const int64_t previous = f.steps.previous(d, t, rank);
+    return previous >= 0 ? row_of<S>(f.y, previous * f.D + d, f.P)
+                         : row_of<S>(f.h0, d * f.steps.N + f.steps.order[rank], f.P);
+  }
+
   // One row and one block of units back through the cell. Lanes beyond H hold zeros all the way.
   void update(const State& g, int64_t t, int64_t i, int64_t p, int b) {
     const int64_t unit = grads.unit(p, b), rank = g.rank(i), r = g.row(t, i), n = g.d * f.steps.N + g.batch_row(i);
@@ -181,9 +189,8 @@ class BackwardPass {
       saved[k] = load(static_cast<const S*>(f.gates) + ((g.d * f.R + r) * Cell::kSaved + k) * f.H + unit, lanes);
     }
     if (Cell::kNeedsH) h = load(static_cast<const S*>(f.y) + out, lanes);
-    if (Cell::kNeedsOldH && !cut) {
-      const S* y = previous >= 0 ? row_of<S>(f.y, previous * f.D + g.d, f.P) : row_of<S>(f.h0, n, f.P);
-      if (y) old_h = load(y + unit, lanes);
+    if (Cell::kNeedsOldH) {
+      if (const S* from = h_before(g.d, t, rank)) old_h = load(from + unit, lanes);
     }
     if (Cell::kHasCell) {
       const A* cs = static_cast<const A*>(f.c);
@@ -342,11 +349,7 @@ class BackwardPass {
       const int64_t r = f.steps.row(t, rank);
       pack_row(x, row_of<S>(f.x, r, f.I), q, Q, inputs);
       for (int d = 0; d < f.D; d++) {
-        const int64_t previous = f.steps.previous(d, t, rank), n = d * f.steps.N + f.steps.order[rank];
-        const S* old_h = f.steps.cut(d, t, rank) ? nullptr
-                         : previous >= 0         ? row_of<S>(f.y, previous * f.D + d, f.P)
-                                                 : row_of<S>(f.h0, n, f.P);
-        pack_row(h + d * outputs.width() * Q, old_h, q, Q, outputs);
+        pack_row(h + d * outputs.width() * Q, h_before(d, t, rank), q, Q, outputs);
         if (projected) pack_unprojected(m + d * hidden.width() * Q, d, r, q);
       }
     });
