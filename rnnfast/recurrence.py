@@ -160,7 +160,8 @@ _BACKENDS = {
     "triton": Backend(False, "this version has no Triton kernels"),
     "cuda": Backend(False, "this version has no CUDA kernels"),
 }
-INSTRUCTION_SETS = ("portable", "avx2", "avx512")  # of the CPU backend, as rnnfast::cpu_isa numbers them
+# Of the CPU backend, as rnnfast::cpu_isa numbers them.
+INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 _CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _forced: str | None = None  # by use_backend
 

@@ -431,3 +431,21 @@ def test_not_finite(name: str, value: float, where: str, backend: str) -> None:
             assert_same(dict(flatten(ours(x, hx))), expected, atol=rounding)
         if where == "input" and value != value:
             assert any(t.isnan().any() for t in expected.values())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3.4e38], ids=str)
+@pytest.mark.parametrize("name", [*LAYERS, "relu"])
+@pytest.mark.parametrize("where", ["input", "hx"])
+def test_not_finite_in_a_wide_layer(name: str, value: float, where: str, backend: str) -> None:
+    """Where kernels may add up products of the parts of floats, one value that has none spoils only its own row."""
+    kwargs = {"nonlinearity": "relu"} if name == "relu" else {}
+    name = "RNN" if name == "relu" else name
+    theirs, ours = pair(name, 200, 200, **kwargs)
+    x, hx = R(3, 20, 200, dtype=torch.float32), states(name, 1, 20, 200, dtype=torch.float32)
+    target = x if where == "input" else next(flatten(hx))[1]
+    target[0, 7, 5] = value
+    with torch.no_grad():
+        expected, actual = dict(flatten(theirs(x, hx))), dict(flatten(ours(x, hx)))
+    for path, e in expected.items():
+        torch.testing.assert_close(actual[path], e, rtol=1e-4, atol=1e-4, equal_nan=True, msg=path)
+        assert e[:, [*range(7), *range(8, 20)]].isfinite().all()

@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 import rnnfast
 from rnnfast import reference
+from rnnfast.recurrence import INSTRUCTION_SETS
 
 CELLS = {
     "tanh": ("RNN", {"nonlinearity": "tanh"}),
@@ -49,6 +50,7 @@ CASES = {
     "H63": Case(7, 13, 70, 63, bidirectional=True, given_hx=False),
     "H130-no-bias": Case(3, 5, 17, 130, bias=False),
     "stack": Case(5, 6, 3, 4, bidirectional=True, layers=3),
+    "wide": Case(3, 37, 210, 330),  # beyond what one block of the kernels holds, in every direction
 }
 
 
@@ -467,7 +469,7 @@ def test_instruction_sets() -> None:
         pytest.fail("the native library is not built")
     torch.library.opcheck(torch.ops.rnnfast.cpu_isa.default, (None,))
     before = torch.ops.rnnfast.cpu_isa(None)
-    for number in (-1, 3):
+    for number in (-1, len(INSTRUCTION_SETS)):
         with pytest.raises(RuntimeError, match="lacks instruction set"):
             torch.ops.rnnfast.cpu_isa(number)
     assert torch.ops.rnnfast.cpu_isa(None) == before

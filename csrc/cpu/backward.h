@@ -11,27 +11,39 @@ namespace rnnfast {
 namespace RNNFAST_ISA {
 namespace {
 
-template <class Cell, class S>
+// Whole is the math of the products over the whole sequence, Step that of the recurrence.
+template <class Cell, class S, class Whole, class Step>
 class BackwardPass {
   using A = AccOf<S>;
-  static constexpr int U = kLanes<A>, G = Cell::kGates;
+  using X = typename Whole::Exact;
+  using Grad = typename Whole::Wide;
+  using StepGrad = typename Step::Wide;
+  using State = typename Step::Exact;
+  template <class E>
+  using Elements = typename E::Element*;
+  static constexpr int U = kLanes<A>, G = Cell::kGates, kGrads = Cell::kGrads;
+  static constexpr bool kInPlace = std::is_same_v<Grad, StepGrad>;  // the sweep multiplies what it keeps
 
  public:
   explicit BackwardPass(const Backward& f)
       : f(f),
         gates(f.H, G),
-        grads(f.H, Cell::kGrads),
         hidden(f.H),
         outputs(f.P),
         inputs(f.I),
         projected(f.weights[0].w_hr != nullptr),
+        packed(f.R > kUnpackedRows),
         Q(f.steps.start[f.steps.T]),
-        teams(f, gates),
-        w_hh(f.D * gates.width() * outputs.width()),
-        w_hr(projected ? f.D * f.P * hidden.width() : 0),
-        dgates(f.D * grads.width() * Q),
-        dhs(projected ? f.D * outputs.width() * Q : 0),
-        scratch(teams.groups() * scratch_size()) {}
+        grad_part(kGrads * round_up(f.H, Grad::kAlign)),
+        step_part(kInPlace ? grad_part : G * round_up(f.H, StepGrad::kAlign)),
+        teams(f, gates, Cost::of<State>()),
+        w_hh(packed ? f.D * outputs.width() * State::column(G * round_up(f.H, StepGrad::kAlign)) : 0),
+        w_hr(projected ? f.D * hidden.width() * State::column(f.P) : 0),
+        dgates(f.D * Q * Grad::kParts * grad_part),
+        step_dgates(kInPlace ? 0 : group_rows() * StepGrad::kParts * step_part),
+        dys(projected ? f.D * Q * Grad::row(f.P) : 0),
+        step_dys(projected ? group_rows() * StepGrad::row(f.P) : 0),
+        scratch(group_rows() * state_size()) {}
 
   void run() {
     pack();
@@ -41,32 +53,38 @@ class BackwardPass {
   }
 
  private:
-  struct State : Group {
-    A *dh, *dc, *dm, *direct, *dgates;  // [rows][outputs], 3 x [rows][hidden], [rows][gates]
+  struct Sweep : Group {
+    A *dh, *dc, *dm, *direct;   // [rows][outputs], 3 x [rows][hidden]
+    Elements<StepGrad> dgates;  // [rows][G][H]; null where the sequence's are used
+    Elements<StepGrad> dy;      // [rows][P]: dh as a left operand of w_hr
 
-    State(const BackwardPass& p, int64_t g) : Group(p.f, p.teams, g) {
-      int64_t n = p.teams.rows();
-      dh = p.scratch + g * p.scratch_size();
+    Sweep(const BackwardPass& p, int64_t g) : Group(p.f, p.teams, g) {
+      const int64_t n = p.teams.rows();
+      dh = p.scratch + g * n * p.state_size();
       dc = dh + n * p.outputs.width();
       dm = dc + n * p.hidden.width();
       direct = dm + n * p.hidden.width();
-      dgates = direct + n * p.hidden.width();
+      dgates = p.step_dgates + (kInPlace ? 0 : g * n * StepGrad::kParts * p.step_part);
+      dy = p.step_dys + (p.projected ? g * n * StepGrad::row(p.f.P) : 0);
     }
     int64_t time(int64_t s) const { return Group::time(steps.T - 1 - s); }
+    int64_t q(int64_t t, int64_t i) const { return steps.start[t] + rank(i); }
   };
 
-  int64_t scratch_size() const { return teams.rows() * (outputs.width() + 3 * hidden.width() + gates.width()); }
+  int64_t group_rows() const { return teams.groups() * teams.rows(); }
+  int64_t state_size() const { return outputs.width() + 3 * hidden.width(); }
 
-  // Calls body(k, row of the unpacked gate matrix or -1) for every row of a matrix that has the columns of `gates`.
-  template <class F>
-  void for_gate_rows(const F& body) {
-    parallel_for(gates.count(), min(f.threads, 1 + gates.width() * f.P / kThreadWork), [&](int64_t p) {
-      for (int v = 0; v < gates.vectors(p); v++) {
-        for (int lane = 0; lane < U; lane++) {
-          body(gates.start(p) + v * U + lane, lane < gates.lanes(p, v) ? gates.column(p, v) + lane : -1);
-        }
-      }
-    });
+  // Gate gradients lie [slot][H up to kAlign] in a row, in an order that makes one range of those of W_ih x (the first
+  // G slots), and one of those of W_hh h (the last): with a gradient more than gates (GRU), n r z and nr.
+  static constexpr int kMore = kGrads - G;
+  static constexpr int slot(int grad) { return grad < G ? (grad + kMore) % G : grad; }
+  static constexpr int input_gate(int64_t slot) { return (slot + G - kMore) % G; }
+
+  // Row k of w [gates*units][width] where k counts [slot][units up to align]; null between units.
+  const S* gate_row(const void* w, int64_t width, int64_t k, int64_t padded, bool of_input) const {
+    const int64_t slot = k / padded, unit = k % padded;
+    if (unit >= f.H) return nullptr;
+    return row_of<S>(w, (of_input ? input_gate(slot) : slot) * f.H + unit, width);
   }
 
   // Calls body(q, t, rank) for every valid row.
@@ -83,85 +101,91 @@ class BackwardPass {
     }
   }
 
-  template <class F>
-  void for_all_rows(const F& body) {
-    int64_t tasks = max(1, min(f.threads, Q / 64));
-    parallel(tasks, [&](int64_t task) { for_rows(share(Q, task, tasks), body); });
+  // The right operand of a product with gate gradients: w [gates*units][columns], K rows in the gradients' order.
+  template <class E>
+  void pack_gates(Elements<E> packed, const void* w, const Panels<A>& columns, bool of_input) {
+    constexpr int64_t kRows = 128;
+    const int64_t padded = round_up(f.H, E::kAlign), K = G * padded, blocks = ceil_div(K, kRows);
+    parallel_for(columns.count() * blocks, min(f.threads, 1 + K * columns.units / kThreadWork), [&](int64_t task) {
+      const int64_t k = task % blocks * kRows;
+      pack_rows<E>(packed, K, {k, min(k + kRows, K)}, columns, task / blocks,
+                   [&](int64_t k) { return gate_row(w, columns.units, k, padded, of_input); });
+    });
   }
 
   void pack() {
     for (int d = 0; d < f.D; d++) {
       const auto& w = f.weights[d];
-      A* packed = w_hh + d * gates.width() * outputs.width();
-      for_gate_rows([&](int64_t k, int64_t row) {
-        pack_row(packed, row < 0 ? nullptr : row_of<S>(w.w_hh, row, f.P), k, gates.width(), outputs);
-      });
-      for (int64_t k = 0; projected && k < f.P; k++) {
-        pack_row(w_hr + d * f.P * hidden.width(), row_of<S>(w.w_hr, k, f.H), k, f.P, hidden);
+      const int64_t K = G * round_up(f.H, StepGrad::kAlign);
+      if (packed) pack_gates<State>(w_hh + d * outputs.width() * State::column(K), w.w_hh, outputs, false);
+      for (int64_t p = 0; projected && p < hidden.count(); p++) {
+        pack_rows<State>(w_hr + d * hidden.width() * State::column(f.P), f.P, {0, State::column(f.P) / State::kParts},
+                         hidden, p, [&](int64_t k) { return k < f.P ? row_of<S>(w.w_hr, k, f.H) : nullptr; });
       }
     }
   }
 
   template <class Each>
   void sweep(const Each& each) {
-    each([&](int64_t g, int64_t part, int64_t) { part == 0 ? begin(State(*this, g)) : void(); });
+    each([&](int64_t g, int64_t part, int64_t) { part == 0 ? begin(Sweep(*this, g)) : void(); });
     for (int64_t s = 0; s < f.steps.T; s++) {
       if (projected) {
         each([&](int64_t g, int64_t part, int64_t parts) {
-          keep_output_gradient(State(*this, g), s, share(outputs.count(), part, parts));
+          keep_output_gradient(Sweep(*this, g), s, share(outputs.blocks, part, parts));
         });
         each([&](int64_t g, int64_t part, int64_t parts) {
-          unproject(State(*this, g), s, share(hidden.count(), part, parts));
+          unproject(Sweep(*this, g), s, share(hidden.count(), part, parts));
         });
       }
       each(
-          [&](int64_t g, int64_t part, int64_t parts) { step(State(*this, g), s, share(grads.count(), part, parts)); });
+          [&](int64_t g, int64_t part, int64_t parts) { step(Sweep(*this, g), s, share(hidden.blocks, part, parts)); });
+      if (s + 1 == f.steps.T && !f.dh0) break;  // nobody asks for the gradient of the first state
       each([&](int64_t g, int64_t part, int64_t parts) {
-        carry(State(*this, g), s, share(outputs.count(), part, parts));
+        carry(Sweep(*this, g), s, share(outputs.count(), part, parts));
       });
     }
-    each([&](int64_t g, int64_t part, int64_t) { part == 0 ? end(State(*this, g)) : void(); });
+    each([&](int64_t g, int64_t part, int64_t) { part == 0 ? end(Sweep(*this, g)) : void(); });
   }
 
-  void begin(const State& g) {
+  void begin(const Sweep& g) {
     for (int64_t i = 0; i < g.rows; i++) {
       int64_t n = g.d * f.steps.N + g.batch_row(i);
-      read_row(g.dh + i * outputs.width(), row_of<S>(f.dh_n, n, f.P), f.P);
-      if (Cell::kHasCell) read_row(g.dc + i * hidden.width(), row_of<S>(f.dc_n, n, f.H), f.H);
+      put_row<Plain<A>>(g.dh + i * outputs.width(), row_of<S>(f.dh_n, n, f.P), f.P);
+      if (Cell::kHasCell) put_row<Plain<A>>(g.dc + i * hidden.width(), row_of<S>(f.dc_n, n, f.H), f.H);
+      if (projected) memset(g.dy + i * StepGrad::row(f.P), 0, StepGrad::row(f.P) * sizeof *g.dy);
     }
   }
 
-  // dh += dy, kept for the gradient of w_hr.
-  void keep_output_gradient(const State& g, int64_t s, Range panels) {
+  // dh += dy, as the operand of w_hr and for its gradient.
+  void keep_output_gradient(const Sweep& g, int64_t s, Range blocks) {
     const int64_t t = g.time(s), rows = g.alive_at(t);
-    for (int64_t p = panels.begin; p < panels.end; p++) {
-      const int V = outputs.vectors(p);
-      A* kept = dhs + (g.d * outputs.width() + outputs.start(p)) * Q;
-      for (int64_t i = 0; i < rows; i++) {
-        const S* dy = row_of<S>(f.dy, g.row(t, i) * f.D + g.d, f.P);
-        for (int v = 0; v < V; v++) {
-          A* to = g.dh + i * outputs.width() + outputs.start(p) + v * U;
-          Vec<A> dh = load(to);
-          if (dy) dh = dh + load(dy + outputs.column(p, v), outputs.lanes(p, v));
-          store(to, dh);
-          store(kept + ((f.steps.start[t] + g.rank(i)) * V + v) * U, dh);
-        }
+    for (int64_t i = 0; i < rows; i++) {
+      const S* dy = row_of<S>(f.dy, g.row(t, i) * f.D + g.d, f.P);
+      auto* kept = dys + (g.d * Q + g.q(t, i)) * Grad::row(f.P);
+      for (int64_t k = blocks.begin * U; k < blocks.end * U; k += U) {
+        Vec<A> dh = load(g.dh + i * outputs.width() + k);
+        if (dy) dh = dh + load(dy + k, min(U, f.P - k));
+        StepGrad::put(g.dy + i * StepGrad::row(f.P) + k, round_up(f.P, StepGrad::kAlign), dh);
+        Grad::put(kept + k, round_up(f.P, Grad::kAlign), dh);
       }
     }
   }
 
-  void unproject(const State& g, int64_t s, Range panels) {
+  void unproject(const Sweep& g, int64_t s, Range panels) {
     for (int64_t p = panels.begin; p < panels.end; p++) {
-      product<A>(g.dh, outputs.width(), 1, g.alive_at(g.time(s)), w_hr + (g.d * hidden.width() + hidden.start(p)) * f.P,
-                 hidden.vectors(p), f.P, kZeros<A>, 0, g.dm + hidden.start(p), hidden.width());
+      product<StepGrad, State>(Left<StepGrad>{g.dy, StepGrad::row(f.P), round_up(f.P, StepGrad::kAlign)},
+                               g.alive_at(g.time(s)),
+                               w_hr + (g.d * hidden.width() + hidden.start(p)) * State::column(f.P), hidden.vectors(p),
+                               f.P, kZeros<A>, 0, g.dm + hidden.start(p), hidden.width());
     }
   }
 
-  void step(const State& g, int64_t s, Range panels) {
+  void step(const Sweep& g, int64_t s, Range blocks) {
     const int64_t t = g.time(s), rows = g.alive_at(t);
     for (int64_t i = 0; i < rows; i++) {  // rows first: what was saved is read as it lies
-      for (int64_t p = panels.begin; p < panels.end; p++) {
-        for (int b = 0; b < grads.vectors(p) / Cell::kGrads; b++) update(g, t, i, p, b);
+      for (int64_t b = blocks.begin; b < blocks.end; b++) update(g, t, i, b * U);
+      for (int64_t k = round_up(f.H, U); blocks.end == hidden.blocks && k < round_up(f.H, Grad::kAlign); k += U) {
+        for (int j = 0; j < kGrads; j++) put_gradient(g, t, i, j, k, Vec<A>(0));
       }
     }
   }
@@ -175,8 +199,8 @@ class BackwardPass {
   }
 
   // One row and one block of units back through the cell. Lanes beyond H hold zeros all the way.
-  void update(const State& g, int64_t t, int64_t i, int64_t p, int b) {
-    const int64_t unit = grads.unit(p, b), rank = g.rank(i), r = g.row(t, i), n = g.d * f.steps.N + g.batch_row(i);
+  void update(const Sweep& g, int64_t t, int64_t i, int64_t unit) {
+    const int64_t rank = g.rank(i), r = g.row(t, i), n = g.d * f.steps.N + g.batch_row(i);
     const int64_t previous = f.steps.previous(g.d, t, rank), out = (r * f.D + g.d) * f.P + unit;
     const int64_t cell = (r * f.D + g.d) * f.H + unit, state = i * hidden.width() + unit;
     const int lanes = min(U, f.H - unit);
@@ -184,7 +208,7 @@ class BackwardPass {
 
     Vec<A> dh = projected ? load(g.dm + state) : load(g.dh + i * outputs.width() + unit);
     if (f.dy && !projected) dh = dh + load(static_cast<const S*>(f.dy) + out, lanes);
-    Vec<A> saved[Cell::kSaved + 1], d[Cell::kGrads], h, old_h(0), c, old_c(0), dc;
+    Vec<A> saved[Cell::kSaved + 1], d[kGrads], h, old_h(0), c, old_c(0), dc;
     for (int k = 0; k < Cell::kSaved; k++) {
       saved[k] = load(static_cast<const S*>(f.gates) + ((g.d * f.R + r) * Cell::kSaved + k) * f.H + unit, lanes);
     }
@@ -209,56 +233,83 @@ class BackwardPass {
 
     if (Cell::kHasCell) store(g.dc + state, cut ? Vec<A>(0) : dc);
     if (Cell::kNeedsOldH) store(g.direct + state, direct);
-    A* x_side =
-        dgates + (g.d * grads.width() + grads.start(p)) * Q + ((f.steps.start[t] + rank) * grads.vectors(p) + b) * U;
-    A* h_side = g.dgates + i * gates.width() + gates.start(p) + b * U;
-    for (int k = 0; k < Cell::kGrads; k++) store(x_side + k * U, d[k]);
-    for (int k = 0; k < G; k++) store(h_side + k * U, d[Cell::kHidden[k]]);
+    for (int k = 0; k < kGrads; k++) put_gradient(g, t, i, k, unit, d[k]);
+  }
+
+  void put_gradient(const Sweep& g, int64_t t, int64_t i, int grad, int64_t unit, Vec<A> d) {
+    Grad::put(
+        dgates + (g.d * Q + g.q(t, i)) * Grad::kParts * grad_part + slot(grad) * round_up(f.H, Grad::kAlign) + unit,
+        grad_part, d);
+    if (!kInPlace && slot(grad) >= kMore && unit < round_up(f.H, StepGrad::kAlign)) {
+      StepGrad::put(
+          g.dgates + i * StepGrad::kParts * step_part + (slot(grad) - kMore) * round_up(f.H, StepGrad::kAlign) + unit,
+          step_part, d);
+    }
+  }
+
+  // The gate gradients of a step as the left operand of W_hh.
+  Left<StepGrad> step_gradients(const Sweep& g, int64_t t) const {
+    const int64_t row = StepGrad::kParts * step_part;
+    if constexpr (!kInPlace)
+      return {g.dgates, row, step_part};
+    else
+      return {dgates + (g.d * Q + g.q(t, 0)) * row + kMore * round_up(f.H, Grad::kAlign), g.stride * row, step_part};
   }
 
   // dh of the step before: through W_hh, and straight through the cell.
-  void carry(const State& g, int64_t s, Range panels) {
-    const int64_t t = g.time(s), rows = g.alive_at(t);
+  void carry(const Sweep& g, int64_t s, Range panels) {
+    const int64_t t = g.time(s), rows = g.alive_at(t), padded = round_up(f.H, StepGrad::kAlign), K = G * padded;
     for (int64_t p = panels.begin; p < panels.end; p++) {
-      const int V = outputs.vectors(p);
       A* dh = g.dh + outputs.start(p);
-      product<A>(g.dgates, gates.width(), 1, rows, w_hh + (g.d * outputs.width() + outputs.start(p)) * gates.width(), V,
-                 gates.width(), Cell::kNeedsOldH ? g.direct + outputs.start(p) : kZeros<A>,
-                 Cell::kNeedsOldH ? hidden.width() : 0, dh, outputs.width());
+      const A* init = Cell::kNeedsOldH ? g.direct + outputs.start(p) : kZeros<A>;
+      const int64_t is = Cell::kNeedsOldH ? hidden.width() : 0;
+      multiply<State>(
+          step_gradients(g, t), rows, w_hh + g.d * outputs.width() * State::column(K),
+          [&](int64_t k) { return gate_row(f.weights[g.d].w_hh, f.P, k, padded, false); }, outputs, p, K, init, is, dh,
+          outputs.width());
       for (int64_t i = 0; f.steps.resets && i < rows; i++) {
-        if (f.steps.cut(g.d, t, g.rank(i))) memset(dh + i * outputs.width(), 0, V * kVectorBytes);
+        if (f.steps.cut(g.d, t, g.rank(i))) memset(dh + i * outputs.width(), 0, outputs.vectors(p) * kVectorBytes);
       }
     }
   }
 
-  void end(const State& g) {
+  // out[M][V*U] = init + a * panel p of a matrix, packed or given by its rows.
+  template <class R, class L, class F>
+  void multiply(Left<L> a, int64_t M, const typename R::Element* copy, const F& row, const Panels<A>& panels, int64_t p,
+                int64_t K, const A* init, int64_t is, A* out, int64_t os) {
+    if constexpr (std::is_same_v<L, Plain<A>>) {
+      if (!packed) return product_of_rows(a, M, row, panels, p, K, init, is, out, os);
+    }
+    product<L, R>(a, M, copy + panels.start(p) * R::column(K), panels.vectors(p), K, init, is, out, os);
+  }
+
+  void end(const Sweep& g) {
     for (int64_t i = 0; i < g.rows; i++) {
       int64_t n = g.d * f.steps.N + g.batch_row(i);
-      if (f.dh0) write_row(static_cast<S*>(f.dh0) + n * f.P, g.dh + i * outputs.width(), f.P);
-      if (f.dc0) write_row(static_cast<S*>(f.dc0) + n * f.H, g.dc + i * hidden.width(), f.H);
+      if (f.dh0) get_row<Plain<A>>(static_cast<S*>(f.dh0) + n * f.P, g.dh + i * outputs.width(), f.P);
+      if (f.dc0) get_row<Plain<A>>(static_cast<S*>(f.dc0) + n * f.H, g.dc + i * hidden.width(), f.H);
     }
+  }
+
+  int64_t work_threads(int64_t columns) const {
+    return min(f.threads, max(1, Q * f.D * gates.width() * columns / kThreadWork));
   }
 
   // dx = dgates W_ih, both directions in one sum.
   void input_gradient() {
-    Buffer<A> w_ih(f.D * gates.width() * inputs.width());
-    for (int d = 0; d < f.D; d++) {
-      A* packed = w_ih + d * gates.width() * inputs.width();
-      for_gate_rows([&](int64_t k, int64_t row) {
-        pack_row(packed, row < 0 ? nullptr : row_of<S>(f.weights[d].w_ih, row, f.I), k, gates.width(), inputs);
-      });
-    }
+    const int64_t padded = round_up(f.H, Grad::kAlign), K = G * padded, size = inputs.width() * X::column(K);
+    Buffer<typename X::Element> w_ih(packed ? f.D * size : 0);
+    for (int d = 0; packed && d < f.D; d++) pack_gates<X>(w_ih + d * size, f.weights[d].w_ih, inputs, true);
     parallel_for(ceil_div(Q, kBlockRows) * inputs.count(), work_threads(f.I), [&](int64_t task) {
       const int64_t n = task % inputs.count(), q0 = task / inputs.count() * kBlockRows, q1 = min(q0 + kBlockRows, Q);
       const int V = inputs.vectors(n);
-      A sum[kBlockRows * kMaxVectors * U] = {};
+      A sum[kBlockRows * kMaxVectors * U];
       for (int d = 0; d < f.D; d++) {
-        const A* w = w_ih + (d * inputs.width() + inputs.start(n)) * gates.width();
-        for (int64_t p = 0; p < gates.count(); p++) {
-          const int ld = grads.vectors(p) * U;
-          product<A>(dgates + (d * grads.width() + grads.start(p)) * Q + q0 * ld, ld, 1, q1 - q0,
-                     w + gates.start(p) * V * U, V, gates.vectors(p) * U, sum, V * U, sum, V * U);
-        }
+        const int64_t row = Grad::kParts * grad_part;
+        multiply<X>(
+            Left<Grad>{dgates + (d * Q + q0) * row, row, grad_part}, q1 - q0, w_ih + d * size,
+            [&](int64_t k) { return gate_row(f.weights[d].w_ih, f.I, k, padded, true); }, inputs, n, K,
+            d ? sum : kZeros<A>, d ? V * U : 0, sum, V * U);
       }
       for_rows({q0, q1}, [&](int64_t q, int64_t t, int64_t rank) {
         S* dx = static_cast<S*>(f.dx) + f.steps.row(t, rank) * f.I;
@@ -269,102 +320,80 @@ class BackwardPass {
     });
   }
 
-  int64_t work_threads(int64_t columns) const {
-    return min(f.threads, max(1, Q * f.D * gates.width() * columns / kThreadWork));
-  }
-
-  // A product left^T right over all valid rows; left and right [panel][Q][V][U].
-  struct Outer {
-    const A* left;
-    const Panels<A>* lefts;
-    const Panels<A>* rows;  // those of the result; their vector v is vector source[v] of left
-    const int* source;
-    const A* right;
-    const Panels<A>* rights;
-    void* dw;  // [rows][units of rights]
-    void* db;  // [rows]: the column sums of left; or null
-
-    int64_t blocks(int64_t size) const { return ceil_div(rows->count(), size) * ceil_div(rights->count(), size); }
-  };
+  // ---- gradients of the weights: products over all valid rows, a stretch of them after the other
 
   static constexpr int64_t kStretch = 128, kSide = kMaxVectors * U;
   static constexpr int64_t sums_size(int64_t size) { return (size * kSide + 1) * size * kSide; }
 
-  // Block i of a product, of size x size panels. One stretch of Q after the other, so that the block's panels are read
-  // from memory once; sums [size][size][kSide][kSide], column_sums [size][kSide].
-  void outer_block(const Outer& o, int64_t i, int64_t size, A* sums) {
+  // dw^T = left^T grads; left [stretch][row] left rows of kStretch.
+  template <class L>
+  struct Outer {
+    const typename L::Element* left;
+    int64_t lefts;  // rows of left
+    const typename Grad::Element* grads;
+    int64_t part;                    // from one part of a row of grads to the next
+    const Panels<A>* panels;         // of the columns of dw^T
+    int slots[kMaxVectors], padded;  // gate i of dw is at slots[i] * padded in a row of grads
+    void* dw;                        // [columns][lefts]
+    void* db;                        // [columns]: the sums of grads over the rows; or null
+
+    int64_t blocks(int64_t size) const { return ceil_div(panels->count(), size) * ceil_div(lefts, size * kSide); }
+  };
+
+  // Block i of a product, of size x size panels, read from memory once; sums [size][size][kSide][kSide], column_sums
+  // [size][kSide].
+  template <class L>
+  void outer_block(const Outer<L>& o, int64_t i, int64_t size, A* sums) {
+    using Right = typename Grad::Element;
     A* column_sums = sums + size * size * kSide * kSide;
-    const int64_t wide = ceil_div(o.rights->count(), size), p0 = i / wide * size, n0 = i % wide * size;
-    const int64_t p1 = min(p0 + size, o.rows->count()), n1 = min(n0 + size, o.rights->count());
-    auto sum_of = [&](int64_t n, int64_t p, int v) {
-      return sums + (((n - n0) * size + p - p0) * kSide + v * U) * kSide;
-    };
+    const int64_t wide = ceil_div(o.lefts, size * kSide), p0 = i / wide * size, n0 = i % wide * size * kSide;
+    const int64_t p1 = min(p0 + size, o.panels->count()), n1 = min(n0 + size * kSide, o.lefts);
+    auto sum_of = [&](int64_t n, int64_t p) { return sums + ((p - p0) * size * kSide + n - n0) * kSide; };
     for (int64_t q = 0; q == 0 || q < Q; q += kStretch) {
       const int64_t depth = min(kStretch, Q - q);
       for (int64_t p = p0; p < p1; p++) {
-        const int ld = o.lefts->vectors(p) * U;
-        for (int v = 0; v < o.rows->vectors(p); v++) {
-          const A* from = o.left + o.lefts->start(p) * Q + q * ld + o.source[v] * U;
-          A left[kStretch * U];  // dense, as lines at the panel's stride would share a few sets of the cache
-          Vec<A> column(0);      // a stretch by itself first, for accuracy
-          for (int64_t k = 0; k < depth; k++) {
-            Vec<A> row = load(from + k * ld);
-            store(left + k * U, row);
-            column = column + row;
+        const int V = o.panels->vectors(p);
+        Right right[Grad::kParts * kStretch * kMaxVectors * U];
+        for (int v = 0; v < V; v++) {
+          const int64_t column = o.slots[o.panels->gate(v)] * o.padded + o.panels->unit(p, v);
+          auto row = [&](int64_t k) {
+            return k < depth ? o.grads + (q + k) * Grad::kParts * o.part + column : nullptr;
+          };
+          for (int64_t k = 0; k < Grad::column(depth) / Grad::kParts; k += 2) {
+            Grad::copy_pair(right, depth, V, v, k, row(k), row(k + 1), o.part);
           }
+          if (!o.db || n0) continue;
+          Vec<A> sum(0);  // a stretch by itself first, for accuracy
+          for (int64_t k = 0; k < depth; k++) sum = sum + Grad::get(row(k), o.part);
           A* total = column_sums + (p - p0) * kSide + v * U;
-          store(total, q ? load(total) + column : column);
-          for (int64_t n = n0; n < n1; n++) {
-            const int V = o.rights->vectors(n);
-            A* sum = sum_of(n, p, v);
-            product<A>(left, 1, U, o.rows->lanes(p, v), o.right + o.rights->start(n) * Q + q * V * U, V, depth,
-                       q ? sum : kZeros<A>, q ? kSide : 0, sum, kSide);
-          }
+          store(total, q ? load(total) + sum : sum);
+        }
+        for (int64_t n = n0; n < n1; n += kSide) {
+          A* sum = sum_of(n, p);
+          const auto* left = o.left + (q / kStretch * o.lefts + n) * L::row(kStretch);
+          product<L, Grad>(Left<L>{left, L::row(kStretch), kStretch}, min(kSide, n1 - n), right, V, depth,
+                           q ? sum : kZeros<A>, q ? kSide : 0, sum, kSide);
         }
       }
     }
     for (int64_t p = p0; p < p1; p++) {
-      for (int v = 0; v < o.rows->vectors(p); v++) {
-        const int64_t row = o.rows->column(p, v);
-        const int lanes = o.rows->lanes(p, v);
+      for (int v = 0; v < o.panels->vectors(p); v++) {
+        const int64_t row = o.panels->column(p, v);
+        const int lanes = o.panels->lanes(p, v);
         if (o.db && n0 == 0) store(static_cast<S*>(o.db) + row, load(column_sums + (p - p0) * kSide + v * U), lanes);
-        for (int64_t n = n0; n < n1; n++) {
-          for (int m = 0; m < lanes; m++) {
-            for (int k = 0; k < o.rights->vectors(n); k++) {
-              store(static_cast<S*>(o.dw) + (row + m) * o.rights->units + o.rights->column(n, k),
-                    load(sum_of(n, p, v) + m * kSide + k * U), o.rights->lanes(n, k));
-            }
-          }
+        for (int64_t n = n0; n < n1; n += U) {
+          Vec<A> square[U];
+          for (int j = 0; j < U; j++) square[j] = load(sum_of(n, p) + j * kSide + v * U);
+          transpose(square);
+          for (int j = 0; j < lanes; j++)
+            store(static_cast<S*>(o.dw) + (row + j) * o.lefts + n, square[j], min(U, n1 - n));
         }
       }
     }
   }
 
-  static constexpr int kSame[kMaxVectors] = {0, 1, 2, 3};
-  static constexpr const int* kHiddenSource = G == 1 ? kSame : Cell::kHidden;
-
-  void weight_gradients() {
-    Buffer<A> x(inputs.width() * Q), h(f.D * outputs.width() * Q), m(projected ? f.D * hidden.width() * Q : 0);
-    for_all_rows([&](int64_t q, int64_t t, int64_t rank) {
-      const int64_t r = f.steps.row(t, rank);
-      pack_row(x, row_of<S>(f.x, r, f.I), q, Q, inputs);
-      for (int d = 0; d < f.D; d++) {
-        pack_row(h + d * outputs.width() * Q, h_before(d, t, rank), q, Q, outputs);
-        if (projected) pack_unprojected(m + d * hidden.width() * Q, d, r, q);
-      }
-    });
-
-    Outer products[6];
-    int count = 0;
-    for (int d = 0; d < f.D; d++) {
-      const A* dg = dgates + d * grads.width() * Q;
-      products[count++] = {dg, &grads, &gates, kSame, x, &inputs, f.dw[d].w_ih, f.dw[d].b_ih};
-      products[count++] = {dg,       &grads,       &gates,      kHiddenSource, h + d * outputs.width() * Q,
-                           &outputs, f.dw[d].w_hh, f.dw[d].b_hh};
-      if (!projected) continue;
-      products[count++] = {dhs + d * outputs.width() * Q, &outputs, &outputs,     kSame,
-                           m + d * hidden.width() * Q,    &hidden,  f.dw[d].w_hr, nullptr};
-    }
+  template <class L>
+  void outer_products(const Outer<L>* products, int count) {
     const int64_t threads = work_threads(f.I + f.P);
     auto all_blocks = [&](int64_t size) {
       int64_t n = 0;
@@ -380,37 +409,85 @@ class BackwardPass {
       int64_t first = 0;
       for (int i = 0; i < count; first += products[i++].blocks(size)) {
         const int64_t end = min(mine.end - first, products[i].blocks(size));
-        for (int64_t b = max(mine.begin - first, 0); b < end; b++)
+        for (int64_t b = max(mine.begin - first, 0); b < end; b++) {
           outer_block(products[i], b, size, sums + task * sums_size(size));
+        }
       }
     });
   }
 
-  // Row q of m = o * tanh(c), what w_hr was applied to.
-  void pack_unprojected(A* packed, int d, int64_t r, int64_t q) {
+  void weight_gradients() {
+    const int64_t stretches = max(1, ceil_div(Q, kStretch));
+    const int64_t h_size = stretches * f.P * X::row(kStretch), m_size = stretches * f.H * Grad::row(kStretch);
+    Buffer<typename X::Element> x(stretches * f.I * X::row(kStretch)), h(f.D * h_size);
+    Buffer<typename Grad::Element> m(projected ? f.D * m_size : 0);
+    const int64_t blocks = ceil_div(round_up(Q, X::kAlign), U), packers = max(1, min(f.threads, Q / 64));
+    Buffer<A> unprojected(projected ? packers * U * hidden.width() : 0);
+    parallel(packers, [&](int64_t task) {
+      const Range mine = share(blocks, task, packers);
+      for (int64_t q0 = mine.begin * U; q0 < mine.end * U; q0 += U) {
+        auto put = [&](auto math, auto* to, int64_t width, const auto& row_at) {
+          decltype(row_at(0, 0, 0)) rows[U] = {};
+          for_rows({q0, min(q0 + U, Q)},
+                   [&](int64_t q, int64_t t, int64_t rank) { rows[q - q0] = row_at(q, t, rank); });
+          using L = decltype(math);
+          put_transposed<L>(to + q0 / kStretch * width * L::row(kStretch) + q0 % kStretch, L::row(kStretch), kStretch,
+                            rows, width);
+        };
+        put(X(), static_cast<Elements<X>>(x), f.I,
+            [&](int64_t, int64_t t, int64_t rank) { return row_of<S>(f.x, f.steps.row(t, rank), f.I); });
+        for (int d = 0; d < f.D; d++) {
+          put(X(), h + d * h_size, f.P, [&](int64_t, int64_t t, int64_t rank) { return h_before(d, t, rank); });
+          if (!projected) continue;
+          put(Grad(), m + d * m_size, f.H, [&](int64_t q, int64_t t, int64_t rank) {
+            A* row = unprojected + (task * U + q - q0) * hidden.width();
+            unproject_row(row, d, f.steps.row(t, rank));
+            return static_cast<const A*>(row);
+          });
+        }
+      }
+    });
+
+    Outer<X> products[4];
+    Outer<Grad> projections[2];
+    const int padded = round_up(f.H, Grad::kAlign);
+    for (int d = 0; d < f.D; d++) {
+      const auto* grads = dgates + d * Q * Grad::kParts * grad_part;
+      Outer<X>&of_x = products[2 * d], &of_h = products[2 * d + 1];
+      of_x = {x, f.I, grads, grad_part, &gates, {}, padded, f.dw[d].w_ih, f.dw[d].b_ih};
+      of_h = {h + d * h_size, f.P, grads, grad_part, &gates, {}, padded, f.dw[d].w_hh, f.dw[d].b_hh};
+      for (int i = 0; i < G; i++) of_x.slots[i] = slot(i), of_h.slots[i] = slot(Cell::kHidden[i]);
+      projections[d] = {
+          m + d * m_size, f.H,    dys + d * Q * Grad::row(f.P), round_up(f.P, Grad::kAlign), &outputs, {}, 0,
+          f.dw[d].w_hr,   nullptr};
+    }
+    outer_products(products, 2 * f.D);
+    if (projected) outer_products(projections, f.D);
+  }
+
+  // m = o * tanh(c), what w_hr was applied to.
+  void unproject_row(A* to, int d, int64_t r) const {
     if constexpr (Cell::kHasCell) {
       const S* o = static_cast<const S*>(f.gates) + ((d * f.R + r) * Cell::kSaved + 3) * f.H;
       const A* c = static_cast<const A*>(f.c) + (r * f.D + d) * f.H;
-      for (int64_t p = 0; p < hidden.count(); p++) {
-        for (int v = 0; v < hidden.vectors(p); v++) {
-          int64_t unit = hidden.column(p, v);
-          int lanes = hidden.lanes(p, v);
-          store(packed + hidden.start(p) * Q + (q * hidden.vectors(p) + v) * U,
-                load(o + unit, lanes) * tanh(load(c + unit, lanes)));
-        }
+      for (int64_t k = 0; k < f.H; k += U) {
+        const int n = min(U, f.H - k);
+        store(to + k, load(o + k, n) * tanh(load(c + k, n)));
       }
     }
   }
 
   const Backward& f;
-  const Panels<A> gates, grads, hidden, outputs, inputs;
-  const bool projected;
-  const int64_t Q;
+  const Panels<A> gates, hidden, outputs, inputs;
+  const bool projected, packed;
+  const int64_t Q, grad_part, step_part;
   const Teams teams;
-  Buffer<A> w_hh;    // [D][outputs panel][gates][V][U]
-  Buffer<A> w_hr;    // [D][hidden panel][P][V][U]
-  Buffer<A> dgates;  // [D][grads panel][Q][V][U]
-  Buffer<A> dhs;     // [D][outputs panel][Q][V][U]: dh of every step, for w_hr
+  Buffer<typename State::Element> w_hh;   // [D][outputs panel][G*H][V][U]
+  Buffer<typename State::Element> w_hr;   // [D][hidden panel][P][V][U]
+  Buffer<typename Grad::Element> dgates;  // [D][Q] left rows of grad_part
+  Buffer<typename StepGrad::Element> step_dgates;
+  Buffer<typename Grad::Element> dys;  // [D][Q] left rows of P: dh of every step, for w_hr
+  Buffer<typename StepGrad::Element> step_dys;
   Buffer<A> scratch;
 };
 

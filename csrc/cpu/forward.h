@@ -11,30 +11,38 @@ namespace {
 
 constexpr int64_t kChunkBytes = 256 * 1024;  // of projected inputs, to be in cache still when the recurrence reads them
 constexpr int64_t kChunkRows = 128;          // at least, so that they share the traffic of W_ih
-constexpr int64_t kUnpackedRows = 4;         // of a sequence, up to which packing would cost more than it gains
 
-template <class Cell, class S>
+// Whole is the math of the products over a stretch of steps, Step that of the recurrence.
+template <class Cell, class S, class Whole, class Step>
 class ForwardPass {
   using A = AccOf<S>;
+  using X = typename Whole::Exact;
+  using State = typename Step::Exact;
+  using Memory = typename Step::Wide;  // m = o tanh(c), before its projection
+  template <class E>
+  using Elements = typename E::Element*;
   static constexpr int U = kLanes<A>, G = Cell::kGates;
 
  public:
   explicit ForwardPass(const Forward& f)
       : f(f),
         gates(f.H, G),
-        hidden(f.H),
         outputs(f.P),
         projected(f.weights[0].w_hr != nullptr),
         packed(f.R > kUnpackedRows),
-        teams(f, gates),
+        teams(f, gates, Cost::of<State>()),
         chunk(max(1, min(f.steps.T,
                          max(kChunkBytes / int64_t(gates.width() * sizeof(A)), kChunkRows) / max(1, teams.rows())))),
-        w_ih(packed ? f.D * gates.width() * f.I : 0),
-        w_hh(packed ? f.D * gates.width() * f.P : 0),
-        w_hr(packed && projected ? f.D * outputs.width() * f.H : 0),
+        w_ih(packed ? f.D * gates.width() * X::column(f.I) : 0),
+        w_hh(packed ? f.D * gates.width() * State::column(f.P) : 0),
+        w_hr(packed && projected ? f.D * outputs.width() * State::column(f.H) : 0),
         b_ih(f.D * gates.width()),
         b_hh(f.D * gates.width()),
-        scratch(teams.groups() * scratch_size()),
+        xs(group_rows() * chunk * X::row(f.I)),
+        projections(group_rows() * chunk * gates.width()),
+        hs(group_rows() * 2 * State::row(f.P)),
+        ms(projected ? group_rows() * Memory::row(f.H) : 0),
+        cs(Cell::kHasCell ? group_rows() * round_up(f.H, U) : 0),
         bases(teams.groups() * (f.steps.T + 1)) {}
 
   void run() {
@@ -47,23 +55,29 @@ class ForwardPass {
   }
 
  private:
-  struct State : Group {
-    A *h[2], *c, *m, *x, *gates;  // h [2][rows][outputs], c and m [rows][hidden], x [*][I], gates [*][gates]
-    int64_t* base;                // [T+1] the rows before step s
+  struct Sweep : Group {
+    Elements<X> x;         // [rows of a chunk] left rows of I
+    A* projection;         // [gates panel][rows of a chunk][V][U]
+    Elements<State> h[2];  // [rows] left rows of P: read and written in turn
+    Elements<Memory> m;    // [rows] left rows of H
+    A* c;                  // [rows][H up to a vector]
+    int64_t* base;         // [T+1] the rows before step s
 
-    State(const ForwardPass& p, int64_t g) : Group(p.f, p.teams, g), base(p.bases + g * (p.f.steps.T + 1)) {
-      int64_t n = p.teams.rows();
-      h[0] = p.scratch + g * p.scratch_size();
-      h[1] = h[0] + n * p.outputs.width();
-      c = h[1] + n * p.outputs.width();
-      m = c + n * p.hidden.width();
-      gates = m + n * p.hidden.width();
-      x = gates + p.chunk * n * p.gates.width();
-    }
+    Sweep(const ForwardPass& p, int64_t g)
+        : Group(p.f, p.teams, g),
+          x(p.xs + g * p.teams.rows() * p.chunk * X::row(p.f.I)),
+          projection(p.projections + g * p.teams.rows() * p.chunk * p.gates.width()),
+          h{p.hs + 2 * g * p.teams.rows() * State::row(p.f.P), p.hs + (2 * g + 1) * p.teams.rows() * State::row(p.f.P)},
+          m(p.ms + (p.projected ? g * p.teams.rows() * Memory::row(p.f.H) : 0)),
+          c(p.cs + (Cell::kHasCell ? g * p.teams.rows() * round_up(p.f.H, U) : 0)),
+          base(p.bases + g * (p.f.steps.T + 1)) {}
   };
 
-  int64_t scratch_size() const {
-    return teams.rows() * (2 * outputs.width() + 2 * hidden.width() + chunk * (gates.width() + ceil_div(f.I, U) * U));
+  int64_t group_rows() const { return teams.groups() * teams.rows(); }
+
+  template <class E>
+  static Left<E> rows_of(Elements<E> data, int64_t K) {
+    return {data, E::row(K), round_up(K, E::kAlign)};
   }
 
   void pack() {
@@ -72,66 +86,72 @@ class ForwardPass {
       int64_t d = i / per_d, p = i % per_d;
       const auto& w = f.weights[d];
       if (p < per_w) {
-        pack_transposed(w_ih + d * gates.width() * f.I, static_cast<const S*>(w.w_ih), f.I, gates, p);
+        pack_transposed<X>(w_ih + d * gates.width() * X::column(f.I), static_cast<const S*>(w.w_ih), f.I, gates, p);
       } else if (p < 2 * per_w) {
-        pack_transposed(w_hh + d * gates.width() * f.P, static_cast<const S*>(w.w_hh), f.P, gates, p - per_w);
+        pack_transposed<State>(w_hh + d * gates.width() * State::column(f.P), static_cast<const S*>(w.w_hh), f.P, gates,
+                               p - per_w);
       } else {
-        pack_transposed(w_hr + d * outputs.width() * f.H, static_cast<const S*>(w.w_hr), f.H, outputs, p - 2 * per_w);
+        pack_transposed<State>(w_hr + d * outputs.width() * State::column(f.H), static_cast<const S*>(w.w_hr), f.H,
+                               outputs, p - 2 * per_w);
       }
     });
   }
 
   // out[M][V*U] = init + a W^T for panel p of direction d's matrix w, or of its packed copy.
-  void multiply(const A* a, int64_t rs, int64_t M, int d, const void* w, const A* copy, const Panels<A>& panels,
+  template <class R, class L>
+  void multiply(Left<L> a, int64_t M, int d, const void* w, const typename R::Element* copy, const Panels<A>& panels,
                 int64_t p, int64_t K, const A* init, A* out, int64_t os) {
-    if (!packed) return product_unpacked(a, rs, M, static_cast<const S*>(w), panels, p, K, init, out, os);
-    product<A>(a, rs, 1, M, copy + (d * panels.width() + panels.start(p)) * K, panels.vectors(p), K, init, 0, out, os);
+    if constexpr (std::is_same_v<L, Plain<A>>) {
+      if (!packed) return product_unpacked(a, M, static_cast<const S*>(w), panels, p, K, init, out, os);
+    }
+    product<L, R>(a, M, copy + (d * panels.width() + panels.start(p)) * R::column(K), panels.vectors(p), K, init, 0,
+                  out, os);
   }
 
   template <class Each>
   void sweep(const Each& each) {
     const int64_t T = f.steps.T;
-    each([&](int64_t g, int64_t part, int64_t) { part == 0 ? begin(State(*this, g)) : void(); });
+    each([&](int64_t g, int64_t part, int64_t) { part == 0 ? begin(Sweep(*this, g)) : void(); });
     for (int64_t s0 = 0; s0 < T; s0 += chunk) {
       int64_t s1 = min(s0 + chunk, T);
-      each([&](int64_t g, int64_t part, int64_t parts) { gather(State(*this, g), s0, s1, part, parts); });
+      each([&](int64_t g, int64_t part, int64_t parts) { gather(Sweep(*this, g), s0, s1, part, parts); });
       each([&](int64_t g, int64_t part, int64_t parts) {
-        project_input(State(*this, g), s0, s1, share(gates.count(), part, parts));
+        project_input(Sweep(*this, g), s0, s1, share(gates.count(), part, parts));
       });
       for (int64_t s = s0; s < s1; s++) {
         if (f.steps.resets)
-          each([&](int64_t g, int64_t part, int64_t) { part == 0 ? cut(State(*this, g), s) : void(); });
+          each([&](int64_t g, int64_t part, int64_t) { part == 0 ? cut(Sweep(*this, g), s) : void(); });
         each([&](int64_t g, int64_t part, int64_t parts) {
-          step(State(*this, g), s, s0, share(gates.count(), part, parts));
+          step(Sweep(*this, g), s, s0, share(gates.count(), part, parts));
         });
         if (projected) {
           each([&](int64_t g, int64_t part, int64_t parts) {
-            project_state(State(*this, g), s, share(outputs.count(), part, parts));
+            project_state(Sweep(*this, g), s, share(outputs.count(), part, parts));
           });
         }
       }
     }
-    each([&](int64_t g, int64_t part, int64_t) { part == 0 ? end(State(*this, g)) : void(); });
+    each([&](int64_t g, int64_t part, int64_t) { part == 0 ? end(Sweep(*this, g)) : void(); });
   }
 
-  void begin(const State& g) {
+  void begin(const Sweep& g) {
     g.base[0] = 0;
     for (int64_t s = 0; s < f.steps.T; s++) g.base[s + 1] = g.base[s] + g.alive_at(g.time(s));
     for (int64_t i = 0; i < g.rows; i++) {
       int64_t n = g.d * f.steps.N + g.batch_row(i);
-      for (A* h : g.h) read_row(h + i * outputs.width(), row_of<S>(f.h0, n, f.P), f.P);
-      if (Cell::kHasCell) read_row(g.c + i * hidden.width(), row_of<S>(f.c0, n, f.H), f.H);
+      for (auto* h : g.h) put_row<State>(h + i * State::row(f.P), row_of<S>(f.h0, n, f.P), f.P);
+      if (projected) put_row<Memory>(g.m + i * Memory::row(f.H), static_cast<const S*>(nullptr), f.H);
+      if (Cell::kHasCell) put_row<Plain<A>>(g.c + i * round_up(f.H, U), row_of<S>(f.c0, n, f.H), f.H);
     }
   }
 
   // Collects the group's rows of x; zeros the outputs past the sequences' ends.
-  void gather(const State& g, int64_t s0, int64_t s1, int64_t part, int64_t parts) {
-    const int64_t width = ceil_div(f.I, U) * U, T = f.steps.T;
+  void gather(const Sweep& g, int64_t s0, int64_t s1, int64_t part, int64_t parts) {
     for (int64_t s = s0 + part; s < s1; s += parts) {
       int64_t t = g.time(s), rows = g.alive_at(t);
-      A* x = g.x + (g.base[s] - g.base[s0]) * width;
-      for (int64_t i = 0; i < rows; i++) read_row(x + i * width, row_of<S>(f.x, g.row(t, i), f.I), f.I);
-      if (f.R != T * f.steps.N) continue;  // packed: no row lies past an end
+      auto* x = g.x + (g.base[s] - g.base[s0]) * X::row(f.I);
+      for (int64_t i = 0; i < rows; i++) put_row<X>(x + i * X::row(f.I), row_of<S>(f.x, g.row(t, i), f.I), f.I);
+      if (f.R != f.steps.T * f.steps.N) continue;  // packed: no row lies past an end
       for (int64_t i = rows; i < g.rows; i++) {
         int64_t row = g.row(t, i), r = row * f.D + g.d, saved = Cell::kSaved * f.H;
         memset(static_cast<S*>(f.y) + r * f.P, 0, f.P * sizeof(S));
@@ -141,97 +161,156 @@ class ForwardPass {
     }
   }
 
-  void project_input(const State& g, int64_t s0, int64_t s1, Range panels) {
-    const int64_t width = ceil_div(f.I, U) * U;
+  A* projection(const Sweep& g, int64_t p, int64_t row) const {
+    return g.projection + gates.start(p) * chunk * teams.rows() + row * gates.vectors(p) * U;
+  }
+
+  void project_input(const Sweep& g, int64_t s0, int64_t s1, Range panels) {
     for (int64_t p = panels.begin; p < panels.end; p++) {
-      multiply(g.x, width, g.base[s1] - g.base[s0], g.d, f.weights[g.d].w_ih, w_ih, gates, p, f.I,
-               b_ih + g.d * gates.width() + gates.start(p), g.gates + gates.start(p), gates.width());
+      multiply<X>(rows_of<X>(g.x, f.I), g.base[s1] - g.base[s0], g.d, f.weights[g.d].w_ih, w_ih, gates, p, f.I,
+                  b_ih + g.d * gates.width() + gates.start(p), projection(g, p, 0), gates.vectors(p) * U);
     }
   }
 
-  void cut(const State& g, int64_t s) {
+  void cut(const Sweep& g, int64_t s) {
     int64_t t = g.time(s), rows = g.alive_at(t);
     for (int64_t i = 0; i < rows; i++) {
       if (!f.steps.cut(g.d, t, g.rank(i))) continue;
-      memset(g.h[s & 1] + i * outputs.width(), 0, f.P * sizeof(A));
-      if (Cell::kHasCell) memset(g.c + i * hidden.width(), 0, f.H * sizeof(A));
+      put_row<State>(g.h[s & 1] + i * State::row(f.P), static_cast<const S*>(nullptr), f.P);
+      if (Cell::kHasCell) memset(g.c + i * round_up(f.H, U), 0, f.H * sizeof(A));
     }
   }
 
-  void step(const State& g, int64_t s, int64_t s0, Range panels) {
+  void step(const Sweep& g, int64_t s, int64_t s0, Range panels) {
     const int64_t t = g.time(s), rows = g.alive_at(t);
-    const A* x = g.gates + (g.base[s] - g.base[s0]) * gates.width();
+    const Update update(*this, g, s, t);
     A a[kBlockRows * kMaxVectors * U];
     for (int64_t p = panels.begin; p < panels.end; p++) {
       const int V = gates.vectors(p);
+      const A* x = projection(g, p, g.base[s] - g.base[s0]);
       for (int64_t i0 = 0; i0 < rows; i0 += kBlockRows) {
         int64_t i1 = min(i0 + kBlockRows, rows);
-        multiply(g.h[s & 1] + i0 * outputs.width(), outputs.width(), i1 - i0, g.d, f.weights[g.d].w_hh, w_hh, gates, p,
-                 f.P, b_hh + g.d * gates.width() + gates.start(p), a, V * U);
+        multiply<State>(rows_of<State>(g.h[s & 1], f.P).from(i0), i1 - i0, g.d, f.weights[g.d].w_hh, w_hh, gates, p,
+                        f.P, b_hh + g.d * gates.width() + gates.start(p), a, V * U);
+        for (int b = 0; b < V / G; b++) {
+          update.rows({i0, i1}, gates.unit(p, b), x + (i0 * V + b) * U, a + b * U, V * U);
+        }
+      }
+    }
+  }
+
+  // The cell at one step. Its fields are its own, so that no store makes the compiler read them again.
+  class Update {
+   public:
+    Update(const ForwardPass& p, const Sweep& g, int64_t s, int64_t t)
+        : H(p.f.H),
+          D(p.f.D),
+          P(p.f.P),
+          rank(g.first),
+          stride(g.stride),
+          start(p.f.steps.offset[t]),
+          order(p.f.steps.order),
+          old_h(g.h[s & 1]),
+          h(p.projected ? nullptr : g.h[(s + 1) & 1]),
+          m(g.m),
+          c(g.c),
+          y(static_cast<S*>(p.f.y) + g.d * P),
+          kept_c(p.f.c ? static_cast<A*>(p.f.c) + g.d * H : nullptr),
+          kept_gates(p.f.gates ? static_cast<S*>(p.f.gates) + g.d * p.f.R * Cell::kSaved * H : nullptr) {}
+
+    // One block of units of some rows; x and a [rows][G][U], a row `next` from the one before.
+    void rows(Range range, int64_t unit, const A* x, const A* a, int64_t next) const {
+      const int lanes = min(U, H - unit);
+      lanes == U ? rows_of(std::true_type(), range, unit, lanes, x, a, next)
+                 : rows_of(std::false_type(), range, unit, lanes, x, a, next);
+    }
+
+   private:
+    template <class Full>
+    RNNFAST_INLINE void rows_of(Full, Range range, int64_t unit, int lanes, const A* x, const A* a,
+                                int64_t next) const {
+      const Update u = *this;
+      const int n = Full::value ? U : lanes;
+      const int64_t part = round_up(u.P, State::kAlign), m_part = round_up(u.H, Memory::kAlign);
+      const int64_t state = State::row(u.P), memory = Memory::row(u.H), cells = round_up(u.H, U);
+      for (int64_t i = range.begin; i < range.end; i++, x += next, a += next) {
+        const int64_t r = u.start + u.order[u.rank + i * u.stride];
+        Vec<A> xs[G], as[G], saved[Cell::kSaved + 1], h, c;
+        for (int k = 0; k < G; k++) xs[k] = load(x + k * U), as[k] = load(a + k * U);
+        if (Cell::kNeedsOldH) h = State::get(u.old_h + i * state + unit, part);
+        if (Cell::kHasCell) c = load(u.c + i * cells + unit);
+        Cell::forward(xs, as, h, c, saved);
+        if (Cell::kHasCell) {
+          store(u.c + i * cells + unit, c);
+          if (u.kept_c) store(u.kept_c + r * u.D * u.H + unit, c, n);
+        }
+        if (Cell::kSaved && u.kept_gates) {
+          S* to = u.kept_gates + r * Cell::kSaved * u.H + unit;
+          for (int k = 0; k < Cell::kSaved; k++) store(to + k * u.H, saved[k], n);
+        }
+        if (u.h) {
+          State::put(u.h + i * state + unit, part, rounded<S>(h));
+          store(u.y + r * u.D * u.P + unit, h, n);
+        } else {
+          Memory::put(u.m + i * memory + unit, m_part, h);
+        }
+      }
+    }
+
+    const int64_t H, D, P, rank, stride, start;
+    const int64_t* const order;
+    const typename State::Element* const old_h;
+    const Elements<State> h;  // null where m is projected
+    const Elements<Memory> m;
+    A* const c;
+    S* const y;
+    A* const kept_c;  // null where nothing is kept, as kept_gates
+    S* const kept_gates;
+  };
+
+  void project_state(const Sweep& g, int64_t s, Range panels) {
+    const int64_t t = g.time(s), rows = g.alive_at(t), part = round_up(f.P, State::kAlign);
+    A a[kBlockRows * kMaxVectors * U];
+    for (int64_t p = panels.begin; p < panels.end; p++) {
+      const int V = outputs.vectors(p);
+      for (int64_t i0 = 0; i0 < rows; i0 += kBlockRows) {
+        int64_t i1 = min(i0 + kBlockRows, rows);
+        multiply<State>(rows_of<Memory>(g.m, f.H).from(i0), i1 - i0, g.d, f.weights[g.d].w_hr, w_hr, outputs, p, f.H,
+                        kZeros<A>, a, V * U);
         for (int64_t i = i0; i < i1; i++) {
-          for (int b = 0; b < V / G; b++) {
-            update(g, s, t, i, gates.unit(p, b), x + i * gates.width() + gates.start(p) + b * U,
-                   a + ((i - i0) * V + b) * U);
+          auto* h = g.h[(s + 1) & 1] + i * State::row(f.P) + outputs.start(p);
+          S* y = static_cast<S*>(f.y) + (g.row(t, i) * f.D + g.d) * f.P + outputs.start(p);
+          for (int v = 0; v < V; v++) {
+            Vec<A> value = load(a + ((i - i0) * V + v) * U);
+            State::put(h + v * U, part, rounded<S>(value));
+            store(y + v * U, value, outputs.lanes(p, v));
           }
         }
       }
     }
   }
 
-  // One row and one block of units through the cell; x and a [G][U].
-  void update(const State& g, int64_t s, int64_t t, int64_t i, int64_t unit, const A* x, const A* a) {
-    const int64_t r = g.row(t, i);
-    const int lanes = min(U, f.H - unit);
-    Vec<A> xs[G], as[G], saved[Cell::kSaved + 1], h, c;
-    for (int k = 0; k < G; k++) xs[k] = load(x + k * U), as[k] = load(a + k * U);
-    if (Cell::kNeedsOldH) h = load(g.h[s & 1] + i * outputs.width() + unit);
-    if (Cell::kHasCell) c = load(g.c + i * hidden.width() + unit);
-    Cell::forward(xs, as, h, c, saved);
-    if (Cell::kHasCell) {
-      store(g.c + i * hidden.width() + unit, c);
-      if (f.c) store(static_cast<A*>(f.c) + (r * f.D + g.d) * f.H + unit, c, lanes);
-    }
-    if (f.gates) {
-      S* to = static_cast<S*>(f.gates) + (g.d * f.R + r) * Cell::kSaved * f.H + unit;
-      for (int k = 0; k < Cell::kSaved; k++) store(to + k * f.H, saved[k], lanes);
-    }
-    if (projected) return store(g.m + i * hidden.width() + unit, h);
-    store(g.h[(s + 1) & 1] + i * outputs.width() + unit, rounded<S>(h));
-    store(static_cast<S*>(f.y) + (r * f.D + g.d) * f.P + unit, h, lanes);
-  }
-
-  void project_state(const State& g, int64_t s, Range panels) {
-    const int64_t t = g.time(s), rows = g.alive_at(t);
-    for (int64_t p = panels.begin; p < panels.end; p++) {
-      const int V = outputs.vectors(p);
-      A* h = g.h[(s + 1) & 1] + outputs.start(p);
-      multiply(g.m, hidden.width(), rows, g.d, f.weights[g.d].w_hr, w_hr, outputs, p, f.H, kZeros<A>, h,
-               outputs.width());
-      for (int64_t i = 0; i < rows; i++) {
-        S* y = static_cast<S*>(f.y) + (g.row(t, i) * f.D + g.d) * f.P + outputs.start(p);
-        for (int v = 0; v < V; v++) {
-          Vec<A> value = load(h + i * outputs.width() + v * U);
-          store(h + i * outputs.width() + v * U, rounded<S>(value));
-          store(y + v * U, value, outputs.lanes(p, v));
-        }
-      }
-    }
-  }
-
-  void end(const State& g) {
+  void end(const Sweep& g) {
     for (int64_t i = 0; i < g.rows; i++) {
       int64_t n = g.d * f.steps.N + g.batch_row(i), steps = g.d ? f.steps.T : f.steps.length[g.rank(i)];
-      write_row(static_cast<S*>(f.h_n) + n * f.P, g.h[steps & 1] + i * outputs.width(), f.P);
-      if (Cell::kHasCell) write_row(static_cast<S*>(f.c_n) + n * f.H, g.c + i * hidden.width(), f.H);
+      get_row<State>(static_cast<S*>(f.h_n) + n * f.P, g.h[steps & 1] + i * State::row(f.P), f.P);
+      if (Cell::kHasCell) get_row<Plain<A>>(static_cast<S*>(f.c_n) + n * f.H, g.c + i * round_up(f.H, U), f.H);
     }
   }
 
   const Forward& f;
-  const Panels<A> gates, hidden, outputs;
+  const Panels<A> gates, outputs;
   const bool projected, packed;
   const Teams teams;
   const int64_t chunk;  // steps
-  Buffer<A> w_ih, w_hh, w_hr, b_ih, b_hh, scratch;
+  Buffer<typename X::Element> w_ih;
+  Buffer<typename State::Element> w_hh, w_hr;
+  Buffer<A> b_ih, b_hh;
+  Buffer<typename X::Element> xs;
+  Buffer<A> projections;
+  Buffer<typename State::Element> hs;
+  Buffer<typename Memory::Element> ms;
+  Buffer<A> cs;
   Buffer<int64_t> bases;
 };
 

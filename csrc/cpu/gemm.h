@@ -1,161 +1,273 @@
 // Matrix products of a few rows with a packed matrix, the one kernel under every phase of a layer.
-//
-// A packed matrix keeps its columns in panels of up to four vectors of U lanes, [panel][K][vector][U], zeros where
-// there is no column. A panel of a gate matrix holds all gates of one block of U hidden units, so that a tile of the
-// product is what a cell needs; a matrix of one gate takes four blocks a panel.
 #pragma once
 
-#include "parallel.h"
-#include "simd.h"
+#include "amx.h"
+#include "operands.h"
 
 namespace rnnfast {
 namespace RNNFAST_ISA {
 namespace {
 
-constexpr int kMaxVectors = 4;
 constexpr int kMaxRows = 8;
-constexpr int kBlockRows = 48;          // rows a pass over a panel serves: their sums and a block of the panel fit L1
+constexpr int kBlockRows = 64;          // rows a pass over a panel serves: their sums and a block of the panel fit L1
 constexpr int kBlockBytes = 32 * 1024;  // of a panel, kept in L1 while several tiles use it
 
 // Rows of a register tile V vectors wide. With 32 registers: R*V sums, V of the panel, 1 or 2 broadcast values. With 16
 // the panel's vectors are memory operands.
 constexpr int tile_rows(int V) { return min(kMaxRows, kRegisters == 32 ? (30 - V) / V : 12 / V); }
 
-// The columns of a packed matrix of gates*units columns.
+template <class A>
+constexpr A kZeros[kMaxVectors * kLanes<A>] = {};
+
+// ---- plain operands, and pairs of bfloat16 where the vector unit multiplies them
+
 template <class T>
-struct Panels {
-  static constexpr int U = kLanes<T>;
-  int64_t units;
-  int gates;
-  int64_t blocks = max(1, ceil_div(units, U));  // one, of no lanes, where there is no unit
-  int blocks_per_panel = gates == 1 ? kMaxVectors : 1;
+RNNFAST_INLINE Vec<T> load_lanes(const T* p) {
+  return load(p);
+}
+template <class T>
+RNNFAST_INLINE Vec<T> broadcast(const T* p) {
+  return Vec<T>(*p);
+}
+template <class T>
+RNNFAST_INLINE Vec<T> multiply_add(Vec<T> sum, Vec<T> a, Vec<T> b) {
+  return sum + a * b;
+}
 
-  explicit Panels(int64_t units, int gates = 1) : units(units), gates(gates) {}
-  int64_t count() const { return ceil_div(blocks, blocks_per_panel); }
-  int64_t width() const { return blocks * gates * U; }
-  int64_t start(int64_t p) const { return p * blocks_per_panel * gates * U; }
-  int vectors(int64_t p) const { return gates * min(blocks_per_panel, blocks - p * blocks_per_panel); }
-  // Vector v of panel p holds lanes() columns of the unpacked matrix from column() on.
-  int64_t column(int64_t p, int v) const { return gates == 1 ? unit(p, v) : v * units + unit(p, 0); }
-  int lanes(int64_t p, int v) const { return min(U, units - unit(p, gates == 1 ? v : 0)); }
-  int64_t unit(int64_t p, int block) const { return (p * blocks_per_panel + block) * U; }
+#if defined(__AVX512BF16__)
+struct Pair {
+  uint16_t k[2];
 };
-
-// Packs panel p of W^T; w [gates*units,K].
-template <class S, class T>
-void pack_transposed(T* packed, const S* w, int64_t K, const Panels<T>& panels, int64_t p) {
-  constexpr int U = kLanes<T>;
-  int V = panels.vectors(p);
-  T* panel = packed + panels.start(p) * K;
-  for (int v = 0; v < V; v++) {
-    int lanes = panels.lanes(p, v);
-    const S* from = w + panels.column(p, v) * K;
-    for (int64_t k = 0; k < K; k += U) {
-      int n = min(U, K - k);
-      Vec<T> square[U];
-#pragma GCC unroll 16
-      for (int i = 0; i < U; i++) square[i] = i < lanes ? load(from + i * K + k, n) : Vec<T>(0);
-      transpose(square);
-#pragma GCC unroll 16
-      for (int i = 0; i < U; i++) {
-        if (i < n) store(panel + ((k + i) * V + v) * U, square[i]);
-      }
-    }
-  }
+RNNFAST_INLINE __m512bh load_lanes(const Pair* p) { return (__m512bh)_mm512_loadu_si512(p); }
+RNNFAST_INLINE __m512bh broadcast(const Pair* p) { return (__m512bh)_mm512_set1_epi32(bit_cast<int>(*p)); }
+RNNFAST_INLINE Vec<float> multiply_add(Vec<float> sum, __m512bh a, __m512bh b) {
+  return Vec<float>(_mm512_dpbf16_ps((__m512)sum.v, a, b));
 }
+#endif
 
-// Packs row k of a matrix of K rows, columns as they lie; no row, zeros.
-template <class S, class T = AccOf<S>>
-void pack_row(AccOf<S>* packed, const S* row, int64_t k, int64_t K, const Panels<AccOf<S>>& panels) {
-  constexpr int U = kLanes<T>;
-  for (int64_t p = 0; p < panels.count(); p++) {
-    int V = panels.vectors(p);
-    T* to = packed + panels.start(p) * K + k * V * U;
-    for (int v = 0; v < V; v++) {
-      store(to + v * U, row ? load(row + panels.column(p, v), panels.lanes(p, v)) : Vec<T>(0));
-    }
-  }
-}
-
-template <class S, class T>
-void pack_vector(T* packed, const S* vector, const Panels<T>& panels) {
-  for (int64_t p = 0; p < panels.count(); p++) {
-    for (int v = 0; v < panels.vectors(p); v++) {
-      Vec<T> value = vector ? load(vector + panels.column(p, v), panels.lanes(p, v)) : Vec<T>(0);
-      store(packed + panels.start(p) + v * panels.U, value);
-    }
-  }
-}
-
-// out[R][V*U] = init[R][V*U] + a[R][K] * b[K][V*U], with the sums in registers; a[r][k] is a[r*rs + k*ks].
-template <class T, int V, int R>
-void tile(const T* a, int64_t rs, int64_t ks, const T* b, int64_t K, const T* init, int64_t is, T* out, int64_t os) {
+// out[R][V*U] = init[R][V*U] + a[R][K] * b[K][V*U], with the sums in registers.
+template <class E, class T, int V, int R>
+void tile(const E* a, int64_t stride, const E* b, int64_t K, const T* init, int64_t is, T* out, int64_t os) {
   constexpr int U = kLanes<T>;
   Vec<T> sum[R][V];
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++) {
 #pragma GCC unroll 4
-    for (int v = 0; v < V; v++) sum[r][v] = load(init + r * is + v * U);
+    for (int v = 0; v < V; v++) sum[r][v] = Vec<T>(0);
   }
-  for (int64_t k = 0; k < K; k++, a += ks, b += V * U) {
-    Vec<T> column[V];
+  for (int64_t k = 0; k < K; k++, a++, b += V * U) {
+    decltype(load_lanes(b)) column[V];
 #pragma GCC unroll 4
-    for (int v = 0; v < V; v++) column[v] = load(b + v * U);
+    for (int v = 0; v < V; v++) column[v] = load_lanes(b + v * U);
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
-      Vec<T> row(a[r * rs]);
+      const auto row = broadcast(a + r * stride);
 #pragma GCC unroll 4
-      for (int v = 0; v < V; v++) sum[r][v] = sum[r][v] + row * column[v];
+      for (int v = 0; v < V; v++) sum[r][v] = multiply_add(sum[r][v], row, column[v]);
     }
   }
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++) {
 #pragma GCC unroll 4
-    for (int v = 0; v < V; v++) store(out + r * os + v * U, sum[r][v]);
+    for (int v = 0; v < V; v++) store(out + r * os + v * U, load(init + r * is + v * U) + sum[r][v]);
   }
 }
 
-template <class T>
-using Tile = void (*)(const T*, int64_t, int64_t, const T*, int64_t, const T*, int64_t, T*, int64_t);
+template <class E, class T>
+using Tile = void (*)(const E*, int64_t, const E*, int64_t, const T*, int64_t, T*, int64_t);
 
-template <class T, int V, size_t... R>
-Tile<T> tile_of(int rows, std::index_sequence<R...>) {
-  static constexpr Tile<T> tiles[] = {tile<T, V, R + 1>...};
+template <class E, class T, int V, size_t... R>
+Tile<E, T> tile_of(int rows, std::index_sequence<R...>) {
+  static constexpr Tile<E, T> tiles[] = {tile<E, T, V, R + 1>...};
   return tiles[rows - 1];
 }
 
-template <class T, int V>
-void product_of(const T* a, int64_t rs, int64_t ks, int64_t M, const T* b, int64_t K, const T* init, int64_t is, T* out,
+template <class E, class T, int V>
+void product_of(const E* a, int64_t stride, int64_t M, const E* b, int64_t K, const T* init, int64_t is, T* out,
                 int64_t os) {
   constexpr int kRows = tile_rows(V);
   constexpr int64_t kDepth = kBlockBytes / (V * kVectorBytes);
-  int64_t tiles = ceil_div(M, kRows), depth = tiles > 1 ? kDepth : max(K, 1);
-  for (int64_t k = 0; k == 0 || k < K; k += depth) {
-    for (int64_t i = 0; i < tiles; i++) {  // rows are dealt evenly: 16 are 6 + 5 + 5
+  const int64_t tiles = ceil_div(M, kRows);
+  for (int64_t k = 0; k == 0 || k < K; k += kDepth) {  // each block is a sum of its own, which also is more accurate
+    for (int64_t i = 0; i < tiles; i++) {              // rows are dealt evenly: 16 are 6 + 5 + 5
       Range r = share(M, i, tiles);
       const T* from = k ? out + r.begin * os : init + r.begin * is;
-      tile_of<T, V>(r.end - r.begin, std::make_index_sequence<kRows>())(a + r.begin * rs + k * ks, rs, ks,
-                                                                        b + k * V * kLanes<T>, min(depth, K - k), from,
-                                                                        k ? os : is, out + r.begin * os, os);
+      tile_of<E, T, V>(r.end - r.begin, std::make_index_sequence<kRows>())(a + r.begin * stride + k, stride,
+                                                                           b + k * V * kLanes<T>, min(kDepth, K - k),
+                                                                           from, k ? os : is, out + r.begin * os, os);
     }
   }
 }
 
-// out[M][V*U] = init[M][V*U] + a[M][K] * b, with b a panel of V vectors. Sums run over k in order, whatever M is.
-template <class T>
-void product(const T* a, int64_t rs, int64_t ks, int64_t M, const T* b, int V, int64_t K, const T* init, int64_t is,
-             T* out, int64_t os) {
-  static constexpr decltype(&product_of<T, 1>) products[] = {product_of<T, 1>, product_of<T, 2>, product_of<T, 3>,
-                                                             product_of<T, 4>};
+template <class E, class T>
+void product_in_registers(const E* a, int64_t stride, int64_t M, const E* b, int V, int64_t K, const T* init,
+                          int64_t is, T* out, int64_t os) {
+  static constexpr decltype(&product_of<E, T, 1>) products[] = {product_of<E, T, 1>, product_of<E, T, 2>,
+                                                                product_of<E, T, 3>, product_of<E, T, 4>};
   for (int64_t i = 0; i < M; i += kBlockRows) {
-    products[V - 1](a + i * rs, rs, ks, min(kBlockRows, M - i), b, K, init + i * is, is, out + i * os, os);
+    products[V - 1](a + i * stride, stride, min(kBlockRows, M - i), b, K, init + i * is, is, out + i * os, os);
   }
 }
 
-// The same with panel p of W^T, read from w [gates*units,K] as it lies: for rows too few to pay for packing.
+// out[M][V*U] = init[M][V*U] + a[M][K] * b, with b a panel of V vectors. Sums run over k in order, whatever M is. init
+// may be out.
+template <class L, class R, class T>
+void product(Left<Plain<T>> a, int64_t M, const T* b, int V, int64_t K, const T* init, int64_t is, T* out, int64_t os) {
+  product_in_registers(a.data, a.stride, M, b, V, K, init, is, out, os);
+}
+
+// ---- operands split in bfloat16
+
+#if defined(__AVX512BF16__)
+
+// Calls body(0), ..., body(n - 1) with numbers that are constants.
+template <class F, int... I>
+RNNFAST_INLINE void for_constants(const F& body, std::integer_sequence<int, I...>) {
+  (body(std::integral_constant<int, I>()), ...);
+}
+template <int n, class F>
+RNNFAST_INLINE void for_constants(const F& body) {
+  for_constants(body, std::make_integer_sequence<int, n>());
+}
+
+#if defined(RNNFAST_AMX)
+
+constexpr int kTileRows = 16;
+constexpr int64_t kTileDepth = 288;  // k times parts, so that those of all rows and of a few vectors stay in L1
+
+// sums[16*T][V*U] (+)= a[T][16][K] * b for T tiles of rows and V of a panel's vectors.
+template <class L, class R, int T, int V>
+void multiply_tiles(const uint16_t* const* a, int64_t stride, int64_t part, const uint16_t* b, int panel_vectors,
+                    int64_t depth, Range ks, float* const* sums, int64_t ss) {
+  constexpr int kLeft = 4, kRight = 6, U = kLanes<float>;
+  const int64_t width = panel_vectors * 2 * U;  // of two rows of b
+  for_constants<T>([&](auto t) {
+    for_constants<V>(
+        [&](auto v) { ks.begin ? tile_load<t * V + v>(sums[t] + v * U, ss * sizeof(float)) : tile_zero<t * V + v>(); });
+  });
+  for (int64_t k = ks.begin; k < ks.end; k += L::kAlign) {
+    for_constants<L::kParts>([&](auto i) {
+      for_constants<T>([&](auto t) { tile_load<kLeft + t>(a[t] + i * part + k, stride * sizeof *b); });
+      for_constants<R::kParts>([&](auto j) {
+        if constexpr (i + j < 3) {
+          for_constants<V>([&](auto v) {
+            tile_load<kRight + v % 2>(b + (j * depth + k) / 2 * width + v * 2 * U, width * sizeof *b);
+            for_constants<T>([&](auto t) { tile_dot<t * V + v, kLeft + t, kRight + v % 2>(); });
+          });
+        }
+      });
+    });
+  }
+  for_constants<T>(
+      [&](auto t) { for_constants<V>([&](auto v) { tile_store<t * V + v>(sums[t] + v * U, ss * sizeof(float)); }); });
+}
+
+// sums[M][V*U] = a * b.
+template <class L, class R>
+void multiply(Left<L> a, int64_t M, const uint16_t* b, int V, int64_t depth, float* sums, int64_t ss) {
+  constexpr int U = kLanes<float>;
+  const int64_t tiles = ceil_div(M, kTileRows), rows = ceil_div(M, tiles);
+  set_tile_rows(rows);
+  for (int64_t t = 0; t < tiles; t += 2) {
+    for (Range ks{0, 0}; ks.end < depth;) {
+      ks = {ks.end, min(ks.end + kTileDepth / R::kParts / R::kAlign * R::kAlign, depth)};
+      // Tiles are of one height: where rows do not divide into them they overlap, and both make the same sums.
+      auto tiles_of = [&](auto T, auto Vs, int v) {
+        const uint16_t* left[T];
+        float* to[T];
+        for (int i = 0; i < T; i++) {
+          const int64_t first = min(share(M, t + i, tiles).begin, M - rows);
+          left[i] = a.from(first).data, to[i] = sums + first * ss + v * U;
+        }
+        multiply_tiles<L, R, T, Vs>(left, a.stride, a.part, b + v * 2 * U, V, depth, ks, to, ss);
+      };
+      constexpr std::integral_constant<int, 1> one{};
+      constexpr std::integral_constant<int, 2> two{};
+      if (t + 1 < tiles) {
+        for (int v = 0; v < V; v += 2) v + 1 < V ? tiles_of(two, two, v) : tiles_of(two, one, v);
+      } else if (V > 2) {
+        V == 4 ? tiles_of(one, std::integral_constant<int, 4>(), 0)
+               : tiles_of(one, std::integral_constant<int, 3>(), 0);
+      } else {
+        V == 2 ? tiles_of(one, two, 0) : tiles_of(one, one, 0);
+      }
+    }
+  }
+}
+
+#else
+
+template <class L, class R>
+void multiply(Left<L> a, int64_t M, const uint16_t* b, int V, int64_t depth, float* sums, int64_t ss) {
+  auto pairs = [](const uint16_t* p) { return reinterpret_cast<const Pair*>(p); };
+  for (int i = 0; i < L::kParts; i++) {
+    for (int j = 0; j < R::kParts && i + j < 3; j++) {
+      const bool first = i + j == 0;
+      product_in_registers(pairs(a.data + i * a.part), a.stride / 2, M, pairs(b + j * depth * V * kLanes<float>), V,
+                           depth / 2, first ? kZeros<float> : sums, first ? 0 : ss, sums, ss);
+    }
+  }
+}
+
+#endif
+
+// One row of the product in float, of what the parts add up to: an infinity times the parts of a number would be NaN.
+template <class L, class R>
+void multiply_whole(Left<L> a, const uint16_t* b, int V, int64_t K, float* sums) {
+  constexpr int U = kLanes<float>;
+  const int64_t depth = round_up(K, R::kAlign);
+  for (int v = 0; v < V; v++) {
+    Vec<float> sum(0);
+    for (int64_t k = 0; k < K; k++) {
+      float left = 0;
+      for (int i = L::kParts - 1; i >= 0; i--) left += bit_cast<float>(uint32_t(a.data[i * a.part + k]) << 16);
+      Vec<float> right(0);
+      for (int j = R::kParts - 1; j >= 0; j--) {
+        UBits pair;
+        memcpy(&pair, b + ((j * depth + k) / 2 * V + v) * 2 * U, sizeof pair);
+        right = right + bit_cast<Vec<float>>(k % 2 ? pair & 0xffff0000 : pair << 16);
+      }
+      sum = sum + Vec<float>(left) * right;
+    }
+    store(sums + v * U, sum);
+  }
+}
+
+template <class L, class R>
+void product(Left<L> a, int64_t M, const uint16_t* b, int V, int64_t K, const float* init, int64_t is, float* out,
+             int64_t os) {
+  constexpr int U = kLanes<float>;
+  constexpr bool kSeveralParts = L::kParts * R::kParts > 1;
+  const int64_t depth = round_up(K, R::kAlign);
+  float scratch[kBlockRows * kMaxVectors * U];
+  for (int64_t i0 = 0; i0 < M; i0 += kBlockRows) {
+    const int64_t rows = min(kBlockRows, M - i0);
+    float* sums = init == out ? scratch : out + i0 * os;
+    const int64_t ss = init == out ? V * U : os;
+    multiply<L, R>(a.from(i0), rows, b, V, depth, sums, ss);
+
+    Vec<float> zero(0);
+    for (int64_t i = 0; kSeveralParts && i < rows; i++) {
+      for (int v = 0; v < V; v++) zero = zero + load(sums + i * ss + v * U) * Vec<float>(0);
+    }
+    const bool finite = _mm512_cmp_ps_mask((__m512)zero.v, (__m512)zero.v, _CMP_UNORD_Q) == 0;
+    for (int64_t i = 0; i < rows; i++) {
+      const float* from = init + (i0 + i) * is;
+      float *to = out + (i0 + i) * os, *sum = sums + i * ss;
+      if (!finite) multiply_whole<L, R>(a.from(i0 + i), b, V, K, sum);
+      for (int v = 0; v < V; v++) store(to + v * U, load(from + v * U) + load(sum + v * U));
+    }
+  }
+}
+
+#endif
+
+// ---- rows too few to pay for packing
+
+// out[M][V*U] = init[V*U] + a[M][K] W^T for panel p of W^T, read from w [gates*units,K] as it lies.
 template <class S, class T = AccOf<S>>
-void product_unpacked(const T* a, int64_t rs, int64_t M, const S* w, const Panels<AccOf<S>>& panels, int64_t p,
-                      int64_t K, const T* init, T* out, int64_t os) {
+void product_unpacked(Left<Plain<T>> a, int64_t M, const S* w, const Panels<T>& panels, int64_t p, int64_t K,
+                      const T* init, T* out, int64_t os) {
   constexpr int U = kLanes<T>;
   for (int v = 0; v < panels.vectors(p); v++) {
     const int lanes = panels.lanes(p, v);
@@ -164,7 +276,7 @@ void product_unpacked(const T* a, int64_t rs, int64_t M, const S* w, const Panel
       Vec<T> sums[U] = {};
       for (int64_t k = 0; k < K; k += U) {
         const int n = min(U, K - k);
-        const Vec<T> row = load(a + i * rs + k, n);
+        const Vec<T> row = load(a.from(i).data + k, n);
 #pragma GCC unroll 16
         for (int j = 0; j < U; j++) {
           if (j < lanes) sums[j] = sums[j] + row * load(from + j * K + k, n);
@@ -175,6 +287,25 @@ void product_unpacked(const T* a, int64_t rs, int64_t M, const S* w, const Panel
       for (int j = 0; j < U; j++) total = total + sums[j];
       store(out + i * os + v * U, total);
     }
+  }
+}
+
+// out[M][V*U] = init + a[M][K] W for panel p of W, where row(k) points to its row k, or is null for zeros.
+template <class T, class F>
+void product_of_rows(Left<Plain<T>> a, int64_t M, const F& row, const Panels<T>& panels, int64_t p, int64_t K,
+                     const T* init, int64_t is, T* out, int64_t os) {
+  constexpr int U = kLanes<T>;
+  const int V = panels.vectors(p);
+  for (int64_t i = 0; i < M; i++) {
+    Vec<T> sums[kMaxVectors];
+    for (int v = 0; v < V; v++) sums[v] = load(init + i * is + v * U);
+    for (int64_t k = 0; k < K; k++) {
+      const auto* from = row(k);
+      if (!from) continue;
+      const Vec<T> left(a.from(i).data[k]);
+      for (int v = 0; v < V; v++) sums[v] = sums[v] + left * load(from + panels.column(p, v), panels.lanes(p, v));
+    }
+    for (int v = 0; v < V; v++) store(out + i * os + v * U, sums[v]);
   }
 }
 

@@ -6,14 +6,38 @@ namespace rnnfast {
 namespace RNNFAST_ISA {
 namespace {
 
+// Calls pass(whole, step) with the math for products over many rows, and that for the recurrence. Floats in parts are
+// more to write and to read than floats: they take long sums to pay, and in the recurrence rows that share the reading.
+template <class S, class F>
+void with_math(const Layer& l, const F& pass) {
+  constexpr int64_t kLongSum = 256, kEnoughRows = 16;
+  using Fast = FastMath<S>;
+  using Plain = PlainMath<S>;
+  if constexpr (std::is_base_of_v<Plain, Fast>) {
+    pass(Plain(), Plain());
+  } else if (l.R <= kUnpackedRows) {
+    pass(Plain(), Plain());
+  } else if constexpr (Fast::Exact::kParts == 1) {
+    pass(Fast(), Fast());
+  } else if (min(l.I, l.P) < kLongSum) {
+    pass(Plain(), Plain());
+  } else if (l.steps.N < kEnoughRows) {
+    pass(Fast(), Plain());
+  } else {
+    pass(Fast(), Fast());
+  }
+}
+
 template <class Cell, class S>
 void forward(const Forward& f) {
-  ForwardPass<Cell, S>(f).run();
+  with_math<S>(f, Cell::kGates, 0,
+               [&](auto whole, auto step) { ForwardPass<Cell, S, decltype(whole), decltype(step)>(f).run(); });
 }
 
 template <class Cell, class S>
 void backward(const Backward& f) {
-  BackwardPass<Cell, S>(f).run();
+  with_math<S>(f, Cell::kGates, kSplitDepth,
+               [&](auto whole, auto step) { BackwardPass<Cell, S, decltype(whole), decltype(step)>(f).run(); });
 }
 
 template <class S>

@@ -95,6 +95,12 @@ extern const Kernels kernels;
 namespace avx512 {
 extern const Kernels kernels;
 }
+namespace avx512_bf16 {
+extern const Kernels kernels;
+}
+namespace amx {
+extern const Kernels kernels;
+}
 
 // Services of the operators' side, here as plain functions so that the kernels include nothing of torch.
 // parallel_tasks calls body with ranges that make up [0, tasks), each on a thread of its own where that can be had.

@@ -3,6 +3,7 @@
 
 #include <sched.h>
 
+#include "amx.h"
 #include "kernels.h"
 
 namespace rnnfast {
@@ -21,10 +22,14 @@ constexpr Range share(int64_t n, int64_t part, int64_t parts) { return {n * part
 // Calls body(begin, end) for ranges that make up [0, tasks), in parallel.
 template <class F>
 void parallel_ranges(int64_t tasks, const F& body) {
-  if (tasks == 1) return body(0, 1);
+  auto guarded = [&](int64_t begin, int64_t end) {
+    TileGuard guard;
+    body(begin, end);
+  };
+  if (tasks == 1) return guarded(0, 1);
   parallel_tasks(
-      tasks, [](void* context, int64_t begin, int64_t end) { (*static_cast<const F*>(context))(begin, end); },
-      const_cast<F*>(&body));
+      tasks, [](void* context, int64_t begin, int64_t end) { (*static_cast<decltype(guarded)*>(context))(begin, end); },
+      &guarded);
 }
 
 template <class F>

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 #if defined(__x86_64__)
@@ -313,15 +314,6 @@ template <class T>
 RNNFAST_INLINE Vec<T> reciprocal(Vec<T> x) {
   return Vec<T>(1) / x;
 }
-#if defined(__AVX512F__)
-// An estimate and a Newton step, at a fifth of a division's cost; the step would make 0 * infinity of 1 / infinity.
-RNNFAST_INLINE Vec<float> reciprocal(Vec<float> x) {
-  Vec<float> r = _mm512_maskz_rcp14_ps(0xffff, (__m512)x.v);
-  Vec<float> refined = r + r * (Vec<float>(1) - x * r);
-  return x.v < __builtin_inff() ? refined.v : r.v;
-}
-#endif
-
 template <class T>
 RNNFAST_INLINE Vec<T> sigmoid(Vec<T> x) {
   return reciprocal(Vec<T>(1) + exp(Vec<T>(0) - x));
@@ -349,6 +341,63 @@ RNNFAST_INLINE Vec<T> tanh(Vec<T> x) {
   far = bit_cast<Vec<T>>(bit_cast<I>(far) | sign);
   return size.v < T(0.625) ? near.v : far.v;
 }
+
+#if defined(__AVX512F__)
+
+// In float with AVX-512: half the instructions and half the latency of the above, by a table in a register.
+
+// 2^(scale x) as s (1 + q), where s is 2^n from a table of sixteenths, and q = 2^r - 1, |r| < 1/31.
+struct Power {
+  Vec<float> s, q;
+
+  RNNFAST_INLINE Power(Vec<float> x, float scale) {
+    alignas(64) static constexpr float kTable[] = {0x1.000000p+0f, 0x1.0b5586p+0f, 0x1.172b84p+0f, 0x1.2387a6p+0f,
+                                                   0x1.306fe0p+0f, 0x1.3dea64p+0f, 0x1.4bfdaep+0f, 0x1.5ab07ep+0f,
+                                                   0x1.6a09e6p+0f, 0x1.7a1148p+0f, 0x1.8ace54p+0f, 0x1.9c4918p+0f,
+                                                   0x1.ae89fap+0f, 0x1.c199bep+0f, 0x1.d5818ep+0f, 0x1.ea4afap+0f};
+    // The logarithms of these floats are that much more than sixteenths.
+    alignas(64) static constexpr float kMore[] = {
+        0x0.000000p+0f,  -0x1.1ecccap-24f, 0x1.293ab8p-26f,  -0x1.2512a4p-24f, -0x1.8bbfd2p-25f, -0x1.c0bec4p-25f,
+        0x1.800eaep-25f, 0x1.728d0ep-27f,  -0x1.a82ebcp-26f, 0x1.79b05ep-25f,  -0x1.036b6ep-27f, -0x1.2ec1d4p-27f,
+        0x1.6cd47cp-26f, 0x1.04ae88p-27f,  0x1.2fc81cp-27f,  -0x1.fda57cp-28f};
+    const Vec<float> kSixteenths(0x1.8p19f);  // a sum with it ends at sixteenths, and the low bits count them
+    const Vec<float> shifted = x * Vec<float>(scale) + kSixteenths, n = shifted - kSixteenths;
+    const __m512i index = bit_cast<__m512i>(shifted);
+    Vec<float> r = x * Vec<float>(scale) - n;
+    r = r - Vec<float>(_mm512_maskz_permutexvar_ps(kAll, index, _mm512_load_ps(kMore)));
+    s = Vec<float>(_mm512_maskz_scalef_ps(kAll, _mm512_maskz_permutexvar_ps(kAll, index, _mm512_load_ps(kTable)),
+                                          (__m512)n.v));  // by 2^floor(n)
+    q = polynomial(r, 0x1.c6b34ap-5f, 0x1.ebff94p-3f, 0x1.62e430p-1f) * r;
+  }
+  static constexpr __mmask16 kAll = 0xffff;
+};
+
+// Within [-limit, limit]; NaN stays, as the second operand of both instructions.
+RNNFAST_INLINE Vec<float> clamp(Vec<float> x, float limit) {
+  const __m512 above = _mm512_maskz_max_ps(Power::kAll, (__m512)Vec<float>(-limit).v, (__m512)x.v);
+  return Vec<float>(_mm512_maskz_min_ps(Power::kAll, (__m512)Vec<float>(limit).v, above));
+}
+
+RNNFAST_INLINE Vec<float> estimated_reciprocal(Vec<float> x) {  // to 14 bits
+  return Vec<float>(_mm512_maskz_rcp14_ps(Power::kAll, (__m512)x.v));
+}
+
+RNNFAST_INLINE Vec<float> sigmoid(Vec<float> x) {
+  constexpr float kLimit = 87;                    // below -kLimit: 0
+  const Power e(clamp(x, kLimit), -1.44269504f);  // e^-x
+  const Vec<float> d = e.s * e.q + e.s + 1, r = estimated_reciprocal(d), y = r * (Vec<float>(1) - d * r) + r;
+  const __mmask16 above = _mm512_cmp_ps_mask((__m512)x.v, (__m512)Vec<float>(-kLimit).v, _CMP_NLT_UQ);
+  return Vec<float>(_mm512_maskz_mov_ps(above, (__m512)y.v));
+}
+
+// (e^2x - 1) / (e^2x + 1), with the numerator exact where it is small; it is 1 from 9.02 on.
+RNNFAST_INLINE Vec<float> tanh(Vec<float> x) {
+  const Power e(clamp(x, 9.1f), 2.88539008f);
+  const Vec<float> m = e.s * e.q + (e.s - 1), d = m + 2, r = estimated_reciprocal(d), y = m * r;
+  return (m - y * d) * r + y;
+}
+
+#endif
 
 }  // namespace
 }  // namespace RNNFAST_ISA

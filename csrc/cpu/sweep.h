@@ -12,9 +12,19 @@ namespace RNNFAST_ISA {
 namespace {
 
 constexpr int64_t kThreadWork = 1 << 18;  // multiply-adds worth a thread
+constexpr int64_t kUnpackedRows = 4;      // of a sequence, up to which packing would cost more than it gains
 
-template <class A>
-constexpr A kZeros[kMaxVectors * kLanes<A>] = {};
+// What a step costs, in multiply-adds of the vector unit: for each weight a row of the batch, and reading it.
+struct Cost {
+  double row, bytes;
+
+  template <class E>
+  static constexpr Cost of() {
+    return {E::kCost, double(E::kParts * sizeof(typename E::Element))};
+  }
+  double reading(int64_t weights) const { return weights * bytes > (2 << 20) ? 3 * bytes : bytes; }  // beyond L2
+  double step(int64_t rows, int64_t weights) const { return (rows * row + reading(weights)) * weights; }
+};
 
 // How the work of a sweep over the sequence is dealt to threads.
 struct Teams {
@@ -22,18 +32,20 @@ struct Teams {
   int D;
   int64_t groups_per_direction, parts;
 
-  // A step of one row costs `weights` multiply-adds, and reading the weights as much as kTraffic rows. A thread with
-  // rows of its own reads all weights; one with units of its own reads its share but has to wait for the others, worth
-  // it for a clear gain only.
+  // A thread with rows of its own reads all weights; one with units of its own reads its share but has to wait for the
+  // others, worth it for a clear gain only.
   template <class T>
-  Teams(const Layer& l, const Panels<T>& gates) : N(l.steps.N), D(l.D), parts(1) {
+  Teams(const Layer& l, const Panels<T>& gates, Cost cost) : N(l.steps.N), D(l.D), parts(1) {
     constexpr int64_t kWait = 1 << 16;
-    const int64_t weights = gates.width() * l.P, kTraffic = weights * sizeof(T) > (1 << 20) ? 12 : 4;
-    const int64_t threads = min(l.threads, max(1, (l.R + l.steps.T * kTraffic) * D * weights / kThreadWork));
+    const int64_t weights = gates.width() * l.P;
+    const double work = D * (l.R * cost.row + l.steps.T * cost.reading(weights)) * weights;
+    const int64_t threads = min(l.threads, max(1, work / kThreadWork));
     groups_per_direction = max(1, min(threads % D ? threads : threads / D, N));
-    const int64_t by_rows = (ceil_div(N, groups_per_direction) + kTraffic) * weights, all = (N + kTraffic) * weights;
-    const int64_t units = min(threads / D, min(gates.count(), all / kWait));
-    if (N > 0 && units > 1 && (all / units + kWait) * 9 / 8 < by_rows) groups_per_direction = 1, parts = units;
+    const double by_rows = cost.step(ceil_div(N, groups_per_direction), weights);
+    const int64_t units = min(threads / D, min(gates.count(), cost.step(N, weights) / kWait));
+    if (N > 0 && units > 1 && (cost.step(N, weights / units) + kWait) * 9 / 8 < by_rows) {
+      groups_per_direction = 1, parts = units;
+    }
   }
   int64_t groups() const { return D * groups_per_direction; }
   int64_t rows() const { return ceil_div(N, groups_per_direction); }
@@ -74,14 +86,12 @@ struct Group {
   int64_t time(int64_t s) const { return d ? steps.T - 1 - s : s; }
 };
 
-template <class S, class A>
-void read_row(A* to, const S* from, int64_t n) {
-  for (int64_t k = 0; k < n; k += kLanes<A>) store(to + k, from ? load(from + k, min(kLanes<A>, n - k)) : Vec<A>(0));
-}
-
-template <class S, class A>
-void write_row(S* to, const A* from, int64_t n) {
-  for (int64_t k = 0; k < n; k += kLanes<A>) store(to + k, load(from + k), min(kLanes<A>, n - k));
+// Writes the n values of a left row.
+template <class E, class S>
+void get_row(S* to, const typename E::Element* from, int64_t n) {
+  for (int64_t k = 0; k < n; k += kLanes<typename E::Acc>) {
+    store(to + k, E::get(from + k, round_up(n, E::kAlign)), min(kLanes<typename E::Acc>, n - k));
+  }
 }
 
 template <class T>
