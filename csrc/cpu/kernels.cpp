@@ -10,9 +10,9 @@ namespace {
 // more to write and to read than floats: they take long sums to pay, and in the recurrence rows that share the reading.
 template <class S, class F>
 void with_math(const Layer& l, const F& pass) {
-  constexpr int64_t kLongSum = 256, kEnoughRows = 16;
   using Fast = FastMath<S>;
   using Plain = PlainMath<S>;
+  constexpr int64_t kLongSum = Fast::Exact::kParts == 3 ? 256 : 64, kEnoughRows = Fast::Exact::kParts == 3 ? 16 : 8;
   if constexpr (std::is_base_of_v<Plain, Fast>) {
     pass(Plain(), Plain());
   } else if (l.R <= kUnpackedRows) {
@@ -30,14 +30,12 @@ void with_math(const Layer& l, const F& pass) {
 
 template <class Cell, class S>
 void forward(const Forward& f) {
-  with_math<S>(f, Cell::kGates, 0,
-               [&](auto whole, auto step) { ForwardPass<Cell, S, decltype(whole), decltype(step)>(f).run(); });
+  with_math<S>(f, [&](auto whole, auto step) { ForwardPass<Cell, S, decltype(whole), decltype(step)>(f).run(); });
 }
 
 template <class Cell, class S>
 void backward(const Backward& f) {
-  with_math<S>(f, Cell::kGates, kSplitDepth,
-               [&](auto whole, auto step) { BackwardPass<Cell, S, decltype(whole), decltype(step)>(f).run(); });
+  with_math<S>(f, [&](auto whole, auto step) { BackwardPass<Cell, S, decltype(whole), decltype(step)>(f).run(); });
 }
 
 template <class S>
