@@ -11,18 +11,14 @@ namespace rnnfast {
 namespace RNNFAST_ISA {
 namespace {
 
-// Whole is the math of the products over the whole sequence, Step that of the recurrence.
-template <class Cell, class S, class Whole, class Step>
+template <class Cell, class S, class Math>
 class BackwardPass {
   using A = AccOf<S>;
-  using X = typename Whole::Exact;
-  using Grad = typename Whole::Wide;
-  using StepGrad = typename Step::Wide;
-  using State = typename Step::Exact;
+  using X = typename Math::Exact;    // operands that hold x, h and the weights
+  using Grad = typename Math::Wide;  // and gradients, and m = o tanh(c)
   template <class E>
   using Elements = typename E::Element*;
   static constexpr int U = kLanes<A>, G = Cell::kGates, kGrads = Cell::kGrads;
-  static constexpr bool kInPlace = std::is_same_v<Grad, StepGrad>;  // the sweep multiplies what it keeps
 
  public:
   explicit BackwardPass(const Backward& f)
@@ -34,15 +30,12 @@ class BackwardPass {
         projected(f.weights[0].w_hr != nullptr),
         packed(f.R > kUnpackedRows),
         Q(f.steps.start[f.steps.T]),
-        grad_part(kGrads * round_up(f.H, Grad::kAlign)),
-        step_part(kInPlace ? grad_part : G * round_up(f.H, StepGrad::kAlign)),
-        teams(f, gates, Cost::of<State>()),
-        w_hh(packed ? f.D * outputs.width() * State::column(G * round_up(f.H, StepGrad::kAlign)) : 0),
-        w_hr(projected ? f.D * hidden.width() * State::column(f.P) : 0),
-        dgates(f.D * Q * Grad::kParts * grad_part),
-        step_dgates(kInPlace ? 0 : group_rows() * StepGrad::kParts * step_part),
+        padded(round_up(f.H, Grad::kAlign)),
+        teams(f, gates, Cost::of<X>()),
+        w_hh(packed ? f.D * outputs.width() * X::column(G * padded) : 0),
+        w_hr(projected ? f.D * hidden.width() * X::column(f.P) : 0),
+        dgates(f.D * Q * Grad::row(kGrads * padded)),
         dys(projected ? f.D * Q * Grad::row(f.P) : 0),
-        step_dys(projected ? group_rows() * StepGrad::row(f.P) : 0),
         scratch(group_rows() * state_size()) {}
 
   void run() {
@@ -54,9 +47,7 @@ class BackwardPass {
 
  private:
   struct Sweep : Group {
-    A *dh, *dc, *dm, *direct;   // [rows][outputs], 3 x [rows][hidden]
-    Elements<StepGrad> dgates;  // [rows][G][H]; null where the sequence's are used
-    Elements<StepGrad> dy;      // [rows][P]: dh as a left operand of w_hr
+    A *dh, *dc, *dm, *direct;  // [rows][outputs], 3 x [rows][hidden]
 
     Sweep(const BackwardPass& p, int64_t g) : Group(p.f, p.teams, g) {
       const int64_t n = p.teams.rows();
@@ -64,8 +55,6 @@ class BackwardPass {
       dc = dh + n * p.outputs.width();
       dm = dc + n * p.hidden.width();
       direct = dm + n * p.hidden.width();
-      dgates = p.step_dgates + (kInPlace ? 0 : g * n * StepGrad::kParts * p.step_part);
-      dy = p.step_dys + (p.projected ? g * n * StepGrad::row(p.f.P) : 0);
     }
     int64_t time(int64_t s) const { return Group::time(steps.T - 1 - s); }
     int64_t q(int64_t t, int64_t i) const { return steps.start[t] + rank(i); }
@@ -80,8 +69,8 @@ class BackwardPass {
   static constexpr int slot(int grad) { return grad < G ? (grad + kMore) % G : grad; }
   static constexpr int input_gate(int64_t slot) { return (slot + G - kMore) % G; }
 
-  // Row k of w [gates*units][width] where k counts [slot][units up to align]; null between units.
-  const S* gate_row(const void* w, int64_t width, int64_t k, int64_t padded, bool of_input) const {
+  // Row k of w [gates*units][width] where k counts [slot][units up to kAlign]; null between units.
+  const S* gate_row(const void* w, int64_t width, int64_t k, bool of_input) const {
     const int64_t slot = k / padded, unit = k % padded;
     if (unit >= f.H) return nullptr;
     return row_of<S>(w, (of_input ? input_gate(slot) : slot) * f.H + unit, width);
@@ -101,28 +90,31 @@ class BackwardPass {
     }
   }
 
-  // The right operand of a product with gate gradients: w [gates*units][columns], K rows in the gradients' order.
-  template <class E>
-  void pack_gates(Elements<E> packed, const void* w, const Panels<A>& columns, bool of_input) {
+  // The right operand of a product with gate gradients: w [gates*units][columns], rows in the gradients' order.
+  void pack_gates(Elements<X> packed, const void* w, const Panels<A>& columns, bool of_input) {
     constexpr int64_t kRows = 128;
-    const int64_t padded = round_up(f.H, E::kAlign), K = G * padded, blocks = ceil_div(K, kRows);
+    const int64_t K = G * padded, blocks = ceil_div(K, kRows);
     parallel_for(columns.count() * blocks, min(f.threads, 1 + K * columns.units / kThreadWork), [&](int64_t task) {
       const int64_t k = task % blocks * kRows;
-      pack_rows<E>(packed, K, {k, min(k + kRows, K)}, columns, task / blocks,
-                   [&](int64_t k) { return gate_row(w, columns.units, k, padded, of_input); });
+      pack_rows<X>(packed, K, {k, min(k + kRows, K)}, columns, task / blocks,
+                   [&](int64_t k) { return gate_row(w, columns.units, k, of_input); });
     });
   }
 
   void pack() {
     for (int d = 0; d < f.D; d++) {
       const auto& w = f.weights[d];
-      const int64_t K = G * round_up(f.H, StepGrad::kAlign);
-      if (packed) pack_gates<State>(w_hh + d * outputs.width() * State::column(K), w.w_hh, outputs, false);
+      if (packed) pack_gates(w_hh + d * outputs.width() * X::column(G * padded), w.w_hh, outputs, false);
       for (int64_t p = 0; projected && p < hidden.count(); p++) {
-        pack_rows<State>(w_hr + d * hidden.width() * State::column(f.P), f.P, {0, State::column(f.P) / State::kParts},
-                         hidden, p, [&](int64_t k) { return k < f.P ? row_of<S>(w.w_hr, k, f.H) : nullptr; });
+        pack_rows<X>(w_hr + d * hidden.width() * X::column(f.P), f.P, {0, X::column(f.P) / X::kParts}, hidden, p,
+                     [&](int64_t k) { return k < f.P ? row_of<S>(w.w_hr, k, f.H) : nullptr; });
       }
     }
+  }
+
+  // The rows of a step in an operand [D][Q] of left rows of K.
+  Left<Grad> step_rows(const Sweep& g, int64_t t, const typename Grad::Element* data, int64_t K) const {
+    return {data + (g.d * Q + g.q(t, 0)) * Grad::row(K), g.stride * Grad::row(K), round_up(K, Grad::kAlign)};
   }
 
   template <class Each>
@@ -152,40 +144,42 @@ class BackwardPass {
       int64_t n = g.d * f.steps.N + g.batch_row(i);
       put_row<Plain<A>>(g.dh + i * outputs.width(), row_of<S>(f.dh_n, n, f.P), f.P);
       if (Cell::kHasCell) put_row<Plain<A>>(g.dc + i * hidden.width(), row_of<S>(f.dc_n, n, f.H), f.H);
-      if (projected) memset(g.dy + i * StepGrad::row(f.P), 0, StepGrad::row(f.P) * sizeof *g.dy);
     }
   }
 
-  // dh += dy, as the operand of w_hr and for its gradient.
+  // dh += dy, kept as an operand of w_hr and for its gradient.
   void keep_output_gradient(const Sweep& g, int64_t s, Range blocks) {
-    const int64_t t = g.time(s), rows = g.alive_at(t);
+    const int64_t t = g.time(s), rows = g.alive_at(t), part = round_up(f.P, Grad::kAlign);
     for (int64_t i = 0; i < rows; i++) {
       const S* dy = row_of<S>(f.dy, g.row(t, i) * f.D + g.d, f.P);
       auto* kept = dys + (g.d * Q + g.q(t, i)) * Grad::row(f.P);
       for (int64_t k = blocks.begin * U; k < blocks.end * U; k += U) {
         Vec<A> dh = load(g.dh + i * outputs.width() + k);
         if (dy) dh = dh + load(dy + k, min(U, f.P - k));
-        StepGrad::put(g.dy + i * StepGrad::row(f.P) + k, round_up(f.P, StepGrad::kAlign), dh);
-        Grad::put(kept + k, round_up(f.P, Grad::kAlign), dh);
+        Grad::put(kept + k, part, dh);
+      }
+      for (int64_t k = outputs.width(); blocks.end == outputs.blocks && k < part; k += U) {
+        Grad::put(kept + k, part, Vec<A>(0));
       }
     }
   }
 
   void unproject(const Sweep& g, int64_t s, Range panels) {
+    const int64_t t = g.time(s);
     for (int64_t p = panels.begin; p < panels.end; p++) {
-      product<StepGrad, State>(Left<StepGrad>{g.dy, StepGrad::row(f.P), round_up(f.P, StepGrad::kAlign)},
-                               g.alive_at(g.time(s)),
-                               w_hr + (g.d * hidden.width() + hidden.start(p)) * State::column(f.P), hidden.vectors(p),
-                               f.P, kZeros<A>, 0, g.dm + hidden.start(p), hidden.width());
+      product<Grad, X>(step_rows(g, t, dys, f.P), g.alive_at(t),
+                       w_hr + (g.d * hidden.width() + hidden.start(p)) * X::column(f.P), hidden.vectors(p), f.P,
+                       kZeros<A>, 0, g.dm + hidden.start(p), hidden.width());
     }
   }
 
   void step(const Sweep& g, int64_t s, Range blocks) {
     const int64_t t = g.time(s), rows = g.alive_at(t);
+    const Update update(*this, g, t);
     for (int64_t i = 0; i < rows; i++) {  // rows first: what was saved is read as it lies
-      for (int64_t b = blocks.begin; b < blocks.end; b++) update(g, t, i, b * U);
-      for (int64_t k = round_up(f.H, U); blocks.end == hidden.blocks && k < round_up(f.H, Grad::kAlign); k += U) {
-        for (int j = 0; j < kGrads; j++) put_gradient(g, t, i, j, k, Vec<A>(0));
+      update.row(i, blocks);
+      for (int64_t k = hidden.width(); blocks.end == hidden.blocks && k < padded; k += U) {
+        for (int j = 0; j < kGrads; j++) Grad::put(update.dgates(i) + j * padded + k, kGrads * padded, Vec<A>(0));
       }
     }
   }
@@ -198,89 +192,86 @@ class BackwardPass {
                          : row_of<S>(f.h0, d * f.steps.N + f.steps.order[rank], f.P);
   }
 
-  // One row and one block of units back through the cell. Lanes beyond H hold zeros all the way.
-  void update(const Sweep& g, int64_t t, int64_t i, int64_t unit) {
-    const int64_t rank = g.rank(i), r = g.row(t, i), n = g.d * f.steps.N + g.batch_row(i);
-    const int64_t previous = f.steps.previous(g.d, t, rank), out = (r * f.D + g.d) * f.P + unit;
-    const int64_t cell = (r * f.D + g.d) * f.H + unit, state = i * hidden.width() + unit;
-    const int lanes = min(U, f.H - unit);
-    const bool cut = f.steps.cut(g.d, t, rank);
+  // The cell at one step, backwards. Its fields are its own, so that no store makes the compiler read them again.
+  class Update {
+   public:
+    Update(const BackwardPass& pass, const Sweep& g, int64_t t) : pass(pass), f(pass.f), g(g), t(t) {}
 
-    Vec<A> dh = projected ? load(g.dm + state) : load(g.dh + i * outputs.width() + unit);
-    if (f.dy && !projected) dh = dh + load(static_cast<const S*>(f.dy) + out, lanes);
-    Vec<A> saved[Cell::kSaved + 1], d[kGrads], h, old_h(0), c, old_c(0), dc;
-    for (int k = 0; k < Cell::kSaved; k++) {
-      saved[k] = load(static_cast<const S*>(f.gates) + ((g.d * f.R + r) * Cell::kSaved + k) * f.H + unit, lanes);
+    Elements<Grad> dgates(int64_t i) const {
+      return pass.dgates + (g.d * pass.Q + g.q(t, i)) * Grad::row(kGrads * pass.padded);
     }
-    if (Cell::kNeedsH) h = load(static_cast<const S*>(f.y) + out, lanes);
-    if (Cell::kNeedsOldH) {
-      if (const S* from = h_before(g.d, t, rank)) old_h = load(from + unit, lanes);
-    }
-    if (Cell::kHasCell) {
-      const A* cs = static_cast<const A*>(f.c);
-      c = load(cs + cell, lanes);
-      if (cut) {
-      } else if (previous >= 0) {
-        old_c = load(cs + (previous * f.D + g.d) * f.H + unit, lanes);
-      } else if (f.c0) {
-        old_c = load(row_of<S>(f.c0, n, f.H) + unit, lanes);
+
+    // Some blocks of units of one row. Lanes beyond H hold zeros all the way.
+    void row(int64_t i, Range blocks) const {
+      const int64_t H = f.H, rank = g.rank(i), r = g.row(t, i), padded = pass.padded;
+      const int64_t previous = f.steps.previous(g.d, t, rank), of_d = r * f.D + g.d;
+      const bool cut = f.steps.cut(g.d, t, rank), projected = pass.projected;
+      const A* const dh_in = projected ? g.dm + i * pass.hidden.width() : g.dh + i * pass.outputs.width();
+      const S* const dy = projected ? nullptr : row_of<S>(f.dy, of_d, f.P);
+      const S* const gates = static_cast<const S*>(f.gates) + (g.d * f.R + r) * Cell::kSaved * H;
+      const S* const y = static_cast<const S*>(f.y) + of_d * f.P;
+      const S* const old_y = Cell::kNeedsOldH ? pass.h_before(g.d, t, rank) : nullptr;
+      const A* const cs = row_of<A>(Cell::kHasCell ? f.c : nullptr, of_d, H);
+      const A* const old_cs = !cut && previous >= 0 ? row_of<A>(f.c, previous * f.D + g.d, H) : nullptr;
+      const S* const c0 = !cut && previous < 0 ? row_of<S>(f.c0, g.d * f.steps.N + g.batch_row(i), H) : nullptr;
+      const A* const dcs = row_of<A>(f.dc, of_d, H);
+      A *const dc_state = g.dc + i * pass.hidden.width(), *const direct_out = g.direct + i * pass.hidden.width();
+      const auto d_out = dgates(i);
+      for (int64_t unit = blocks.begin * U; unit < blocks.end * U; unit += U) {
+        const int lanes = min(U, H - unit);
+        Vec<A> dh = load(dh_in + unit), saved[Cell::kSaved + 1], d[kGrads], h, old_h(0), c, old_c(0), dc;
+        if (dy) dh = dh + load(dy + unit, lanes);
+        for (int k = 0; k < Cell::kSaved; k++) saved[k] = load(gates + k * H + unit, lanes);
+        if (Cell::kNeedsH) h = load(y + unit, lanes);
+        if (Cell::kNeedsOldH && old_y) old_h = load(old_y + unit, lanes);
+        if (Cell::kHasCell) {
+          c = load(cs + unit, lanes);
+          if (old_cs) old_c = load(old_cs + unit, lanes);
+          if (c0) old_c = load(c0 + unit, lanes);
+          dc = load(dc_state + unit);
+          if (dcs) dc = dc + load(dcs + unit, lanes);
+        }
+        Vec<A> direct = Cell::backward(saved, h, old_h, c, old_c, dh, dc, d);
+        if (Cell::kHasCell) store(dc_state + unit, cut ? Vec<A>(0) : dc);
+        if (Cell::kNeedsOldH) store(direct_out + unit, direct);
+        for (int k = 0; k < kGrads; k++) Grad::put(d_out + slot(k) * padded + unit, kGrads * padded, d[k]);
       }
-      dc = load(g.dc + state);
-      if (f.dc) dc = dc + load(static_cast<const A*>(f.dc) + cell, lanes);
     }
 
-    Vec<A> direct = Cell::backward(saved, h, old_h, c, old_c, dh, dc, d);
-
-    if (Cell::kHasCell) store(g.dc + state, cut ? Vec<A>(0) : dc);
-    if (Cell::kNeedsOldH) store(g.direct + state, direct);
-    for (int k = 0; k < kGrads; k++) put_gradient(g, t, i, k, unit, d[k]);
-  }
-
-  void put_gradient(const Sweep& g, int64_t t, int64_t i, int grad, int64_t unit, Vec<A> d) {
-    Grad::put(
-        dgates + (g.d * Q + g.q(t, i)) * Grad::kParts * grad_part + slot(grad) * round_up(f.H, Grad::kAlign) + unit,
-        grad_part, d);
-    if (!kInPlace && slot(grad) >= kMore && unit < round_up(f.H, StepGrad::kAlign)) {
-      StepGrad::put(
-          g.dgates + i * StepGrad::kParts * step_part + (slot(grad) - kMore) * round_up(f.H, StepGrad::kAlign) + unit,
-          step_part, d);
-    }
-  }
-
-  // The gate gradients of a step as the left operand of W_hh.
-  Left<StepGrad> step_gradients(const Sweep& g, int64_t t) const {
-    const int64_t row = StepGrad::kParts * step_part;
-    if constexpr (!kInPlace)
-      return {g.dgates, row, step_part};
-    else
-      return {dgates + (g.d * Q + g.q(t, 0)) * row + kMore * round_up(f.H, Grad::kAlign), g.stride * row, step_part};
-  }
+   private:
+    const BackwardPass& pass;
+    const Backward& f;
+    const Sweep& g;
+    const int64_t t;
+  };
 
   // dh of the step before: through W_hh, and straight through the cell.
   void carry(const Sweep& g, int64_t s, Range panels) {
-    const int64_t t = g.time(s), rows = g.alive_at(t), padded = round_up(f.H, StepGrad::kAlign), K = G * padded;
+    const int64_t t = g.time(s), rows = g.alive_at(t);
+    Left<Grad> gradients = step_rows(g, t, dgates, kGrads * padded);
+    gradients.data += kMore * padded;
     for (int64_t p = panels.begin; p < panels.end; p++) {
       A* dh = g.dh + outputs.start(p);
       const A* init = Cell::kNeedsOldH ? g.direct + outputs.start(p) : kZeros<A>;
       const int64_t is = Cell::kNeedsOldH ? hidden.width() : 0;
-      multiply<State>(
-          step_gradients(g, t), rows, w_hh + g.d * outputs.width() * State::column(K),
-          [&](int64_t k) { return gate_row(f.weights[g.d].w_hh, f.P, k, padded, false); }, outputs, p, K, init, is, dh,
-          outputs.width());
+      multiply_gates(gradients, rows, f.weights[g.d].w_hh, w_hh + g.d * outputs.width() * X::column(G * padded),
+                     outputs, p, false, init, is, dh, outputs.width());
       for (int64_t i = 0; f.steps.resets && i < rows; i++) {
         if (f.steps.cut(g.d, t, g.rank(i))) memset(dh + i * outputs.width(), 0, outputs.vectors(p) * kVectorBytes);
       }
     }
   }
 
-  // out[M][V*U] = init + a * panel p of a matrix, packed or given by its rows.
-  template <class R, class L, class F>
-  void multiply(Left<L> a, int64_t M, const typename R::Element* copy, const F& row, const Panels<A>& panels, int64_t p,
-                int64_t K, const A* init, int64_t is, A* out, int64_t os) {
-    if constexpr (std::is_same_v<L, Plain<A>>) {
-      if (!packed) return product_of_rows(a, M, row, panels, p, K, init, is, out, os);
+  // out[M][V*U] = init + gradients * panel p of w, or of its packed copy.
+  void multiply_gates(Left<Grad> gradients, int64_t M, const void* w, const typename X::Element* copy,
+                      const Panels<A>& panels, int64_t p, bool of_input, const A* init, int64_t is, A* out,
+                      int64_t os) {
+    const int64_t K = G * padded;
+    if constexpr (std::is_same_v<Grad, Plain<A>>) {
+      auto row = [&](int64_t k) { return gate_row(w, panels.units, k, of_input); };
+      if (!packed) return product_of_rows(gradients, M, row, panels, p, K, init, is, out, os);
     }
-    product<L, R>(a, M, copy + panels.start(p) * R::column(K), panels.vectors(p), K, init, is, out, os);
+    product<Grad, X>(gradients, M, copy + panels.start(p) * X::column(K), panels.vectors(p), K, init, is, out, os);
   }
 
   void end(const Sweep& g) {
@@ -297,19 +288,16 @@ class BackwardPass {
 
   // dx = dgates W_ih, both directions in one sum.
   void input_gradient() {
-    const int64_t padded = round_up(f.H, Grad::kAlign), K = G * padded, size = inputs.width() * X::column(K);
+    const int64_t row = Grad::row(kGrads * padded), size = inputs.width() * X::column(G * padded);
     Buffer<typename X::Element> w_ih(packed ? f.D * size : 0);
-    for (int d = 0; packed && d < f.D; d++) pack_gates<X>(w_ih + d * size, f.weights[d].w_ih, inputs, true);
+    for (int d = 0; packed && d < f.D; d++) pack_gates(w_ih + d * size, f.weights[d].w_ih, inputs, true);
     parallel_for(ceil_div(Q, kBlockRows) * inputs.count(), work_threads(f.I), [&](int64_t task) {
       const int64_t n = task % inputs.count(), q0 = task / inputs.count() * kBlockRows, q1 = min(q0 + kBlockRows, Q);
       const int V = inputs.vectors(n);
       A sum[kBlockRows * kMaxVectors * U];
       for (int d = 0; d < f.D; d++) {
-        const int64_t row = Grad::kParts * grad_part;
-        multiply<X>(
-            Left<Grad>{dgates + (d * Q + q0) * row, row, grad_part}, q1 - q0, w_ih + d * size,
-            [&](int64_t k) { return gate_row(f.weights[d].w_ih, f.I, k, padded, true); }, inputs, n, K,
-            d ? sum : kZeros<A>, d ? V * U : 0, sum, V * U);
+        multiply_gates(Left<Grad>{dgates + (d * Q + q0) * row, row, kGrads * padded}, q1 - q0, f.weights[d].w_ih,
+                       w_ih + d * size, inputs, n, true, d ? sum : kZeros<A>, d ? V * U : 0, sum, V * U);
       }
       for_rows({q0, q1}, [&](int64_t q, int64_t t, int64_t rank) {
         S* dx = static_cast<S*>(f.dx) + f.steps.row(t, rank) * f.I;
@@ -331,11 +319,11 @@ class BackwardPass {
     const typename L::Element* left;
     int64_t lefts;  // rows of left
     const typename Grad::Element* grads;
-    int64_t part;                    // from one part of a row of grads to the next
-    const Panels<A>* panels;         // of the columns of dw^T
-    int slots[kMaxVectors], padded;  // gate i of dw is at slots[i] * padded in a row of grads
-    void* dw;                        // [columns][lefts]
-    void* db;                        // [columns]: the sums of grads over the rows; or null
+    int64_t part;                        // from one part of a row of grads to the next
+    const Panels<A>* panels;             // of the columns of dw^T
+    int64_t slots[kMaxVectors], padded;  // gate i of dw is at slots[i] * padded in a row of grads
+    void* dw;                            // [columns][lefts]
+    void* db;                            // [columns]: the sums of grads over the rows; or null
 
     int64_t blocks(int64_t size) const { return ceil_div(panels->count(), size) * ceil_div(lefts, size * kSide); }
   };
@@ -450,12 +438,11 @@ class BackwardPass {
 
     Outer<X> products[4];
     Outer<Grad> projections[2];
-    const int padded = round_up(f.H, Grad::kAlign);
     for (int d = 0; d < f.D; d++) {
-      const auto* grads = dgates + d * Q * Grad::kParts * grad_part;
+      const auto* grads = dgates + d * Q * Grad::row(kGrads * padded);
       Outer<X>&of_x = products[2 * d], &of_h = products[2 * d + 1];
-      of_x = {x, f.I, grads, grad_part, &gates, {}, padded, f.dw[d].w_ih, f.dw[d].b_ih};
-      of_h = {h + d * h_size, f.P, grads, grad_part, &gates, {}, padded, f.dw[d].w_hh, f.dw[d].b_hh};
+      of_x = {x, f.I, grads, kGrads * padded, &gates, {}, padded, f.dw[d].w_ih, f.dw[d].b_ih};
+      of_h = {h + d * h_size, f.P, grads, kGrads * padded, &gates, {}, padded, f.dw[d].w_hh, f.dw[d].b_hh};
       for (int i = 0; i < G; i++) of_x.slots[i] = slot(i), of_h.slots[i] = slot(Cell::kHidden[i]);
       projections[d] = {
           m + d * m_size, f.H,    dys + d * Q * Grad::row(f.P), round_up(f.P, Grad::kAlign), &outputs, {}, 0,
@@ -480,14 +467,12 @@ class BackwardPass {
   const Backward& f;
   const Panels<A> gates, hidden, outputs, inputs;
   const bool projected, packed;
-  const int64_t Q, grad_part, step_part;
+  const int64_t Q, padded;  // rows, and units up to kAlign
   const Teams teams;
-  Buffer<typename State::Element> w_hh;   // [D][outputs panel][G*H][V][U]
-  Buffer<typename State::Element> w_hr;   // [D][hidden panel][P][V][U]
-  Buffer<typename Grad::Element> dgates;  // [D][Q] left rows of grad_part
-  Buffer<typename StepGrad::Element> step_dgates;
-  Buffer<typename Grad::Element> dys;  // [D][Q] left rows of P: dh of every step, for w_hr
-  Buffer<typename StepGrad::Element> step_dys;
+  Buffer<typename X::Element> w_hh;       // [D][outputs panel][G*H][V][U]
+  Buffer<typename X::Element> w_hr;       // [D][hidden panel][P][V][U]
+  Buffer<typename Grad::Element> dgates;  // [D][Q] left rows of [slot][padded]
+  Buffer<typename Grad::Element> dys;     // [D][Q] left rows of P: dh of every step, for w_hr
   Buffer<A> scratch;
 };
 

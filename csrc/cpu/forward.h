@@ -12,13 +12,11 @@ namespace {
 constexpr int64_t kChunkBytes = 256 * 1024;  // of projected inputs, to be in cache still when the recurrence reads them
 constexpr int64_t kChunkRows = 128;          // at least, so that they share the traffic of W_ih
 
-// Whole is the math of the products over a stretch of steps, Step that of the recurrence.
-template <class Cell, class S, class Whole, class Step>
+template <class Cell, class S, class Math>
 class ForwardPass {
   using A = AccOf<S>;
-  using X = typename Whole::Exact;
-  using State = typename Step::Exact;
-  using Memory = typename Step::Wide;  // m = o tanh(c), before its projection
+  using X = typename Math::Exact;      // operands that hold x, h and the weights
+  using Memory = typename Math::Wide;  // and m = o tanh(c), before its projection
   template <class E>
   using Elements = typename E::Element*;
   static constexpr int U = kLanes<A>, G = Cell::kGates;
@@ -30,17 +28,17 @@ class ForwardPass {
         outputs(f.P),
         projected(f.weights[0].w_hr != nullptr),
         packed(f.R > kUnpackedRows),
-        teams(f, gates, Cost::of<State>()),
+        teams(f, gates, Cost::of<X>()),
         chunk(max(1, min(f.steps.T,
                          max(kChunkBytes / int64_t(gates.width() * sizeof(A)), kChunkRows) / max(1, teams.rows())))),
         w_ih(packed ? f.D * gates.width() * X::column(f.I) : 0),
-        w_hh(packed ? f.D * gates.width() * State::column(f.P) : 0),
-        w_hr(packed && projected ? f.D * outputs.width() * State::column(f.H) : 0),
+        w_hh(packed ? f.D * gates.width() * X::column(f.P) : 0),
+        w_hr(packed && projected ? f.D * outputs.width() * X::column(f.H) : 0),
         b_ih(f.D * gates.width()),
         b_hh(f.D * gates.width()),
         xs(group_rows() * chunk * X::row(f.I)),
         projections(group_rows() * chunk * gates.width()),
-        hs(group_rows() * 2 * State::row(f.P)),
+        hs(group_rows() * 2 * X::row(f.P)),
         ms(projected ? group_rows() * Memory::row(f.H) : 0),
         cs(Cell::kHasCell ? group_rows() * round_up(f.H, U) : 0),
         bases(teams.groups() * (f.steps.T + 1)) {}
@@ -56,18 +54,18 @@ class ForwardPass {
 
  private:
   struct Sweep : Group {
-    Elements<X> x;         // [rows of a chunk] left rows of I
-    A* projection;         // [gates panel][rows of a chunk][V][U]
-    Elements<State> h[2];  // [rows] left rows of P: read and written in turn
-    Elements<Memory> m;    // [rows] left rows of H
-    A* c;                  // [rows][H up to a vector]
-    int64_t* base;         // [T+1] the rows before step s
+    Elements<X> x;       // [rows of a chunk] left rows of I
+    A* projection;       // [gates panel][rows of a chunk][V][U]
+    Elements<X> h[2];    // [rows] left rows of P: read and written in turn
+    Elements<Memory> m;  // [rows] left rows of H
+    A* c;                // [rows][H up to a vector]
+    int64_t* base;       // [T+1] the rows before step s
 
     Sweep(const ForwardPass& p, int64_t g)
         : Group(p.f, p.teams, g),
           x(p.xs + g * p.teams.rows() * p.chunk * X::row(p.f.I)),
           projection(p.projections + g * p.teams.rows() * p.chunk * p.gates.width()),
-          h{p.hs + 2 * g * p.teams.rows() * State::row(p.f.P), p.hs + (2 * g + 1) * p.teams.rows() * State::row(p.f.P)},
+          h{p.hs + 2 * g * p.teams.rows() * X::row(p.f.P), p.hs + (2 * g + 1) * p.teams.rows() * X::row(p.f.P)},
           m(p.ms + (p.projected ? g * p.teams.rows() * Memory::row(p.f.H) : 0)),
           c(p.cs + (Cell::kHasCell ? g * p.teams.rows() * round_up(p.f.H, U) : 0)),
           base(p.bases + g * (p.f.steps.T + 1)) {}
@@ -88,23 +86,23 @@ class ForwardPass {
       if (p < per_w) {
         pack_transposed<X>(w_ih + d * gates.width() * X::column(f.I), static_cast<const S*>(w.w_ih), f.I, gates, p);
       } else if (p < 2 * per_w) {
-        pack_transposed<State>(w_hh + d * gates.width() * State::column(f.P), static_cast<const S*>(w.w_hh), f.P, gates,
-                               p - per_w);
+        pack_transposed<X>(w_hh + d * gates.width() * X::column(f.P), static_cast<const S*>(w.w_hh), f.P, gates,
+                           p - per_w);
       } else {
-        pack_transposed<State>(w_hr + d * outputs.width() * State::column(f.H), static_cast<const S*>(w.w_hr), f.H,
-                               outputs, p - 2 * per_w);
+        pack_transposed<X>(w_hr + d * outputs.width() * X::column(f.H), static_cast<const S*>(w.w_hr), f.H, outputs,
+                           p - 2 * per_w);
       }
     });
   }
 
   // out[M][V*U] = init + a W^T for panel p of direction d's matrix w, or of its packed copy.
-  template <class R, class L>
-  void multiply(Left<L> a, int64_t M, int d, const void* w, const typename R::Element* copy, const Panels<A>& panels,
+  template <class L>
+  void multiply(Left<L> a, int64_t M, int d, const void* w, typename X::Element* copy, const Panels<A>& panels,
                 int64_t p, int64_t K, const A* init, A* out, int64_t os) {
     if constexpr (std::is_same_v<L, Plain<A>>) {
       if (!packed) return product_unpacked(a, M, static_cast<const S*>(w), panels, p, K, init, out, os);
     }
-    product<L, R>(a, M, copy + (d * panels.width() + panels.start(p)) * R::column(K), panels.vectors(p), K, init, 0,
+    product<L, X>(a, M, copy + (d * panels.width() + panels.start(p)) * X::column(K), panels.vectors(p), K, init, 0,
                   out, os);
   }
 
@@ -139,7 +137,7 @@ class ForwardPass {
     for (int64_t s = 0; s < f.steps.T; s++) g.base[s + 1] = g.base[s] + g.alive_at(g.time(s));
     for (int64_t i = 0; i < g.rows; i++) {
       int64_t n = g.d * f.steps.N + g.batch_row(i);
-      for (auto* h : g.h) put_row<State>(h + i * State::row(f.P), row_of<S>(f.h0, n, f.P), f.P);
+      for (auto* h : g.h) put_row<X>(h + i * X::row(f.P), row_of<S>(f.h0, n, f.P), f.P);
       if (projected) put_row<Memory>(g.m + i * Memory::row(f.H), static_cast<const S*>(nullptr), f.H);
       if (Cell::kHasCell) put_row<Plain<A>>(g.c + i * round_up(f.H, U), row_of<S>(f.c0, n, f.H), f.H);
     }
@@ -167,8 +165,8 @@ class ForwardPass {
 
   void project_input(const Sweep& g, int64_t s0, int64_t s1, Range panels) {
     for (int64_t p = panels.begin; p < panels.end; p++) {
-      multiply<X>(rows_of<X>(g.x, f.I), g.base[s1] - g.base[s0], g.d, f.weights[g.d].w_ih, w_ih, gates, p, f.I,
-                  b_ih + g.d * gates.width() + gates.start(p), projection(g, p, 0), gates.vectors(p) * U);
+      multiply(rows_of<X>(g.x, f.I), g.base[s1] - g.base[s0], g.d, f.weights[g.d].w_ih, w_ih, gates, p, f.I,
+               b_ih + g.d * gates.width() + gates.start(p), projection(g, p, 0), gates.vectors(p) * U);
     }
   }
 
@@ -176,7 +174,7 @@ class ForwardPass {
     int64_t t = g.time(s), rows = g.alive_at(t);
     for (int64_t i = 0; i < rows; i++) {
       if (!f.steps.cut(g.d, t, g.rank(i))) continue;
-      put_row<State>(g.h[s & 1] + i * State::row(f.P), static_cast<const S*>(nullptr), f.P);
+      put_row<X>(g.h[s & 1] + i * X::row(f.P), static_cast<const S*>(nullptr), f.P);
       if (Cell::kHasCell) memset(g.c + i * round_up(f.H, U), 0, f.H * sizeof(A));
     }
   }
@@ -190,8 +188,8 @@ class ForwardPass {
       const A* x = projection(g, p, g.base[s] - g.base[s0]);
       for (int64_t i0 = 0; i0 < rows; i0 += kBlockRows) {
         int64_t i1 = min(i0 + kBlockRows, rows);
-        multiply<State>(rows_of<State>(g.h[s & 1], f.P).from(i0), i1 - i0, g.d, f.weights[g.d].w_hh, w_hh, gates, p,
-                        f.P, b_hh + g.d * gates.width() + gates.start(p), a, V * U);
+        multiply(rows_of<X>(g.h[s & 1], f.P).from(i0), i1 - i0, g.d, f.weights[g.d].w_hh, w_hh, gates, p, f.P,
+                 b_hh + g.d * gates.width() + gates.start(p), a, V * U);
         for (int b = 0; b < V / G; b++) {
           update.rows({i0, i1}, gates.unit(p, b), x + (i0 * V + b) * U, a + b * U, V * U);
         }
@@ -231,13 +229,13 @@ class ForwardPass {
                                 int64_t next) const {
       const Update u = *this;
       const int n = Full::value ? U : lanes;
-      const int64_t part = round_up(u.P, State::kAlign), m_part = round_up(u.H, Memory::kAlign);
-      const int64_t state = State::row(u.P), memory = Memory::row(u.H), cells = round_up(u.H, U);
+      const int64_t part = round_up(u.P, X::kAlign), m_part = round_up(u.H, Memory::kAlign);
+      const int64_t state = X::row(u.P), memory = Memory::row(u.H), cells = round_up(u.H, U);
       for (int64_t i = range.begin; i < range.end; i++, x += next, a += next) {
         const int64_t r = u.start + u.order[u.rank + i * u.stride];
         Vec<A> xs[G], as[G], saved[Cell::kSaved + 1], h, c;
         for (int k = 0; k < G; k++) xs[k] = load(x + k * U), as[k] = load(a + k * U);
-        if (Cell::kNeedsOldH) h = State::get(u.old_h + i * state + unit, part);
+        if (Cell::kNeedsOldH) h = X::get(u.old_h + i * state + unit, part);
         if (Cell::kHasCell) c = load(u.c + i * cells + unit);
         Cell::forward(xs, as, h, c, saved);
         if (Cell::kHasCell) {
@@ -249,7 +247,7 @@ class ForwardPass {
           for (int k = 0; k < Cell::kSaved; k++) store(to + k * u.H, saved[k], n);
         }
         if (u.h) {
-          State::put(u.h + i * state + unit, part, rounded<S>(h));
+          X::put(u.h + i * state + unit, part, rounded<S>(h));
           store(u.y + r * u.D * u.P + unit, h, n);
         } else {
           Memory::put(u.m + i * memory + unit, m_part, h);
@@ -259,8 +257,8 @@ class ForwardPass {
 
     const int64_t H, D, P, rank, stride, start;
     const int64_t* const order;
-    const typename State::Element* const old_h;
-    const Elements<State> h;  // null where m is projected
+    const typename X::Element* const old_h;
+    const Elements<X> h;  // null where m is projected
     const Elements<Memory> m;
     A* const c;
     S* const y;
@@ -269,20 +267,20 @@ class ForwardPass {
   };
 
   void project_state(const Sweep& g, int64_t s, Range panels) {
-    const int64_t t = g.time(s), rows = g.alive_at(t), part = round_up(f.P, State::kAlign);
+    const int64_t t = g.time(s), rows = g.alive_at(t), part = round_up(f.P, X::kAlign);
     A a[kBlockRows * kMaxVectors * U];
     for (int64_t p = panels.begin; p < panels.end; p++) {
       const int V = outputs.vectors(p);
       for (int64_t i0 = 0; i0 < rows; i0 += kBlockRows) {
         int64_t i1 = min(i0 + kBlockRows, rows);
-        multiply<State>(rows_of<Memory>(g.m, f.H).from(i0), i1 - i0, g.d, f.weights[g.d].w_hr, w_hr, outputs, p, f.H,
-                        kZeros<A>, a, V * U);
+        multiply(rows_of<Memory>(g.m, f.H).from(i0), i1 - i0, g.d, f.weights[g.d].w_hr, w_hr, outputs, p, f.H,
+                 kZeros<A>, a, V * U);
         for (int64_t i = i0; i < i1; i++) {
-          auto* h = g.h[(s + 1) & 1] + i * State::row(f.P) + outputs.start(p);
+          auto* h = g.h[(s + 1) & 1] + i * X::row(f.P) + outputs.start(p);
           S* y = static_cast<S*>(f.y) + (g.row(t, i) * f.D + g.d) * f.P + outputs.start(p);
           for (int v = 0; v < V; v++) {
             Vec<A> value = load(a + ((i - i0) * V + v) * U);
-            State::put(h + v * U, part, rounded<S>(value));
+            X::put(h + v * U, part, rounded<S>(value));
             store(y + v * U, value, outputs.lanes(p, v));
           }
         }
@@ -293,7 +291,7 @@ class ForwardPass {
   void end(const Sweep& g) {
     for (int64_t i = 0; i < g.rows; i++) {
       int64_t n = g.d * f.steps.N + g.batch_row(i), steps = g.d ? f.steps.T : f.steps.length[g.rank(i)];
-      get_row<State>(static_cast<S*>(f.h_n) + n * f.P, g.h[steps & 1] + i * State::row(f.P), f.P);
+      get_row<X>(static_cast<S*>(f.h_n) + n * f.P, g.h[steps & 1] + i * X::row(f.P), f.P);
       if (Cell::kHasCell) get_row<Plain<A>>(static_cast<S*>(f.c_n) + n * f.H, g.c + i * round_up(f.H, U), f.H);
     }
   }
@@ -303,12 +301,11 @@ class ForwardPass {
   const bool projected, packed;
   const Teams teams;
   const int64_t chunk;  // steps
-  Buffer<typename X::Element> w_ih;
-  Buffer<typename State::Element> w_hh, w_hr;
+  Buffer<typename X::Element> w_ih, w_hh, w_hr;
   Buffer<A> b_ih, b_hh;
   Buffer<typename X::Element> xs;
   Buffer<A> projections;
-  Buffer<typename State::Element> hs;
+  Buffer<typename X::Element> hs;
   Buffer<typename Memory::Element> ms;
   Buffer<A> cs;
   Buffer<int64_t> bases;

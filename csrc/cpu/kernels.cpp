@@ -6,36 +6,32 @@ namespace rnnfast {
 namespace RNNFAST_ISA {
 namespace {
 
-// Calls pass(whole, step) with the math for products over many rows, and that for the recurrence. Floats in parts are
-// more to write and to read than floats: they take long sums to pay, and in the recurrence rows that share the reading.
+// Whether the fast math is faster for a layer. Numbers in parts are more to write and to read: it takes long sums, and
+// rows that share the reading of the weights, to pay.
+template <class S>
+bool is_fast(const Layer& l) {
+  constexpr int kParts = FastMath<S>::Exact::kParts;
+  if (kParts == 1) return l.R > kUnpackedRows;
+  return min(l.I, l.P) >= (kParts == 3 ? 256 : 64) && l.steps.N >= (kParts == 3 ? 16 : 8);
+}
+
+// Calls pass(an object of the math to use).
 template <class S, class F>
 void with_math(const Layer& l, const F& pass) {
-  using Fast = FastMath<S>;
-  using Plain = PlainMath<S>;
-  constexpr int64_t kLongSum = Fast::Exact::kParts == 3 ? 256 : 64, kEnoughRows = Fast::Exact::kParts == 3 ? 16 : 8;
-  if constexpr (std::is_base_of_v<Plain, Fast>) {
-    pass(Plain(), Plain());
-  } else if (l.R <= kUnpackedRows) {
-    pass(Plain(), Plain());
-  } else if constexpr (Fast::Exact::kParts == 1) {
-    pass(Fast(), Fast());
-  } else if (min(l.I, l.P) < kLongSum) {
-    pass(Plain(), Plain());
-  } else if (l.steps.N < kEnoughRows) {
-    pass(Fast(), Plain());
-  } else {
-    pass(Fast(), Fast());
+  if constexpr (!std::is_base_of_v<PlainMath<S>, FastMath<S>>) {
+    if (is_fast<S>(l)) return pass(FastMath<S>());
   }
+  pass(PlainMath<S>());
 }
 
 template <class Cell, class S>
 void forward(const Forward& f) {
-  with_math<S>(f, [&](auto whole, auto step) { ForwardPass<Cell, S, decltype(whole), decltype(step)>(f).run(); });
+  with_math<S>(f, [&](auto math) { ForwardPass<Cell, S, decltype(math)>(f).run(); });
 }
 
 template <class Cell, class S>
 void backward(const Backward& f) {
-  with_math<S>(f, [&](auto whole, auto step) { BackwardPass<Cell, S, decltype(whole), decltype(step)>(f).run(); });
+  with_math<S>(f, [&](auto math) { BackwardPass<Cell, S, decltype(math)>(f).run(); });
 }
 
 template <class S>
