@@ -38,6 +38,7 @@ def rnn(
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
     return_states: bool = False,
+    recompute: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | tuple[Tensor, Tensor] | None]:
     """A stack of recurrent layers: the function behind :class:`rnnfast.RNN`, ``LSTM`` and ``GRU``.
 
@@ -53,6 +54,7 @@ def rnn(
         resets: bool ``[T, N]``, true at the first step of an episode: the state is zeroed there, in every layer and
             direction, and the gradient is cut.
         return_states: whether to return h (and c) of every layer and step.
+        recompute: keep only outputs (and c) for the backward, which computes the gates again.
 
     Returns:
         output ``[T, N, D*P]`` (or ``[R, D*P]``), h_n, c_n (shape ``[0]`` but for an LSTM) and the states: None, or
@@ -91,6 +93,7 @@ def rnn(
             resets=resets,
             bidirectional=bidirectional,
             keep_c=return_states,
+            recompute=recompute,
         )
         h_ns.append(h_n)
         c_ns.append(c_n)

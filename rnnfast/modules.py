@@ -19,6 +19,11 @@ from . import functional
 class _Recurrent(nn.RNNBase):
     """The forward that RNN, LSTM and GRU share."""
 
+    recompute = False
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (", recompute=True" if self.recompute else "")
+
     def flatten_parameters(self) -> None:
         """Does nothing: weights are read where they lie, so they need no single chunk of memory."""
 
@@ -104,6 +109,7 @@ class _Recurrent(nn.RNNBase):
             lengths=lengths,
             resets=resets,
             return_states=return_states,
+            recompute=self.recompute,
         )
         if packed:
             output = PackedSequence(output, *packed_input[1:])
@@ -156,12 +162,13 @@ class RNN(_Recurrent):
     """``torch.nn.RNN`` on fused kernels: the same arguments, parameters, state_dict and results.
 
     Maths, shapes and errors: the page of ``torch.nn.RNN``. :meth:`forward` takes ``lengths``, ``resets`` and
-    ``return_states`` beside.
+    ``return_states`` beside. With ``recompute=True`` a layer keeps only its output (and c) from forward to backward,
+    which then computes the gates again.
     """
 
     _name, _tensor = "RNN", " tensor"
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, recompute: bool = False, **kwargs: Any) -> None:
         _refuse_projection(kwargs)
         if len(args) > 3:
             self.nonlinearity, args = args[3], args[:3] + args[4:]
@@ -170,19 +177,22 @@ class RNN(_Recurrent):
         if self.nonlinearity not in ("tanh", "relu"):
             raise ValueError(f"Unknown nonlinearity '{self.nonlinearity}'. Select from 'tanh' or 'relu'.")
         super().__init__(f"RNN_{self.nonlinearity.upper()}", *args, **kwargs)
+        self.recompute = recompute
 
 
 class LSTM(_Recurrent):
     """``torch.nn.LSTM`` on fused kernels: the same arguments, parameters, state_dict and results.
 
     Maths, shapes and errors: the page of ``torch.nn.LSTM``. :meth:`forward` takes ``lengths``, ``resets`` and
-    ``return_states`` beside.
+    ``return_states`` beside. With ``recompute=True`` a layer keeps only its output (and c) from forward to backward,
+    which then computes the gates again.
     """
 
     _name, _tensor = "LSTM", ""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, recompute: bool = False, **kwargs: Any) -> None:
         super().__init__("LSTM", *args, **kwargs)
+        self.recompute = recompute
 
     # torch.nn.LSTM's module interface, itself no base of ours: its methods serve as they are.
     get_expected_cell_size = nn.LSTM.get_expected_cell_size
@@ -211,14 +221,16 @@ class GRU(_Recurrent):
     """``torch.nn.GRU`` on fused kernels: the same arguments, parameters, state_dict and results.
 
     Maths, shapes and errors: the page of ``torch.nn.GRU``. :meth:`forward` takes ``lengths``, ``resets`` and
-    ``return_states`` beside.
+    ``return_states`` beside. With ``recompute=True`` a layer keeps only its output (and c) from forward to backward,
+    which then computes the gates again.
     """
 
     _name, _tensor = "GRU", ""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, recompute: bool = False, **kwargs: Any) -> None:
         _refuse_projection(kwargs)
         super().__init__("GRU", *args, **kwargs)
+        self.recompute = recompute
 
 
 def _refuse_projection(kwargs: dict[str, Any]) -> None:

@@ -32,6 +32,7 @@ _BACKWARD = (
 _SAVED_GATES = {"RNN_TANH": 0, "RNN_RELU": 0, "LSTM": 4, "GRU": 4}  # columns of H; the GRU also keeps W_hn h + b_hn
 
 _OPS: dict[tuple[str, str], torch._ops.OpOverload] = {}  # by backend and direction
+_SAVES_GATES: set[str] = set()  # backends whose backward needs what the forward computed
 _CONTIGUOUS = torch.contiguous_format
 _library = torch.library.Library("rnnfast", "DEF")
 
@@ -73,6 +74,8 @@ def _backward_fake(mode, dy, dh_n, dc_n, dc, x, h0, c0, weights, *args):
 
 
 def _define(backend: str, saves_gates: bool) -> None:
+    if saves_gates:
+        _SAVES_GATES.add(backend)
     for direction, schema, fake in (
         ("forward", _FORWARD, functools.partial(_forward_fake, saves_gates=saves_gates)),
         ("backward", _BACKWARD, _backward_fake),
@@ -236,14 +239,14 @@ def _loop_over_batch(function: type, info, in_dims: tuple, args: tuple):
 
 class _Layer(torch.autograd.Function):
     @staticmethod
-    def forward(backend, mode, bidirectional, batch_sizes, lengths, resets, x, h0, c0, *weights):
+    def forward(backend, mode, bidirectional, recompute, batch_sizes, lengths, resets, x, h0, c0, *weights):
         return _OPS[backend, "forward"](
-            mode, x, h0, c0, weights, batch_sizes, lengths, resets, bidirectional, True, True
+            mode, x, h0, c0, weights, batch_sizes, lengths, resets, bidirectional, True, not recompute
         )
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.backend, ctx.mode, ctx.bidirectional, *tensors = inputs
+        ctx.backend, ctx.mode, ctx.bidirectional, ctx.recompute, *tensors = inputs
         y, _, _, c, gates = output
         ctx.mark_non_differentiable(gates)
         ctx.set_materialize_grads(False)
@@ -255,14 +258,19 @@ class _Layer(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         batch_sizes, lengths, resets, x, h0, c0, y, c, gates, *weights = ctx.saved_tensors
         needs = ctx.needs_input_grad
+        if ctx.recompute:
+            with torch.no_grad():
+                gates = _OPS[ctx.backend, "forward"](
+                    ctx.mode, x, h0, c0, weights, batch_sizes, lengths, resets, ctx.bidirectional, False, True
+                )[4]
         # Only a derivative of this backward needs a Function; torch.compile wants none where there is no derivative.
         twice = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
         grads = (_LayerBackward.apply if twice else _LayerBackward.forward)(
-            ctx.backend, ctx.mode, ctx.bidirectional, needs[6], any(needs[9:]), batch_sizes, lengths, resets,
+            ctx.backend, ctx.mode, ctx.bidirectional, needs[7], any(needs[10:]), batch_sizes, lengths, resets,
             dy, dh_n, dc_n, dc, x, h0, c0, y, c, gates, *weights,
         )  # fmt: skip
-        grads = [grad if need else None for grad, need in zip(grads, needs[6:])]
-        return (None,) * 6 + (*grads, *[None] * (3 + len(weights) - len(grads)))
+        grads = [grad if need else None for grad, need in zip(grads, needs[7:])]
+        return (None,) * 7 + (*grads, *[None] * (3 + len(weights) - len(grads)))
 
     @staticmethod
     def vmap(info, in_dims, *args):
@@ -331,6 +339,7 @@ def layer(
     resets: Tensor | None = None,
     bidirectional: bool = False,
     keep_c: bool = False,
+    recompute: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One recurrent layer over a sequence. Arguments are taken as valid: ``functional`` has checked them.
 
@@ -345,6 +354,7 @@ def layer(
         resets: bool ``[T, N]``, true at the first step of an episode: the state is zeroed before that step, for the
             reverse direction after it.
         keep_c: whether c is asked for.
+        recompute: keep no gates for the backward, which runs the forward once more instead.
 
     Returns:
         y ``[T, N, D*P]`` (or ``[R, D*P]``), h_n ``[D, N, P]``, and for an LSTM c_n ``[D, N, H]`` and c, the cell state
@@ -355,7 +365,8 @@ def layer(
     if forward_ad._current_level >= 0:
         return reference.layer(mode, x, h0, c0, weights, *form, bidirectional)
     if _is_differentiated(x, h0, c0, weights):
-        return _Layer.apply(backend, mode, bidirectional, *form, x, h0, c0, *weights)[:4]
+        recompute = recompute and _SAVED_GATES[mode] > 0 and backend in _SAVES_GATES
+        return _Layer.apply(backend, mode, bidirectional, recompute, *form, x, h0, c0, *weights)[:4]
     return _OPS[backend, "forward"](mode, x, h0, c0, weights, *form, bidirectional, keep_c, False)[:4]
 
 

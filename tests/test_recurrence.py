@@ -492,3 +492,42 @@ def test_reference_cell_is_torchs() -> None:
         )
         actual = reference.cell(mode, *products, h, c if mode == "LSTM" else None)
         torch.testing.assert_close(actual, expected if mode == "LSTM" else (expected, None))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("cell", CELLS)
+def test_recompute_keeps_outputs_only(backend: str, cell: str, form: str) -> None:
+    """The same bits as without; what autograd keeps, beside inputs and weights, is y and an LSTM's c."""
+    problem = Problem(CASES["H63"], cell, form)
+    kept, results = {}, {}
+    for recompute in (False, True):
+        module = problem.module(rnnfast, torch.float32)
+        module.recompute = recompute
+        live = {t.untyped_storage().data_ptr() for t in module.parameters()}
+        sizes: dict[int, int] = {}
+
+        def pack(t: Tensor, live=live, sizes=sizes) -> Tensor:
+            if t.untyped_storage().data_ptr() not in live:
+                sizes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            results[recompute] = problem.run(module, torch.float32)
+        kept[recompute] = sum(sizes.values())
+    for name, value in results[True].items():
+        assert torch.equal(value, results[False][name]), name
+    y = results[True]["output"]
+    rows, directions = y.numel() // y.size(-1), 2
+    c = rows * directions * problem.case.hidden * 4 if problem.cls == "LSTM" else 0
+    inputs = sum(results[True][name].numel() * 4 for name in results[True] if name.startswith("d x"))
+    weights_of_the_loss = 3 * y.numel() * 4  # of this test's projection of the outputs, and lengths and resets
+    assert kept[True] <= y.numel() * 4 + c + inputs + weights_of_the_loss
+    if backend.startswith("cpu") and problem.cls != "RNN":
+        assert kept[True] < kept[False]
+
+
+def test_recompute_is_an_option_of_the_constructor() -> None:
+    assert "recompute=True" in repr(rnnfast.GRU(3, 4, recompute=True))
+    assert not rnnfast.LSTM(3, 4).recompute
+    with pytest.raises(TypeError, match="recompute"):
+        nn.LSTM(3, 4, recompute=True)
