@@ -21,6 +21,11 @@ class _Recurrent(nn.RNNBase):
 
     recompute = False
 
+    def __init__(self, mode: str, *args: Any, recompute: bool = False, **kwargs: Any) -> None:
+        super().__init__(mode, *args, **kwargs)
+        if recompute:  # else a layer has torch.nn's attributes and no other
+            self.recompute = True
+
     def extra_repr(self) -> str:
         return super().extra_repr() + (", recompute=True" if self.recompute else "")
 
@@ -168,7 +173,7 @@ class RNN(_Recurrent):
 
     _name, _tensor = "RNN", " tensor"
 
-    def __init__(self, *args: Any, recompute: bool = False, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         _refuse_projection(kwargs)
         if len(args) > 3:
             self.nonlinearity, args = args[3], args[:3] + args[4:]
@@ -177,7 +182,6 @@ class RNN(_Recurrent):
         if self.nonlinearity not in ("tanh", "relu"):
             raise ValueError(f"Unknown nonlinearity '{self.nonlinearity}'. Select from 'tanh' or 'relu'.")
         super().__init__(f"RNN_{self.nonlinearity.upper()}", *args, **kwargs)
-        self.recompute = recompute
 
 
 class LSTM(_Recurrent):
@@ -190,9 +194,8 @@ class LSTM(_Recurrent):
 
     _name, _tensor = "LSTM", ""
 
-    def __init__(self, *args: Any, recompute: bool = False, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__("LSTM", *args, **kwargs)
-        self.recompute = recompute
 
     # torch.nn.LSTM's module interface, itself no base of ours: its methods serve as they are.
     get_expected_cell_size = nn.LSTM.get_expected_cell_size
@@ -227,10 +230,9 @@ class GRU(_Recurrent):
 
     _name, _tensor = "GRU", ""
 
-    def __init__(self, *args: Any, recompute: bool = False, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         _refuse_projection(kwargs)
         super().__init__("GRU", *args, **kwargs)
-        self.recompute = recompute
 
 
 def _refuse_projection(kwargs: dict[str, Any]) -> None:

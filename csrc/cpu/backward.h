@@ -250,7 +250,7 @@ class BackwardPass {
     const int64_t t = g.time(s), rows = g.alive_at(t);
     Left<Grad> gradients = step_rows(g, t, dgates, kGrads * padded);
     gradients.data += kMore * padded;
-    for (int64_t p = panels.begin; p < panels.end; p++) {
+    to_and_fro(panels, s, [&](int64_t p) {
       A* dh = g.dh + outputs.start(p);
       const A* init = Cell::kNeedsOldH ? g.direct + outputs.start(p) : kZeros<A>;
       const int64_t is = Cell::kNeedsOldH ? hidden.width() : 0;
@@ -259,7 +259,7 @@ class BackwardPass {
       for (int64_t i = 0; f.steps.resets && i < rows; i++) {
         if (f.steps.cut(g.d, t, g.rank(i))) memset(dh + i * outputs.width(), 0, outputs.vectors(p) * kVectorBytes);
       }
-    }
+    });
   }
 
   // out[M][V*U] = init + gradients * panel p of w, or of its packed copy.

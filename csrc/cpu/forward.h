@@ -183,7 +183,7 @@ class ForwardPass {
     const int64_t t = g.time(s), rows = g.alive_at(t);
     const Update update(*this, g, s, t);
     A a[kBlockRows * kMaxVectors * U];
-    for (int64_t p = panels.begin; p < panels.end; p++) {
+    to_and_fro(panels, s, [&](int64_t p) {
       const int V = gates.vectors(p);
       const A* x = projection(g, p, g.base[s] - g.base[s0]);
       for (int64_t i0 = 0; i0 < rows; i0 += kBlockRows) {
@@ -194,7 +194,7 @@ class ForwardPass {
           update.rows({i0, i1}, gates.unit(p, b), x + (i0 * V + b) * U, a + b * U, V * U);
         }
       }
-    }
+    });
   }
 
   // The cell at one step. Its fields are its own, so that no store makes the compiler read them again.

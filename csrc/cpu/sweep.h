@@ -94,6 +94,12 @@ void get_row(S* to, const typename E::Element* from, int64_t n) {
   }
 }
 
+// Calls body(p) for the panels of a step, to and fro: it begins with those that the step before has left in the cache.
+template <class F>
+void to_and_fro(Range panels, int64_t s, const F& body) {
+  for (int64_t p = panels.begin; p < panels.end; p++) body(s % 2 ? panels.begin + panels.end - 1 - p : p);
+}
+
 template <class T>
 const T* row_of(const void* base, int64_t row, int64_t width) {
   return base ? static_cast<const T*>(base) + row * width : nullptr;
