@@ -73,6 +73,26 @@ def product(dtype: str, device: str) -> tuple[Callable, float]:
     return lambda: a @ a, 2e-9 * n**3
 
 
+def peak_mb(call: Callable, device: str) -> float:
+    """MB that a call takes beyond what is there before it (on a CPU: resident pages, Linux only; else NaN)."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    except OSError:
+        return math.nan
+    before = _status_kb("VmRSS")
+    call()
+    return (_status_kb("VmHWM") - before) / 1e3
+
+
+def _status_kb(field: str) -> int:
+    return int(re.search(rf"{field}:\s*(\d+)", Path("/proc/self/status").read_text())[1])
+
+
 class Elsewhere:
     """How many cores, in the mean, all other processes used meanwhile (Linux; else NaN)."""
 

@@ -1,6 +1,7 @@
 """A picture of a table that run.py wrote: the ratios to torch.nn and to the best peer, and the share of the ceiling.
 
 python bench/plot.py bench/results/<machine>.csv
+python bench/plot.py table.csv --against T  # instead: milliseconds over T, of rows that differ in nothing else
 """
 
 import argparse
@@ -18,11 +19,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("csv", type=Path)
     parser.add_argument("-o", "--out", type=Path, help="the picture (beside the CSV)")
+    parser.add_argument("--against", choices=["T", "N", "H"], help="draw how time grows with it")
     args = parser.parse_args()
     with args.csv.open(newline="") as file:
         rows = list(csv.DictReader(file))
     path = args.out or args.csv.with_suffix(".png")
-    draw(rows).savefig(path, dpi=130)
+    (draw_growth(rows, args.against) if args.against else draw(rows)).savefig(path, dpi=130)
     print(path)
 
 
@@ -64,6 +66,25 @@ def draw(rows: list[dict[str, str]]) -> Figure:
     on = f"{' and '.join(map(str, threads))} threads" if first["device"] == "cpu" else "CUDA"
     figure.suptitle(f"rnnfast {first['commit']} on {first['machine']}, {on}\n{first['versions']}", fontsize=9)
     figure.supxlabel("T x N x H, or T x N x I x H", fontsize=9)
+    return figure
+
+
+def draw_growth(rows: list[dict[str, str]], size: str) -> Figure:
+    """A panel for each mode: milliseconds of ours and of torch.nn over one of the sizes."""
+    modes = list(dict.fromkeys(row["mode"] for row in rows))
+    figure = Figure(figsize=(4.5 * len(modes), 4), layout="constrained")
+    for panel, mode in zip(figure.subplots(1, len(modes), sharey=True, squeeze=False)[0], modes):
+        for cell, colour in COLOURS.items():
+            of_cell = sorted((r for r in rows if (r["mode"], r["cell"]) == (mode, cell)), key=lambda r: int(r[size]))
+            for name, style in (("ours", "o-"), ("torch", ".:")):
+                points = [(int(row[size]), float(row[f"{name}_ms"])) for row in of_cell]
+                panel.plot(*zip(*points), style, color=colour, label=f"{cell}, {name}") if points else None
+        panel.set(title=mode, xlabel=size, xscale="log", yscale="log")
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=8)
+    figure.axes[0].set_ylabel("milliseconds")
+    fixed = " x ".join(f"{name} {rows[0][name]}" for name in ("T", "N", "H") if name != size)
+    figure.suptitle(f"rnnfast {rows[0]['commit']} on {rows[0]['machine']}: {fixed}", fontsize=9)
     return figure
 
 

@@ -13,6 +13,7 @@ import copy
 import csv
 import functools
 import itertools
+import multiprocessing
 import re
 import statistics
 import time
@@ -69,12 +70,16 @@ class Case(NamedTuple):
 COLUMNS = [
     *("machine", "versions", "commit", "device", *Case._fields),
     *("ours_ms", "torch_ms", *(f"{peer}_ms" for peer in PEERS), "best_peer", "ratio_torch", "ratio_best"),
-    *("gflops", "ceiling_gflops", "share_of_ceiling", "ours_kept_mb", "torch_kept_mb", "elsewhere"),
+    *("gflops", "ceiling_gflops", "share_of_ceiling"),
+    *("ours_kept_mb", "ours_recompute_kept_mb", "torch_kept_mb", "ours_peak_mb", "torch_peak_mb", "elsewhere"),
 ]
 
 
-def contenders(case: Case, device: str = "cpu") -> dict[str, Callable[[], list[Tensor]]]:
+def contenders(case: Case, device: str = "cpu", verify: bool = True) -> dict[str, Callable[[], list[Tensor]]]:
     """By name a call of each contender on the same weights and inputs; ours and torch's first.
+
+    Args:
+        verify: whether to compare results, which runs each contender.
 
     Raises:
         RuntimeError: a result differs from torch.nn's, in float32 or better, by more than rounding.
@@ -112,6 +117,8 @@ def contenders(case: Case, device: str = "cpu") -> dict[str, Callable[[], list[T
         for name, run in peers.runners(theirs, case.T, case.N, case.threads).items():
             calls[name] = lambda run=run: [torch.from_numpy(run(x))]
 
+    if not verify:
+        return calls
     # torch.nn itself sums in the low dtype in places, so its gradients there are no measure.
     exact = copy.deepcopy(theirs).to(wide := torch.promote_types(dtype, torch.float32))
     function = _pack_and_pad(exact, lengths) if case.form == "lengths" else exact
@@ -128,7 +135,7 @@ class Call:
     """One contender on rotated inputs: its output, or for ``train`` the gradients of input and weights."""
 
     def __init__(self, function: Callable, module: nn.Module, inputs: list[Tensor | PackedSequence], mode: str):
-        self.function, self.mode = function, mode
+        self.function, self.module, self.mode = function, module, mode
         self.parameters = list(module.train(mode != "infer").parameters())
         self.inputs = [_copy(x, requires_grad=mode != "infer") for x in inputs]
         self.rotated = itertools.cycle(self.inputs)
@@ -157,6 +164,13 @@ class Call:
         for given in [*self.parameters, *map(_data, self.inputs)]:
             kept.pop(given.untyped_storage().data_ptr(), None)
         return sum(kept.values()) / 1e6
+
+
+def peak_mb(case: Case, device: str, name: str) -> float:
+    """MB that one call takes beyond what is there before it, scratch and caches included. For a process of its own."""
+    if device == "cpu":
+        torch.set_num_threads(case.threads)
+    return machine.peak_mb(contenders(case, device, verify=False)[name], device)
 
 
 def _data(x: Tensor | PackedSequence) -> Tensor:
@@ -196,7 +210,9 @@ def measure(calls: dict[str, Callable], rounds: int, device: str, burst: float =
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def row_of(case: Case, device: str, rounds: int, burst: float = BURST, attempts: int = 2) -> dict[str, Any]:
+def row_of(
+    case: Case, device: str, rounds: int, burst: float = BURST, attempts: int = 2, memory: bool = False
+) -> dict[str, Any]:
     """Everything about one case but for the machine. While others use it, it is measured again; the quietest counts."""
     if device == "cpu":
         torch.set_num_threads(case.threads)
@@ -212,7 +228,15 @@ def row_of(case: Case, device: str, rounds: int, burst: float = BURST, attempts:
     others = {name: value for name, value in ms.items() if name != "ours"}
     best_peer = min(others, key=others.get)
     gflops = case.gflop / ms["ours"] * 1e3
-    kept = {} if case.mode == "infer" else {f"{name}_kept_mb": calls[name].kept_mb() for name in ("ours", "torch")}
+    kept = {}
+    if case.mode != "infer":
+        kept = {f"{name}_kept_mb": calls[name].kept_mb() for name in ("ours", "torch")}
+        calls["ours"].module.recompute = True
+        kept["ours_recompute_kept_mb"] = calls["ours"].kept_mb()
+    if memory:
+        for name in ("ours", "torch"):
+            with multiprocessing.get_context("spawn").Pool(1) as fresh:
+                kept[f"{name}_peak_mb"] = fresh.apply(peak_mb, (case, device, name))
     row = {"device": device, **case._asdict(), **{f"{name}_ms": value for name, value in ms.items()}, **kept}
     row |= {"best_peer": best_peer, "ratio_torch": ms["torch"] / ms["ours"], "ratio_best": ms[best_peer] / ms["ours"]}
     row |= {"gflops": gflops, "ceiling_gflops": peak, "share_of_ceiling": gflops / peak, "elsewhere": elsewhere}
@@ -249,6 +273,7 @@ def main() -> None:
     add("--layers", default=[1], type=int)
     add("--bidirectional", default=[1], type=int, choices=[1, 2], help="directions", metavar="DIRECTIONS")
     parser.add_argument("--repeats", type=int, help="rounds in which each contender has a turn (7, quick: 2)")
+    parser.add_argument("--memory", action="store_true", help="peak memory too, from fresh processes (takes minutes)")
     parser.add_argument("--quick", action="store_true", help="one small shape and little patience: no numbers to trust")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--out", type=Path, help="the CSV (results/<machine>.csv)")
@@ -265,7 +290,7 @@ def main() -> None:
         table.writeheader()
         for case in (bar := tqdm(list(cases(args)))):
             bar.set_description(f"{case.cell} {case.mode} {case.T}x{case.N}x{case.H}")
-            row = row_of(case, args.device, *patience)
+            row = row_of(case, args.device, *patience, memory=args.memory)
             rows.append(row)
             table.writerow(of_machine | row)
             file.flush()
