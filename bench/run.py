@@ -123,11 +123,18 @@ def contenders(case: Case, device: str = "cpu", verify: bool = True) -> dict[str
     exact = copy.deepcopy(theirs).to(wide := torch.float64)
     function = _pack_and_pad(exact, lengths) if case.form == "lengths" else exact
     expected = Call(function, exact, [x.to(wide) for x in inputs], case.mode)()
+    errors = {
+        name: max(
+            ((a - e).abs().max() / e.abs().max().clamp(min=1e-9)).item()  # of a single step dW_hh is zero
+            for a, e in zip(call(), expected, strict=True)
+        )
+        for name, call in calls.items()
+    }
+    # Sums over very many steps can cancel: there torch.nn's own error is allowed for.
+    allowed = max(torch.finfo(dtype).eps ** 0.5, 2 * errors["torch"] if dtype.itemsize > 2 else 0)
     for name in calls.keys() - {"torch", "torch_tf32"}:
-        for a, e in zip(calls[name](), expected, strict=True):
-            error = ((a - e).abs().max() / e.abs().max().clamp(min=1e-9)).item()  # of a single step dW_hh is zero
-            if not error < torch.finfo(dtype).eps ** 0.5:
-                raise RuntimeError(f"{name} is off by {error:.1e} of the largest value: {case}")
+        if not errors[name] < allowed:
+            raise RuntimeError(f"{name} is off by {errors[name]:.1e} of the largest value: {case}")
     return calls
 
 
