@@ -166,11 +166,12 @@ void multiply_tiles(const uint16_t* const* a, int64_t stride, int64_t part, cons
 template <class L, class R>
 void multiply(Left<L> a, int64_t M, const uint16_t* b, int V, int64_t depth, float* sums, int64_t ss) {
   constexpr int U = kLanes<float>;
+  constexpr int64_t kDepth = kTileDepth / R::kParts / R::kAlign * R::kAlign;
   const int64_t tiles = ceil_div(M, kTileRows), rows = ceil_div(M, tiles);
   set_tile_rows(rows);
   for (int64_t t = 0; t < tiles; t += 2) {
-    for (Range ks{0, 0}; ks.end < depth;) {
-      ks = {ks.end, min(ks.end + kTileDepth / R::kParts / R::kAlign * R::kAlign, depth)};
+    for (int64_t k = 0; k == 0 || k < depth; k += kDepth) {
+      const Range ks{k, min(k + kDepth, depth)};
       // Tiles are of one height: where rows do not divide into them they overlap, and both make the same sums.
       auto tiles_of = [&](auto T, auto Vs, int v) {
         const uint16_t* left[T];

@@ -43,7 +43,8 @@ struct Teams {
     groups_per_direction = max(1, min(threads % D ? threads : threads / D, N));
     const double by_rows = cost.step(ceil_div(N, groups_per_direction), weights);
     const int64_t units = min(threads / D, min(gates.count(), cost.step(N, weights) / kWait));
-    if (N > 0 && units > 1 && (cost.step(N, weights / units) + kWait) * 9 / 8 < by_rows) {
+    const int64_t most = units > 0 ? weights * ceil_div(gates.count(), units) / gates.count() : weights;
+    if (N > 0 && units > 1 && (cost.step(N, most) + kWait) * 9 / 8 < by_rows) {
       groups_per_direction = 1, parts = units;
     }
   }
