@@ -20,10 +20,13 @@ struct alignas(64) TileShapes {
   void save() { asm volatile("sttilecfg %0" : "=m"(*this)); }
 };
 
+// What this thread has set, and what was set before.
 thread_local int tile_rows_set = 0;
+thread_local TileShapes tiles_before;
 
 inline void set_tile_rows(int rows) {
   if (tile_rows_set == rows) return;
+  if (!tile_rows_set) tiles_before.save();
   TileShapes shapes;
   shapes.palette = 1;
   for (int i = 0; i < 8; i++) shapes.row_bytes[i] = 64, shapes.rows[i] = i < 6 ? rows : 16;
@@ -32,18 +35,16 @@ inline void set_tile_rows(int rows) {
 }
 
 // Leaves the thread's tiles as they were shaped: other libraries remember what they have set.
-class TileGuard {
- public:
-  TileGuard() { before_.save(); }
+struct TileGuard {
   ~TileGuard() {
     if (!tile_rows_set) return;
     tile_rows_set = 0;
-    before_.palette ? before_.load() : release();
+    if (tiles_before.palette) {
+      tiles_before.load();
+    } else {
+      asm volatile("tilerelease");
+    }
   }
-
- private:
-  static void release() { asm volatile("tilerelease"); }
-  TileShapes before_;
 };
 
 template <int kTile>
@@ -67,7 +68,7 @@ inline void tile_dot() {
 #else
 
 struct TileGuard {
-  TileGuard() {}  // so that no compiler finds it unused
+  ~TileGuard() {}  // so that no compiler finds it unused
 };
 
 #endif

@@ -175,11 +175,11 @@ class BackwardPass {
 
   void step(const Sweep& g, int64_t s, Range blocks) {
     const int64_t t = g.time(s), rows = g.alive_at(t);
-    const Update update(*this, g, t);
     for (int64_t i = 0; i < rows; i++) {  // rows first: what was saved is read as it lies
-      update.row(i, blocks);
+      auto* gradients = dgates + (g.d * Q + g.q(t, i)) * Grad::row(kGrads * padded);
+      update(g, t, i, blocks, gradients);
       for (int64_t k = hidden.width(); blocks.end == hidden.blocks && k < padded; k += U) {
-        for (int j = 0; j < kGrads; j++) Grad::put(update.dgates(i) + j * padded + k, kGrads * padded, Vec<A>(0));
+        for (int j = 0; j < kGrads; j++) Grad::put(gradients + j * padded + k, kGrads * padded, Vec<A>(0));
       }
     }
   }
@@ -192,58 +192,42 @@ class BackwardPass {
                          : row_of<S>(f.h0, d * f.steps.N + f.steps.order[rank], f.P);
   }
 
-  // The cell at one step, backwards. Its fields are its own, so that no store makes the compiler read them again.
-  class Update {
-   public:
-    Update(const BackwardPass& pass, const Sweep& g, int64_t t) : pass(pass), f(pass.f), g(g), t(t) {}
-
-    Elements<Grad> dgates(int64_t i) const {
-      return pass.dgates + (g.d * pass.Q + g.q(t, i)) * Grad::row(kGrads * pass.padded);
-    }
-
-    // Some blocks of units of one row. Lanes beyond H hold zeros all the way.
-    void row(int64_t i, Range blocks) const {
-      const int64_t H = f.H, rank = g.rank(i), r = g.row(t, i), padded = pass.padded;
-      const int64_t previous = f.steps.previous(g.d, t, rank), of_d = r * f.D + g.d;
-      const bool cut = f.steps.cut(g.d, t, rank), projected = pass.projected;
-      const A* const dh_in = projected ? g.dm + i * pass.hidden.width() : g.dh + i * pass.outputs.width();
-      const S* const dy = projected ? nullptr : row_of<S>(f.dy, of_d, f.P);
-      const S* const gates = static_cast<const S*>(f.gates) + (g.d * f.R + r) * Cell::kSaved * H;
-      const S* const y = static_cast<const S*>(f.y) + of_d * f.P;
-      const S* const old_y = Cell::kNeedsOldH ? pass.h_before(g.d, t, rank) : nullptr;
-      const A* const cs = row_of<A>(Cell::kHasCell ? f.c : nullptr, of_d, H);
-      const A* const old_cs = !cut && previous >= 0 ? row_of<A>(f.c, previous * f.D + g.d, H) : nullptr;
-      const S* const c0 = !cut && previous < 0 ? row_of<S>(f.c0, g.d * f.steps.N + g.batch_row(i), H) : nullptr;
-      const A* const dcs = row_of<A>(f.dc, of_d, H);
-      A *const dc_state = g.dc + i * pass.hidden.width(), *const direct_out = g.direct + i * pass.hidden.width();
-      const auto d_out = dgates(i);
-      for (int64_t unit = blocks.begin * U; unit < blocks.end * U; unit += U) {
-        const int lanes = min(U, H - unit);
-        Vec<A> dh = load(dh_in + unit), saved[Cell::kSaved + 1], d[kGrads], h, old_h(0), c, old_c(0), dc;
-        if (dy) dh = dh + load(dy + unit, lanes);
-        for (int k = 0; k < Cell::kSaved; k++) saved[k] = load(gates + k * H + unit, lanes);
-        if (Cell::kNeedsH) h = load(y + unit, lanes);
-        if (Cell::kNeedsOldH && old_y) old_h = load(old_y + unit, lanes);
-        if (Cell::kHasCell) {
-          c = load(cs + unit, lanes);
-          if (old_cs) old_c = load(old_cs + unit, lanes);
-          if (c0) old_c = load(c0 + unit, lanes);
-          dc = load(dc_state + unit);
-          if (dcs) dc = dc + load(dcs + unit, lanes);
-        }
-        Vec<A> direct = Cell::backward(saved, h, old_h, c, old_c, dh, dc, d);
-        if (Cell::kHasCell) store(dc_state + unit, cut ? Vec<A>(0) : dc);
-        if (Cell::kNeedsOldH) store(direct_out + unit, direct);
-        for (int k = 0; k < kGrads; k++) Grad::put(d_out + slot(k) * padded + unit, kGrads * padded, d[k]);
+  // Some blocks of units of one row back through the cell. Lanes beyond H hold zeros all the way. What the loop uses is
+  // in variables, so that no store makes the compiler read it again.
+  void update(const Sweep& g, int64_t t, int64_t i, Range blocks, Elements<Grad> gradients) const {
+    const int64_t H = f.H, padded = this->padded, rank = g.rank(i), r = g.row(t, i);
+    const int64_t previous = f.steps.previous(g.d, t, rank), of_d = r * f.D + g.d;
+    const bool cut = f.steps.cut(g.d, t, rank);
+    const A* const dh_in = projected ? g.dm + i * hidden.width() : g.dh + i * outputs.width();
+    const S* const dy = projected ? nullptr : row_of<S>(f.dy, of_d, f.P);
+    const S* const gates = static_cast<const S*>(f.gates) + (g.d * f.R + r) * Cell::kSaved * H;
+    const S* const y = static_cast<const S*>(f.y) + of_d * f.P;
+    const S* const old_y = Cell::kNeedsOldH ? h_before(g.d, t, rank) : nullptr;
+    const A* const cs = row_of<A>(Cell::kHasCell ? f.c : nullptr, of_d, H);
+    const A* const old_cs = !cut && previous >= 0 ? row_of<A>(f.c, previous * f.D + g.d, H) : nullptr;
+    const S* const c0 = !cut && previous < 0 ? row_of<S>(f.c0, g.d * f.steps.N + g.batch_row(i), H) : nullptr;
+    const A* const dcs = row_of<A>(f.dc, of_d, H);
+    A *const dc_state = g.dc + i * hidden.width(), *const direct_out = g.direct + i * hidden.width();
+    for (int64_t unit = blocks.begin * U; unit < blocks.end * U; unit += U) {
+      const int lanes = min(U, H - unit);
+      Vec<A> dh = load(dh_in + unit), saved[Cell::kSaved + 1], d[kGrads], h, old_h(0), c, old_c(0), dc;
+      if (dy) dh = dh + load(dy + unit, lanes);
+      for (int k = 0; k < Cell::kSaved; k++) saved[k] = load(gates + k * H + unit, lanes);
+      if (Cell::kNeedsH) h = load(y + unit, lanes);
+      if (Cell::kNeedsOldH && old_y) old_h = load(old_y + unit, lanes);
+      if (Cell::kHasCell) {
+        c = load(cs + unit, lanes);
+        if (old_cs) old_c = load(old_cs + unit, lanes);
+        if (c0) old_c = load(c0 + unit, lanes);
+        dc = load(dc_state + unit);
+        if (dcs) dc = dc + load(dcs + unit, lanes);
       }
+      Vec<A> direct = Cell::backward(saved, h, old_h, c, old_c, dh, dc, d);
+      if (Cell::kHasCell) store(dc_state + unit, cut ? Vec<A>(0) : dc);
+      if (Cell::kNeedsOldH) store(direct_out + unit, direct);
+      for (int k = 0; k < kGrads; k++) Grad::put(gradients + slot(k) * padded + unit, kGrads * padded, d[k]);
     }
-
-   private:
-    const BackwardPass& pass;
-    const Backward& f;
-    const Sweep& g;
-    const int64_t t;
-  };
+  }
 
   // dh of the step before: through W_hh, and straight through the cell.
   void carry(const Sweep& g, int64_t s, Range panels) {
@@ -325,7 +309,9 @@ class BackwardPass {
     void* dw;                            // [columns][lefts]
     void* db;                            // [columns]: the sums of grads over the rows; or null
 
-    int64_t blocks(int64_t size) const { return ceil_div(panels->count(), size) * ceil_div(lefts, size * kSide); }
+    int64_t blocks(int64_t size) const {
+      return ceil_div(panels->count(), size) * max(1, ceil_div(lefts, size * kSide));
+    }
   };
 
   // Block i of a product, of size x size panels, read from memory once; sums [size][size][kSide][kSide], column_sums
@@ -334,7 +320,7 @@ class BackwardPass {
   void outer_block(const Outer<L>& o, int64_t i, int64_t size, A* sums) {
     using Right = typename Grad::Element;
     A* column_sums = sums + size * size * kSide * kSide;
-    const int64_t wide = ceil_div(o.lefts, size * kSide), p0 = i / wide * size, n0 = i % wide * size * kSide;
+    const int64_t wide = max(1, ceil_div(o.lefts, size * kSide)), p0 = i / wide * size, n0 = i % wide * size * kSide;
     const int64_t p1 = min(p0 + size, o.panels->count()), n1 = min(n0 + size * kSide, o.lefts);
     auto sum_of = [&](int64_t n, int64_t p) { return sums + ((p - p0) * size * kSide + n - n0) * kSide; };
     for (int64_t q = 0; q == 0 || q < Q; q += kStretch) {
