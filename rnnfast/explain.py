@@ -72,11 +72,11 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> Explanation:
 
 def _choice(name: str, module: nn.Module, input: Tensor | PackedSequence) -> Choice:
     data = input.data if isinstance(input, PackedSequence) else input
-    device = data.device.type
-    dtype = autocast_dtype(device, data.dtype)
+    dtype = autocast_dtype(data.device.type, data.dtype)
     layer = f"{type(module).__name__}({module.extra_repr()})"
     described = f"{dtype} on {data.device}"
     if not isinstance(module, (_Recurrent, _Cell)):
         return Choice(name, layer, described, "torch.nn", "not an rnnfast module; rnnfast.convert would make it one")
     mode = module.mode if isinstance(module, _Recurrent) else module._mode
-    return Choice(name, layer, described, *choose_backend(mode, device, dtype))
+    projected = getattr(module, "proj_size", 0) > 0
+    return Choice(name, layer, described, *choose_backend(mode, data.device, dtype, module.hidden_size, projected))

@@ -8,10 +8,12 @@ of the backend. Letters as in ``reference.py``.
 from __future__ import annotations
 
 import functools
+import importlib.util
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -119,12 +121,21 @@ def _checked_lengths(lengths: Tensor, steps: int) -> Tensor:
     return lengths.to(torch.int64, copy=True).clamp_(0, steps)
 
 
+def _of_triton(direction: str, *args: Any) -> tuple:
+    from . import triton  # takes time to import, and may be missing
+
+    return getattr(triton, direction)(*args)
+
+
 _define("reference", saves_gates=False)
 _define("cpu", saves_gates=True)
+_define("triton", saves_gates=True)
 _library.define("cpu_isa(int? use) -> int")
 _library.define("checked_lengths(Tensor lengths, SymInt steps) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 _library.impl("reference_forward", _reference_forward, "CompositeExplicitAutograd")
 _library.impl("reference_backward", _reference_backward, "CompositeExplicitAutograd")
+_library.impl("triton_forward", functools.partial(_of_triton, "forward"), "CompositeExplicitAutograd")
+_library.impl("triton_backward", functools.partial(_of_triton, "backward"), "CompositeExplicitAutograd")
 _library.impl("checked_lengths", _checked_lengths, "CompositeExplicitAutograd")
 torch.library.register_fake(
     "rnnfast::checked_lengths", lambda lengths, steps: torch.empty_like(lengths, dtype=torch.int64), lib=_library
@@ -157,21 +168,43 @@ def _load_cpu_library() -> Backend:
     return Backend(True, "C++ with SIMD")
 
 
+# Triton reads this when it is imported, and then interprets every kernel, also on a CPU: a way to test.
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def _triton(device: torch.device | None = None) -> Backend:
+    """The Triton backend on a device, or on all that torch can use."""
+    if not _HAS_TRITON:
+        return Backend(False, "Triton is not installed")
+    if _INTERPRETED:
+        return Backend(True, "Triton's interpreter, for tests")
+    if not torch.cuda.is_available():
+        return Backend(False, "torch finds no GPU that it can use")
+    for of in range(torch.cuda.device_count()) if device is None else [device]:
+        properties = torch.cuda.get_device_properties(of)
+        if torch.version.hip is None and properties.major < 8:
+            capability = f"{properties.major}.{properties.minor}"
+            return Backend(False, f"{properties.name} has compute capability {capability}, the kernels need 8.0")
+    return Backend(True, "Triton kernels")
+
+
 _BACKENDS = {
     "reference": Backend(True, "plain torch, any dtype and device"),
     "cpu": _load_cpu_library(),
-    "triton": Backend(False, "this version has no Triton kernels"),
+    "triton": None,  # looked for when asked for: that wakes the GPU's driver
     "cuda": Backend(False, "this version has no CUDA kernels"),
 }
 # Of the CPU backend, as rnnfast::cpu_isa numbers them.
 INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
-_CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_BACKEND_OF = {"cpu": "cpu", "cuda": "triton"}  # by the device's type; ROCm's is also called cuda
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _forced: str | None = None  # by use_backend
 
 
 def backends() -> dict[str, Backend]:
     """Every backend by name: whether this machine can use it, and with what, or why not."""
-    found = dict(_BACKENDS)
+    found = {**_BACKENDS, "triton": _triton()}
     if found["cpu"].available:
         found["cpu"] = Backend(True, f"C++ with SIMD: {INSTRUCTION_SETS[torch.ops.rnnfast.cpu_isa(None)]}")
     return found
@@ -190,8 +223,9 @@ def use_backend(name: str) -> Iterator[None]:
     global _forced
     if name not in _BACKENDS:
         raise ValueError(f"unknown backend {name!r}, expected one of {', '.join(_BACKENDS)}")
-    if not _BACKENDS[name].available:
-        raise RuntimeError(f"backend {name!r} is missing here: {_BACKENDS[name].detail}")
+    backend = backends()[name]
+    if not backend.available:
+        raise RuntimeError(f"backend {name!r} is missing here: {backend.detail}")
     before, _forced = _forced, name
     try:
         yield
@@ -199,29 +233,44 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = before
 
 
-def choose_backend(mode: str, device: str, dtype: torch.dtype) -> tuple[str, str]:
+def choose_backend(
+    mode: str, device: torch.device, dtype: torch.dtype, hidden: int | None = None, projected: bool = False
+) -> tuple[str, str]:
     """The backend that serves a layer, and why.
 
     Args:
         mode: torch's name of the cell, such as ``"LSTM"``.
-        device: the type of the input's device, such as ``"cpu"``.
-        dtype: the input's dtype.
+        device, dtype: the input's.
+        hidden, projected: H, and whether there is a projection. The Triton backend has a kernel for small layers and
+            another for large ones; with H given, the reason says which, by the table in ``triton/plan.py``.
     """
     if _forced == "reference":
         return "reference", "asked for by use_backend"
     if forward_ad._current_level >= 0:  # as second derivatives are, whatever the backend
         return "reference", "forward-mode derivatives are taken through plain torch"
-    if device != "cpu":
-        reason = f"no fused backend serves device {device!r}"
-    elif dtype not in _CPU_DTYPES:
+    name = _forced or _BACKEND_OF.get(device.type)
+    if name is None:
+        reason = f"no fused backend serves device {device.type!r}"
+    elif dtype not in _DTYPES:
         reason = f"no fused backend serves {dtype}"
-    elif not _BACKENDS["cpu"].available:
-        reason = _BACKENDS["cpu"].detail
+    elif _BACKEND_OF.get(device.type) != name and not (name == "triton" and _INTERPRETED and device.type == "cpu"):
+        reason = f"it does not serve device {device.type!r}"
     else:
-        return "cpu", "native kernels serve this dtype on a CPU"
+        backend = _triton(device) if name == "triton" else _BACKENDS[name]
+        if backend.available and name == "cpu":
+            return name, "native kernels serve this dtype on a CPU"
+        if backend.available:
+            return name, backend.detail if hidden is None else _triton_reason(mode, device, dtype, hidden, projected)
+        reason = backend.detail
     if _forced is not None:
         raise RuntimeError(f"backend {_forced!r} cannot serve this call: {reason}")
     return "reference", reason
+
+
+def _triton_reason(mode: str, device: torch.device, dtype: torch.dtype, hidden: int, projected: bool) -> str:
+    from .triton import plan_on
+
+    return plan_on(device, mode, dtype, hidden, projected).reason
 
 
 # Derivatives, written once over the ops.
@@ -360,7 +409,7 @@ def layer(
         y ``[T, N, D*P]`` (or ``[R, D*P]``), h_n ``[D, N, P]``, and for an LSTM c_n ``[D, N, H]`` and c, the cell state
         at every step, ``[T, N, D*H]`` (or ``[R, D*H]``), in float32 where x is of a half type. Absent: shape ``[0]``.
     """
-    backend, _ = choose_backend(mode, x.device.type, x.dtype)
+    backend, _ = choose_backend(mode, x.device, x.dtype)
     form = (batch_sizes, lengths, resets)
     if forward_ad._current_level >= 0:
         return reference.layer(mode, x, h0, c0, weights, *form, bidirectional)

@@ -4,8 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import importlib.util
+import os
+
 import pytest
 import torch
+
+# Without a GPU, Triton's kernels run in its interpreter. It has to be told before it is imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 import rnnfast
 from rnnfast.recurrence import INSTRUCTION_SETS
@@ -19,6 +26,8 @@ def _instruction_sets() -> list[str]:
 
 
 BACKENDS = ["reference", *(f"cpu-{name}" for name in _instruction_sets())]
+if not torch.cuda.is_available() and rnnfast.backends()["triton"].available:
+    BACKENDS.append("triton")
 
 
 def pytest_report_header() -> str:

@@ -282,7 +282,7 @@ def test_explain_names_the_modules_of_torch(model: Tagger, x: torch.Tensor) -> N
 
 
 def test_explain_says_what_runs(here: str) -> None:
-    module, (backend, reason) = rnnfast.GRU(4, 5), choose_backend("GRU", "cpu", torch.float32)
+    module, (backend, reason) = rnnfast.GRU(4, 5), choose_backend("GRU", torch.device("cpu"), torch.float32)
     assert backend == here
     packed = pack_padded_sequence(torch.randn(3, 2, 4), torch.tensor([3, 2]))
     assert rnnfast.explain(module, packed)[0] == ("", "GRU(4, 5)", "torch.float32 on cpu", here, reason)

@@ -1,0 +1,438 @@
+"""The recurrence around the cells, forward and backward, each written once.
+
+A program owns a tile of units and a tile of rows of one direction. Fused, the tile is all units: W_hh stays on the
+chip, the loop over the steps runs inside, and the next step is loaded while this one computes. Stepwise, a launch is
+one step, and the products with W_hh are made between launches.
+
+Tiles are [units, rows], so that W_hh is the left operand of every product: its rows fill the larger side of the
+tensor core and the batch the smaller one, 8 rows at least.
+
+Letters as in reference.py: T steps, N batch, R rows of the sequence, H units, D directions, G gates; S tiles of a step
+are saved for the backward, which makes K tiles of gradients. Offsets into sequences are 64-bit.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from . import cells
+
+# Differ from call to call: neither their values nor what divides them makes another kernel.
+VARYING = ("step", "T", "N", "R")
+
+
+class Tile(NamedTuple):
+    """What a program owns, and the form of the sequence."""
+
+    d: tl.tensor  # direction
+    unit: tl.tensor  # [units, 1]
+    n: tl.tensor  # [1, rows], of the batch
+    inside: tl.tensor  # [units, rows]
+    length: tl.tensor  # [1, rows], steps; beyond the batch 0
+    offsets: tl.tensor  # p[T]: where step t begins in packed rows; or None
+    resets: tl.tensor  # p[T, N]; or None
+    T: tl.tensor
+    N: tl.tensor
+
+
+@triton.jit
+def tile(i_rows, p_offsets, p_lengths, p_resets, T, N, H, BH: tl.constexpr, BN: tl.constexpr):
+    d = tl.program_id(2)
+    unit = (tl.program_id(1) * BH + tl.arange(0, BH))[:, None]
+    n = (i_rows.to(tl.int64) * BN + tl.arange(0, BN))[None, :]
+    if p_lengths is None:
+        length = tl.where(n < N, T, 0)
+    else:
+        length = tl.load(p_lengths + n, mask=n < N, other=0).to(tl.int32)
+    return Tile(d, unit, n, (unit < H) & (n < N), length, p_offsets, p_resets, T, N)
+
+
+@triton.jit
+def longest(at, p_lengths):
+    """The steps of the tile's longest row, but one at least: it is loaded before the loop over the steps."""
+    if p_lengths is None:
+        return at.T
+    else:
+        return tl.maximum(tl.max(at.length), 1)
+
+
+@triton.jit
+def time(at, s, steps):
+    """The s-th step of the tile's direction, of so many."""
+    return tl.where(at.d == 0, s, steps - 1 - s)
+
+
+@triton.jit
+def row(at, t):
+    """The rows of the sequence that hold step t."""
+    if at.offsets is None:
+        return t.to(tl.int64) * at.N + at.n
+    else:
+        return tl.load(at.offsets + t) + at.n
+
+
+@triton.jit
+def keep(at, t):
+    """Whether the state enters step t, and is not zeroed: seen from the end, an episode's border lies above t."""
+    if at.resets is None:
+        return at.n >= 0
+    else:
+        border = t + at.d
+        return tl.load(at.resets + border.to(tl.int64) * at.N + at.n, mask=border < at.length, other=0) == 0
+
+
+@triton.jit
+def before(at, t, p_states, p_initial, H, D: tl.constexpr):
+    """The state before step t, from those after every step [R, D*H] and the initial one [D, N, H], whether kept or not."""
+    previous = t - 1 + 2 * at.d
+    exists = tl.where(previous >= 0, previous, at.T) < at.length
+    previous = tl.minimum(tl.maximum(previous, 0), at.T - 1)
+    b = tl.load(p_states + (row(at, previous) * D + at.d) * H + at.unit, mask=at.inside & exists, other=0.0)
+    if p_initial is not None:
+        initial = tl.load(p_initial + (at.d * at.N + at.n) * H + at.unit, mask=at.inside & (exists == 0), other=0.0)
+        b = tl.where(exists, b, initial.to(b.dtype))
+    return b
+
+
+@triton.jit
+def load(p, count: tl.constexpr, stride, mask):
+    """Tiles that lie side by side."""
+    tiles = ()
+    for k in tl.static_range(count):
+        tiles = tiles + (tl.load(p + k * stride, mask=mask, other=0.0),)
+    return tiles
+
+
+@triton.jit
+def store(p, tiles, count: tl.constexpr, stride, mask):
+    for k in tl.static_range(count):
+        tl.store(p + k * stride, tiles[k].to(p.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def cast(tiles, count: tl.constexpr, dtype: tl.constexpr):
+    out = ()
+    for k in tl.static_range(count):
+        out = out + (tiles[k].to(dtype),)
+    return out
+
+
+# Forward
+
+
+@triton.jit
+def load_forward(at, t, p_x, R, H, G: tl.constexpr):
+    p = p_x + (at.d * R + row(at, t)) * (G * H) + at.unit
+    return load(p, G, H, at.inside & (t < at.length)), keep(at, t)
+
+
+@triton.jit
+def step_forward(
+    at, t, x, is_kept, a, bias, h, c, p_y, p_cs, p_gates, R, H, MODE: tl.constexpr, G: tl.constexpr, D: tl.constexpr
+):
+    """The states after step t, from those before it and a = W_hh h."""
+    dtype: tl.constexpr = h.dtype
+    acc: tl.constexpr = c.dtype
+    S: tl.constexpr = 0 if G == 1 else 4
+    if at.resets is not None:
+        h = tl.where(is_kept, h, 0.0)
+        c = tl.where(is_kept, c, 0.0)
+    b = ()
+    for k in tl.static_range(G):
+        a_k = a[k].to(acc)
+        if at.resets is not None:
+            a_k = tl.where(is_kept, a_k, 0.0)
+        if bias is not None:
+            a_k += bias[k]
+        b = b + (a_k,)
+    new_h, new_c, saved = cells.forward(MODE, cast(x, G, acc), b, h.to(acc), c)
+    # Padded units are columns of the next product: not even a NaN of theirs may enter it.
+    new_h = tl.where(at.inside, new_h, 0.0).to(dtype)
+    valid = t < at.length
+    place = row(at, t)
+    if p_y is not None:
+        tl.store(p_y + (place * D + at.d) * H + at.unit, new_h, mask=at.inside & valid)
+    if p_cs is not None:
+        tl.store(p_cs + (place * D + at.d) * H + at.unit, new_c, mask=at.inside & valid)
+    if p_gates is not None:
+        store(p_gates + (at.d * R + place) * (S * H) + at.unit, saved, S, H, at.inside & valid)
+    return tl.where(valid, new_h, h), tl.where(valid, new_c, c)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def forward(
+    p_x,  # [D, R, G*H]: W_ih x + b_ih
+    p_a,  # [D, N, G*H]: W_hh h of this step; None: fused
+    p_w,  # [G*H, H]: W_hh, read where fused
+    p_w_reverse,
+    p_b,  # [G*H]: b_hh; or None
+    p_b_reverse,
+    p_h,  # [D, N, H]: the state before on entry, after on return
+    p_c,
+    p_y,  # [R, D*H]; None: h is still to be projected
+    p_cs,  # [R, D*H]: c after every step; or None
+    p_gates,  # [D, R, S*H]; or None
+    p_offsets,  # of Tile
+    p_lengths,  # [N]; or None
+    p_resets,
+    step,
+    T,
+    N,
+    R,
+    H,
+    MODE: tl.constexpr,
+    D: tl.constexpr,
+    BH: tl.constexpr,  # units of a tile
+    BN: tl.constexpr,  # rows of a tile
+    PRECISION: tl.constexpr,
+):
+    G: tl.constexpr = 4 if MODE == "LSTM" else 3 if MODE == "GRU" else 1
+    acc: tl.constexpr = tl.float64 if p_h.dtype.element_ty == tl.float64 else tl.float32
+    at = tile(tl.program_id(0), p_offsets, p_lengths, p_resets, T, N, H, BH, BN)
+    bias = None
+    if p_b is not None:
+        bias = cast(load(tl.where(at.d == 0, p_b, p_b_reverse) + at.unit, G, H, at.unit < H), G, acc)
+    state = (at.d * N + at.n) * H + at.unit
+    h = tl.load(p_h + state, mask=at.inside, other=0.0)
+    c = tl.zeros([BH, BN], acc)
+    if MODE == "LSTM":
+        c = tl.load(p_c + state, mask=at.inside, other=0.0)
+
+    if p_a is not None:
+        a = load(p_a + (at.d * N + at.n) * (G * H) + at.unit, G, H, at.inside)
+        t = time(at, step, T)
+        x, is_kept = load_forward(at, t, p_x, R, H, G)
+        h, c = step_forward(at, t, x, is_kept, a, bias, h, c, p_y, p_cs, p_gates, R, H, MODE, G, D)
+    else:
+        k = tl.arange(0, BH)[None, :]
+        w = load(tl.where(at.d == 0, p_w, p_w_reverse) + at.unit * H + k, G, H * H, (at.unit < H) & (k < H))
+        steps = longest(at, p_lengths)
+        x, is_kept = load_forward(at, time(at, 0, steps), p_x, R, H, G)
+        for s in range(steps):
+            ahead = load_forward(at, time(at, tl.minimum(s + 1, steps - 1), steps), p_x, R, H, G)
+            a = ()
+            for j in tl.static_range(G):
+                a = a + (tl.dot(w[j], h, out_dtype=acc, input_precision=PRECISION),)
+            t = time(at, s, steps)
+            h, c = step_forward(at, t, x, is_kept, a, bias, h, c, p_y, p_cs, p_gates, R, H, MODE, G, D)
+            x, is_kept = ahead
+
+    tl.store(p_h + state, h, mask=at.inside)
+    if MODE == "LSTM":
+        tl.store(p_c + state, c, mask=at.inside)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def project_forward(
+    p_projected,  # [D, N, H]: W_hr m of this step; H units are those of the projected state here
+    p_h,  # [D, N, H]: the state before on entry, after on return
+    p_y,  # [R, D*H]
+    p_offsets,
+    p_lengths,
+    p_resets,
+    step,
+    T,
+    N,
+    R,
+    H,
+    D: tl.constexpr,
+    BH: tl.constexpr,
+    BN: tl.constexpr,
+):
+    at = tile(tl.program_id(0), p_offsets, p_lengths, p_resets, T, N, H, BH, BN)
+    t = time(at, step, T)
+    mask = at.inside & (t < at.length)
+    state = (at.d * N + at.n) * H + at.unit
+    h = tl.load(p_projected + state, mask=mask)
+    tl.store(p_h + state, h, mask=mask)
+    tl.store(p_y + (row(at, t) * D + at.d) * H + at.unit, h, mask=mask)
+
+
+# Backward
+
+
+@triton.jit
+def load_backward(
+    at, t, p_dy, p_dcs, p_gates, p_y, p_cs, p_h0, p_c0, R, H, MODE: tl.constexpr, D: tl.constexpr, S: tl.constexpr
+):
+    """Of step t: what was saved, h and c before and after it, and dy and dc of its own outputs."""
+    mask = at.inside & (t < at.length)
+    place = row(at, t)
+    unit = (place * D + at.d) * H + at.unit
+    none = tl.zeros(mask.shape, p_gates.dtype.element_ty)
+    saved = load(p_gates + (at.d * R + place) * (S * H) + at.unit, S, H, mask)
+    h, old_h, c, old_c, dy, dc = none, none, none, none, none, none
+    if MODE == "LSTM":
+        c = tl.load(p_cs + unit, mask=mask, other=0.0)
+        old_c = before(at, t, p_cs, p_c0, H, D)
+    elif MODE == "GRU":
+        old_h = before(at, t, p_y, p_h0, H, D)
+    else:
+        h = tl.load(p_y + unit, mask=mask, other=0.0)
+    if p_dy is not None:
+        dy = tl.load(p_dy + unit, mask=mask, other=0.0)
+    if p_dcs is not None:
+        dc = tl.load(p_dcs + unit, mask=mask, other=0.0)
+    return saved, (h, old_h, c, old_c, dy, dc), keep(at, t)
+
+
+@triton.jit
+def step_backward(
+    at, t, saved, values, is_kept, dh, dc, p_dgates, R, H, MODE: tl.constexpr, S: tl.constexpr, K: tl.constexpr
+):
+    """Step t, from dh and dc after it: the gradients at W_hh h, and what of dh and dc goes to the state before it
+    beside what goes through W_hh."""
+    acc: tl.constexpr = dh.dtype
+    h, old_h, c, old_c, dy, dc_out = cast(values, 6, acc)
+    if at.resets is not None:
+        old_h = tl.where(is_kept, old_h, 0.0)
+        old_c = tl.where(is_kept, old_c, 0.0)
+    d, direct, new_dc = cells.backward(MODE, cast(saved, S, acc), h, old_h, c, old_c, dh + dy, dc + dc_out)
+    valid = t < at.length
+    store(p_dgates + (at.d * R + row(at, t)) * (K * H) + at.unit, d, K, H, at.inside & valid)
+    through = at.inside & valid
+    if at.resets is not None:
+        direct = tl.where(is_kept, direct, 0.0)
+        new_dc = tl.where(is_kept, new_dc, 0.0)
+        through = through & is_kept
+    da = ()
+    for k in tl.static_range(K):
+        if MODE != "GRU" or k != 2:  # the gradient of x's part of the candidate
+            da = da + (tl.where(through, d[k], 0.0).to(p_dgates.dtype.element_ty),)
+    return da, tl.where(valid, direct, dh), tl.where(valid, new_dc, dc)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def backward(
+    p_dy,  # [R, D*H]; or None
+    p_dcs,  # [R, D*H]: of c after every step; or None
+    p_gates,  # [D, R, S*H]
+    p_y,  # [R, D*H]
+    p_cs,  # [R, D*H]
+    p_h0,  # [D, N, H]; or None
+    p_c0,
+    p_through,  # [D, N, H]: dh through the gates of the step that comes after; None: fused
+    p_da,  # [D, N, G*H]: the gradients at W_hh h of this step; None: fused
+    p_w,  # [G*H, H]: W_hh, read where fused
+    p_w_reverse,
+    p_dh,  # [D, N, H]: of the state after on entry, before on return, but for what goes through the gates if stepwise;
+    # None: h is projected, p_through is all
+    p_dc,
+    p_dgates,  # [D, R, K*H]
+    p_offsets,  # of Tile
+    p_lengths,  # [N]; or None
+    p_resets,
+    step,
+    T,
+    N,
+    R,
+    H,
+    MODE: tl.constexpr,
+    D: tl.constexpr,
+    BH: tl.constexpr,
+    BN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    G: tl.constexpr = 4 if MODE == "LSTM" else 3 if MODE == "GRU" else 1
+    S: tl.constexpr = 0 if G == 1 else 4
+    K: tl.constexpr = 1 if G == 1 else 4
+    dtype: tl.constexpr = p_dgates.dtype.element_ty
+    acc: tl.constexpr = tl.float64 if dtype == tl.float64 else tl.float32
+    at = tile(tl.program_id(0), p_offsets, p_lengths, p_resets, T, N, H, BH, BN)
+    state = (at.d * N + at.n) * H + at.unit
+    dh = tl.zeros([BH, BN], acc)
+    if p_dh is not None:
+        dh = tl.load(p_dh + state, mask=at.inside, other=0.0)
+    dc = tl.zeros([BH, BN], acc)
+    if MODE == "LSTM":
+        dc = tl.load(p_dc + state, mask=at.inside, other=0.0)
+
+    if p_through is not None:
+        dh += tl.load(p_through + state, mask=at.inside, other=0.0).to(acc)
+        t = time(at, step, T)
+        saved, values, is_kept = load_backward(at, t, p_dy, p_dcs, p_gates, p_y, p_cs, p_h0, p_c0, R, H, MODE, D, S)
+        da, dh, dc = step_backward(at, t, saved, values, is_kept, dh, dc, p_dgates, R, H, MODE, S, K)
+        store(p_da + (at.d * N + at.n) * (G * H) + at.unit, da, G, H, at.inside)
+    else:
+        k = tl.arange(0, BH)[None, :]
+        w = load(tl.where(at.d == 0, p_w, p_w_reverse) + k * H + at.unit, G, H * H, (at.unit < H) & (k < H))
+        steps = longest(at, p_lengths)
+        t = time(at, steps - 1, steps)
+        saved, values, is_kept = load_backward(at, t, p_dy, p_dcs, p_gates, p_y, p_cs, p_h0, p_c0, R, H, MODE, D, S)
+        for i in range(steps):
+            t = time(at, steps - 1 - i, steps)
+            t_ahead = time(at, tl.maximum(steps - 2 - i, 0), steps)
+            ahead = load_backward(at, t_ahead, p_dy, p_dcs, p_gates, p_y, p_cs, p_h0, p_c0, R, H, MODE, D, S)
+            da, dh, dc = step_backward(at, t, saved, values, is_kept, dh, dc, p_dgates, R, H, MODE, S, K)
+            # An accumulator of their own: Triton for Blackwell fails at one that is carried from step to step.
+            through = tl.zeros([BH, BN], acc)
+            for j in tl.static_range(G):
+                through = tl.dot(w[j], da[j], through, input_precision=PRECISION, out_dtype=acc)
+            dh = tl.where(at.inside, dh + through, 0.0)
+            saved, values, is_kept = ahead
+
+    if p_dh is not None:
+        tl.store(p_dh + state, dh, mask=at.inside)
+    if MODE == "LSTM":
+        tl.store(p_dc + state, dc, mask=at.inside)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def project_backward(
+    p_dy,  # [R, D*H]; or None
+    p_through,  # [D, N, H]: as in backward
+    p_dh,  # [D, N, H]: as in backward
+    p_dprojected,  # [D, N, H]: the gradient at W_hr m of this step
+    p_dprojections,  # [D, R, H]: and of every step
+    p_offsets,
+    p_lengths,
+    p_resets,
+    step,
+    T,
+    N,
+    R,
+    H,
+    D: tl.constexpr,
+    BH: tl.constexpr,
+    BN: tl.constexpr,
+):
+    at = tile(tl.program_id(0), p_offsets, p_lengths, p_resets, T, N, H, BH, BN)
+    t = time(at, step, T)
+    valid = t < at.length
+    place = row(at, t)
+    state = (at.d * N + at.n) * H + at.unit
+    dh = tl.load(p_dh + state, mask=at.inside, other=0.0)
+    dh += tl.load(p_through + state, mask=at.inside, other=0.0).to(dh.dtype)
+    tl.store(p_dh + state, tl.where(valid, 0.0, dh), mask=at.inside)
+    if p_dy is not None:
+        dh += tl.load(p_dy + (place * D + at.d) * H + at.unit, mask=at.inside & valid, other=0.0).to(dh.dtype)
+    d = tl.where(valid, dh, 0.0).to(p_dprojected.dtype.element_ty)
+    tl.store(p_dprojected + state, d, mask=at.inside)
+    tl.store(p_dprojections + (at.d * R + place) * H + at.unit, d, mask=at.inside & valid)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def states_before(
+    p_y,  # [R, D*H]
+    p_h0,  # [D, N, H]; or None
+    p_out,  # [D, R, H]: the state that entered each step
+    p_offsets,
+    p_lengths,
+    p_resets,
+    T,
+    N,
+    R,
+    H,
+    D: tl.constexpr,
+    BH: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """A program is one step of a tile, in the grid's first dimension: the others end at 65,535."""
+    tiles = tl.cdiv(N, BN)
+    at = tile(tl.program_id(0) % tiles, p_offsets, p_lengths, p_resets, T, N, H, BH, BN)
+    t = tl.program_id(0) // tiles
+    valid = t < at.length
+    h = tl.where(valid & keep(at, t), before(at, t, p_y, p_h0, H, D), 0.0)
+    mask = at.inside if p_offsets is None else at.inside & valid
+    tl.store(p_out + (at.d * R + row(at, t)) * H + at.unit, h, mask=mask)

@@ -1,0 +1,67 @@
+"""Which kernel serves a layer, on which tiles: one table, the reason beside each number."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from .cells import GATES
+
+_KB = 1024
+
+
+class Chip(NamedTuple):
+    """What the plan has to know of a GPU."""
+
+    shared_memory: int  # bytes that a program may have
+    processors: int
+    is_amd: bool = False
+
+
+class Plan(NamedTuple):
+    """How a layer runs: fused, all steps in one launch, or stepwise; and on which tiles."""
+
+    fused: bool
+    units: int  # of a tile
+    rows: int
+    options: dict[str, Any]  # of the launch
+    precision: str  # of the fused products, in tl.dot's words
+    reason: str
+
+
+def plan(mode: str, dtype: torch.dtype, hidden: int, batch: int, projected: bool, tf32: bool, chip: Chip) -> Plan:
+    """The plan for the H, N and dtype of a layer; ``tf32``: whether float32 products may be made of TF32.
+
+    A tile's sides are powers of two, of 16 units at least, as the tensor cores want them. Units beyond H are zeros, so
+    65 units do the products of 128: four times the work, of a step that waits more than it multiplies.
+    """
+    units = max(16, 1 << (hidden - 1).bit_length())
+    options = {"num_warps": 4, "enable_fp_fusion": True}
+    precision = "ieee"
+    if dtype == torch.float32 and not chip.is_amd:
+        precision = "tf32" if tf32 else "tf32x3"  # three products of TF32 parts are as exact as one of float32
+    # What stays on the chip; tf32x3 keeps the parts.
+    size = GATES[mode] * units * units * dtype.itemsize * (2 if precision == "tf32x3" else 1)
+    # Beside W_hh there are h and tiles on their way to another layout. And W_hh comes in through the registers, which
+    # spill at more than half of their 256 KB.
+    room = min(chip.shared_memory - 16 * _KB, 128 * _KB)
+    if projected:
+        reason = "a projection makes another product a step"
+    elif dtype == torch.float64 and (units > 32 or chip.is_amd):
+        reason = "float64 has no fast products: above 32 units they spill"
+    elif size > room:
+        reason = f"W_hh, padded to {units} units, is {size // _KB} KB a direction, a multiprocessor has room for {room // _KB}"
+    else:
+        # 4 warps make a wgmma; 8 hold the tiles of larger layers without spills.
+        if units * dtype.itemsize > 128:
+            options["num_warps"] = 8
+        if not chip.is_amd:
+            options["maxnreg"] = 255  # one program a multiprocessor: nothing is gained by spilling for more
+        # 8 rows are the least that a product takes (16 on AMD). More only for more tiles than multiprocessors, and of
+        # half types: others spill.
+        many = batch > 8 * chip.processors and dtype.itemsize == 2
+        reason = f"fused: W_hh, padded to {units} units, is {size // _KB} KB a direction and stays on a multiprocessor"
+        return Plan(True, units, 16 if chip.is_amd or many else 8, options, precision, reason)
+    # Elementwise: 64 units are whole cache lines, 8 rows of them fill 4 warps.
+    return Plan(False, min(units, 64), 8, options, precision, f"stepwise: {reason}")
