@@ -1,12 +1,15 @@
 """Registers, shared memory and spills of every Triton kernel variant, compiled for GPUs that need not be here.
 
-    python bench/resources.py                        # a table, for every target
-    python bench/resources.py --target sm_90 -k LSTM # of one target and cell
+    python bench/resources.py                          # for every target
+    python bench/resources.py --target sm_90 -k LSTM   # for one, and one cell
+
+The exit code is 1 if a fused kernel spills, or takes more shared memory than its target has.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import re
 import subprocess
@@ -29,17 +32,31 @@ from rnnfast.triton.plan import Chip, Plan, plan
 
 KB = 1024
 TARGETS = {  # and what a program may have there of shared memory, by the vendors' guides
-    "sm_80": (GPUTarget("cuda", 80, 32), Chip(163 * KB, 108)),
-    "sm_90": (GPUTarget("cuda", 90, 32), Chip(227 * KB, 132)),
-    "sm_100": (GPUTarget("cuda", 100, 32), Chip(227 * KB, 148)),
-    "gfx942": (GPUTarget("hip", "gfx942", 64), Chip(64 * KB, 304, is_amd=True)),
+    "sm_80": (GPUTarget("cuda", 80, 32), Chip(163 * KB, 108, 8)),
+    "sm_90": (GPUTarget("cuda", 90, 32), Chip(227 * KB, 132, 9)),
+    "sm_100": (GPUTarget("cuda", 100, 32), Chip(227 * KB, 148, 10)),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), Chip(64 * KB, 304)),
 }
 # bfloat16 stands for float16 also: the same sizes, the same instructions.
 DTYPES = {"bf16": (torch.bfloat16, False), "tf32": (torch.float32, True), "fp32": (torch.float32, False)}
 DTYPES["fp64"] = torch.float64, False
 MODES = [mode for mode in GATES if mode != "RNN_RELU"]  # as RNN_TANH, with less maths
-SEQUENCE = {"p_x", "p_y", "p_gates", "p_a", "p_w", "p_w_reverse", "p_b", "p_b_reverse", "p_h", "p_h0", "p_c0", "p_dy"}
-SEQUENCE |= {"p_through", "p_da", "p_dgates", "p_projected", "p_dprojected", "p_dprojections", "p_out"}
+SEQUENCE = {
+    "p_x",
+    "p_y",
+    "p_gates",
+    "p_w",
+    "p_w_reverse",
+    "p_b",
+    "p_b_reverse",
+    "p_h",
+    "p_h_after",
+    "p_m",
+    "p_h0",
+    "p_c0",
+    "p_dy",
+}
+SEQUENCE |= {"p_through", "p_da", "p_dgates", "p_dprojected", "p_dprojections", "p_out"}
 TABLES = {"p_offsets": "*i64", "p_lengths": "*i64", "p_resets": "*u8"}
 
 
@@ -48,7 +65,6 @@ class Variant(NamedTuple):
     kernel: str
     mode: str
     dtype: str
-    hidden: int
     how: Plan
 
 
@@ -60,32 +76,32 @@ class Resources(NamedTuple):
 
 
 def variants(target: str) -> Iterator[Variant]:
-    """Every tile that the plan uses on a target, with full tiles and the largest padded ones."""
+    """All that the plan uses on a target."""
     chip = TARGETS[target][1]
     for mode in MODES:
         for dtype, (torch_dtype, tf32) in DTYPES.items():
-            for hidden in (16, 32, 64, 128, 256, 512):
-                for batch in (1, 8 * chip.processors + 1):
-                    how = plan(mode, torch_dtype, hidden, batch, False, tf32, chip)
-                    if how.fused or (hidden == 512 and batch == 1):
-                        for kernel in ("forward", "backward"):
-                            yield Variant(target, kernel, mode, dtype, hidden, how)
-        if mode == "RNN_TANH":
-            for kernel in ("project_forward", "project_backward", "states_before"):
-                yield Variant(target, kernel, "-", "bf16", 512, how)
+            plans = {}
+            for hidden, batch in itertools.product((16, 32, 64, 128, 256, 512, 2048), (1, 64, 8 * chip.processors + 1)):
+                how = plan(mode, torch_dtype, hidden, batch, False, tf32, chip)
+                plans.setdefault((how.fused, how.units, how.rows), how)
+            for how in plans.values():
+                kinds = ["forward", "backward"]
+                if mode == "LSTM" and not how.fused:
+                    kinds += ["project_forward", "project_backward", "states_before"]
+                for kernel in kinds:
+                    yield Variant(target, kernel, mode, dtype, how)
 
 
 def compile(variant: Variant) -> Resources:
     """Compile a variant in training, with every sequence form at once: what needs most."""
     how, kernel = variant.how, getattr(kernels, variant.kernel)
-    dtype = {"bf16": "bf16", "tf32": "fp32", "fp32": "fp32", "fp64": "fp64"}[variant.dtype]
+    dtype = "fp32" if variant.dtype == "tf32" else variant.dtype
     acc = "fp64" if dtype == "fp64" else "fp32"
-    constants = {"MODE": variant.mode, "D": 2, "BH": how.units, "BN": how.rows, "PRECISION": how.precision}
-    absent = {"p_a", "p_through", "p_da"} if how.fused else {"p_w", "p_w_reverse"}
+    constants = {"MODE": variant.mode, "D": 2, "FUSED": how.fused, "BH": how.units, "BN": how.rows}
+    constants["PRECISION"] = how.precision
+    absent = {"p_through", "p_da"} if how.fused else set()
     if variant.mode != "LSTM":
         absent |= {"p_c", "p_cs", "p_c0", "p_dcs", "p_dc"}
-    if variant.kernel.startswith("project") or variant.kernel == "states_before":
-        absent = set()
     signature: dict[str, str] = {}
     for name in kernel.arg_names:
         if name in constants or name in absent:
@@ -96,12 +112,10 @@ def compile(variant: Variant) -> Resources:
         else:
             signature[name] = "i32"
     constants = {name: value for name, value in constants.items() if name in signature}
-    aligned = [i for i, name in enumerate(signature) if signature[name][0] == "*" or name == "H"]
+    aligned = [i for i, name in enumerate(signature) if signature[name][0] == "*" or name in "HP"]
     source = ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
     start = time.perf_counter()
-    compiled = triton.compile(
-        source, target=TARGETS[variant.target][0], options=how.options
-    )
+    compiled = triton.compile(source, target=TARGETS[variant.target][0], options=how.options)
     seconds = time.perf_counter() - start
     return Resources(*_of_binary(compiled), seconds)
 
@@ -120,22 +134,37 @@ def _of_binary(compiled: Any) -> tuple[int, int, int]:
     return found["REG"], found["STACK"] + found["LOCAL"], shared
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", nargs="*", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("-k", default="", help="only variants whose line has this")
     args = parser.parse_args()
-    found = [v for target in args.target for v in variants(target) if args.k in " ".join(map(str, v[:4]))]
-    heads = ("target", "kernel", "cell", "dtype", "H", "tile", "warps", "registers", "spilled", "shared KB", "compile s")
-    print("{:<8}{:<17}{:<9}{:<6}{:>4} {:>8}{:>6}{:>10}{:>8}{:>10}{:>10}".format(*heads))
+    found = [v for target in args.target for v in variants(target) if args.k in " ".join(v[:4])]
+    heads = (
+        "target",
+        "kernel",
+        "cell",
+        "dtype",
+        "units x rows",
+        "",
+        "warps",
+        "registers",
+        "spilled",
+        "shared KB",
+        "compile s",
+    )
+    print("{:<8}{:<17}{:<9}{:<6}{:>13} {:<9}{:>6}{:>10}{:>8}{:>10}{:>10}".format(*heads))
+    bad = 0
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         for v, r in zip(found, pool.map(compile, found)):
-            tile = f"{v.how.units}x{v.how.rows}{'' if v.how.fused else ' s'}"
             print(
-                f"{v.target:<8}{v.kernel:<17}{v.mode:<9}{v.dtype:<6}{v.hidden:>4} {tile:>8}{v.how.options['num_warps']:>6}"
-                f"{r.registers:>10}{r.spilled:>8}{r.shared / KB:>10.1f}{r.seconds:>10.1f}", flush=True,
+                f"{v.target:<8}{v.kernel:<17}{v.mode:<9}{v.dtype:<6}{v.how.units:>8} x {v.how.rows:<2} "
+                f"{'fused' if v.how.fused else 'stepwise':<9}{v.how.options['num_warps']:>6}{r.registers:>10}"
+                f"{r.spilled:>8}{r.shared / KB:>10.1f}{r.seconds:>10.1f}", flush=True,
             )  # fmt: skip
+            bad += v.how.fused and (r.spilled > 0 or r.shared > TARGETS[v.target][1].shared_memory)
+    return min(bad, 1)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

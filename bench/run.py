@@ -1,6 +1,7 @@
 """rnnfast, torch.nn and every other runtime that is installed, timed in turn in one run: a CSV row for each case.
 
     python bench/run.py            # the default table, a few minutes
+    python bench/run.py --gpu      # the table for a GPU, under ten minutes
     python bench/run.py --quick    # does it all work? seconds
 
 Letters: T steps, N batch, I input features, H hidden units, G gates (LSTM 4, GRU 3, RNN 1).
@@ -33,7 +34,15 @@ import rnnfast
 SHAPES = ["100x64x64", "100x32x128", "100x32x256", "100x1x256", "50x64x512"]
 SHAPES += ["100x1x512", "50x32x1024", "37x12x200", "200x8x96"]
 GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
-PEERS = ("onnxruntime", "openvino", "torch_tf32")  # what may stand beside torch.nn
+PEERS = ("onnxruntime", "openvino")  # what may stand beside torch.nn
+# The table of --gpu: of each dtype the H and N of one layer, then of two bidirectional ones. All of 256 steps.
+GPU_STEPS = 256
+GPU_SHAPES = [
+    ("bfloat16", (64, 128, 256, 512, 1024), (1, 16, 64, 256), 1, 1),
+    ("float32", (64, 256, 1024), (1, 64), 1, 1),
+    ("float16", (128, 512), (1, 64), 1, 1),
+    ("bfloat16", (128, 512), (64,), 2, 2),
+]
 BURST = 0.02  # seconds that one contender runs before the next one has its turn
 PAUSE = 0.02  # and rests before it: the threads of an OpenMP team spin for about 15 ms after their last work
 
@@ -70,6 +79,7 @@ class Case(NamedTuple):
 COLUMNS = [
     *("machine", "versions", "commit", "device", *Case._fields),
     *("ours_ms", "torch_ms", *(f"{peer}_ms" for peer in PEERS), "best_peer", "ratio_torch", "ratio_best"),
+    *("ours_tf32_ms", "torch_tf32_ms", "ratio_tf32", "ours_ran", "ours_tf32_ran", "torch_ran", "torch_tf32_ran"),
     *("gflops", "ceiling_gflops", "share_of_ceiling"),
     *("ours_kept_mb", "ours_recompute_kept_mb", "torch_kept_mb", "ours_peak_mb", "torch_peak_mb", "elsewhere"),
 ]
@@ -111,7 +121,7 @@ def contenders(case: Case, device: str = "cpu", verify: bool = True) -> dict[str
     if device == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         if case.dtype == "float32":
-            calls["torch_tf32"] = _with_tf32(calls["torch"])
+            calls |= {f"{name}_tf32": functools.partial(_with_tf32, call) for name, call in calls.items()}
     elif (case.mode, case.dtype, case.form) == ("infer", "float32", "rectangular"):
         x = inputs[0].numpy()
         for name, run in peers.runners(theirs, case.T, case.N, case.threads).items():
@@ -130,9 +140,10 @@ def contenders(case: Case, device: str = "cpu", verify: bool = True) -> dict[str
         )
         for name, call in calls.items()
     }
-    # Sums over very many steps can cancel: there torch.nn's own error is allowed for.
-    allowed = max(torch.finfo(dtype).eps ** 0.5, 2 * errors["torch"] if dtype.itemsize > 2 else 0)
     for name in calls.keys() - {"torch", "torch_tf32"}:
+        eps = 2**-10 if name == "ours_tf32" else torch.finfo(dtype).eps
+        # Sums over very many steps can cancel: there torch.nn's own error is allowed for.
+        allowed = max(eps**0.5, 2 * errors["torch"] if dtype.itemsize > 2 else 0)
         if not errors[name] < allowed:
             raise RuntimeError(f"{name} is off by {errors[name]:.1e} of the largest value: {case}")
     return calls
@@ -194,15 +205,40 @@ def _pack_and_pad(module: nn.Module, lengths: Tensor) -> Callable:
     return lambda x: pad_packed_sequence(module(pack_padded_sequence(x, lengths, enforce_sorted=False))[0])
 
 
-def _with_tf32(call: Callable) -> Callable:
-    def with_tf32() -> list[Tensor]:
-        torch.backends.cudnn.allow_tf32 = True
-        try:
-            return call()
-        finally:
-            torch.backends.cudnn.allow_tf32 = False
+def _with_tf32(call: Callable, *args: Any) -> Any:
+    """A call under both of torch's switches: recurrent layers have one of their own, and ours also make products."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    try:
+        return call(*args)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
-    return with_tf32
+
+def what_ran(calls: dict[str, Callable]) -> dict[str, str]:
+    """On a GPU, of ours the kind of kernel, as the plan has it, and of torch.nn the names of the kernels."""
+    found = {}
+    for suffix, under in (("", lambda call, *args: call(*args)), ("_tf32", _with_tf32)):
+        if f"ours{suffix}" in calls:
+            (choice,) = under(rnnfast.explain, calls["ours"].module)
+            found[f"ours{suffix}_ran"] = choice.reason.partition(":")[0]
+            found[f"torch{suffix}_ran"] = ";".join(_kernels(calls[f"torch{suffix}"]))
+    return found
+
+
+def _kernels(call: Callable) -> list[str]:
+    """The names of the kernels that a call runs, each once, without types and arguments."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    names = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    names = [name for name in names if not name.startswith(("Memcpy", "Memset"))]
+    return list(dict.fromkeys(shortened(name) for name in names))
+
+
+def shortened(kernel: str) -> str:
+    """``void at::native::(anonymous namespace)::f<float, 4>(int)`` is ``f``."""
+    name = re.sub(r"\(anonymous namespace\)::|^void ", "", kernel)
+    return re.split(r"[<(]", name)[0].split("::")[-1]
 
 
 def measure(calls: dict[str, Callable], rounds: int, device: str, burst: float = BURST) -> dict[str, float]:
@@ -212,7 +248,7 @@ def measure(calls: dict[str, Callable], rounds: int, device: str, burst: float =
     for i in range(rounds):
         for name in list(calls)[:: -1 if i % 2 else 1]:  # nobody always follows the same one
             count = max(1, min(1000, round(burst * 1e3 / estimates[name])))
-            time.sleep(PAUSE)
+            time.sleep(PAUSE if device == "cpu" else 0)
             times[name] += machine.times(calls[name], count + (count > 1), device)[count > 1 :]  # a short call warms up
     return {name: statistics.median(values) for name, values in times.items()}
 
@@ -232,7 +268,7 @@ def row_of(
         tries.append((elsewhere.cores, ms))
     elsewhere, ms = min(tries, key=lambda found: found[0])
     peak = product_gflop / ms.pop("product") * 1e3
-    others = {name: value for name, value in ms.items() if name != "ours"}
+    others = {name: value for name, value in ms.items() if name in ("torch", *PEERS)}
     best_peer = min(others, key=others.get)
     gflops = case.gflop / ms["ours"] * 1e3
     kept = {}
@@ -246,12 +282,21 @@ def row_of(
                 kept[f"{name}_peak_mb"] = fresh.apply(peak_mb, (case, device, name))
     row = {"device": device, **case._asdict(), **{f"{name}_ms": value for name, value in ms.items()}, **kept}
     row |= {"best_peer": best_peer, "ratio_torch": ms["torch"] / ms["ours"], "ratio_best": ms[best_peer] / ms["ours"]}
+    if "ours_tf32" in ms:
+        row["ratio_tf32"] = ms["torch_tf32"] / ms["ours_tf32"]
+    if device == "cuda":
+        row |= what_ran(calls)
     row |= {"gflops": gflops, "ceiling_gflops": peak, "share_of_ceiling": gflops / peak, "elsewhere": elsewhere}
     return {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in row.items()}
 
 
 def cases(args: argparse.Namespace) -> Iterator[Case]:
     """The product of all options; with the default shapes and forms also three rows of another kind."""
+    if args.gpu:
+        for (dtype, *sizes, layers, directions), cell, mode in itertools.product(GPU_SHAPES, args.cells, args.modes):
+            for H, N in itertools.product(*sizes):
+                yield Case(cell, dtype, mode, args.threads[0], GPU_STEPS, N, H, H, layers, directions)
+        return
     default = (
         not (args.shapes or args.quick) and args.forms == ["rectangular"] and args.layers == args.bidirectional == [1]
     )
@@ -280,17 +325,23 @@ def main() -> None:
     add("--layers", default=[1], type=int)
     add("--bidirectional", default=[1], type=int, choices=[1, 2], help="directions", metavar="DIRECTIONS")
     parser.add_argument("--repeats", type=int, help="rounds in which each contender has a turn (7, quick: 2)")
+    parser.add_argument("--gpu", action="store_true", help="the table for a GPU, of --cells and --modes")
     parser.add_argument("--memory", action="store_true", help="peak memory too, from fresh processes (takes minutes)")
     parser.add_argument("--quick", action="store_true", help="one small shape and little patience: no numbers to trust")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--out", type=Path, help="the CSV (results/<machine>.csv)")
     args = parser.parse_args()
+    if args.gpu and args.device == "cpu":
+        parser.error("the table of --gpu would take a CPU hours")
 
     of_machine = machine.describe(args.device)
     name = re.sub(r"[^a-z0-9]+", "-", of_machine["machine"].lower()).strip("-")
     path = args.out or Path(__file__).parent / "results" / f"{name}{'-quick' if args.quick else ''}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
-    patience = (args.repeats or 2, 0.002, 1) if args.quick else (args.repeats or 7,)
+    if args.quick:
+        patience = args.repeats or 2, 0.002, 1
+    else:
+        patience = (args.repeats or 5, 0.01, 1) if args.gpu else (args.repeats or 7,)
     rows = []
     with path.open("w", newline="") as file:
         table = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")

@@ -51,3 +51,20 @@ def test_table_plot_and_comparison(tmp_path):
     _run("plot.py", table, "-o", picture)
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert "1.00x" in _run("compare.py", table, table).splitlines()[-1]
+
+
+@pytest.mark.gpu
+def test_columns_of_a_gpu(tmp_path):
+    table = tmp_path / "table.csv"
+    _run("run.py", "--quick", "--device", "cuda", "--cells", "LSTM", "--out", table)
+    with table.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["mode"] for row in rows] == ["infer", "train"]
+    for row in rows:
+        assert float(row["ratio_tf32"]) == pytest.approx(
+            float(row["torch_tf32_ms"]) / float(row["ours_tf32_ms"]), rel=2e-3
+        )
+        assert row["best_peer"] == "torch"
+        assert row["ours_ran"] == row["ours_tf32_ran"] == "fused"
+        for kernels in (row["torch_ran"], row["torch_tf32_ran"]):
+            assert kernels and not set("<( ") & set(kernels)

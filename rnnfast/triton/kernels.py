@@ -2,7 +2,7 @@
 
 A program owns a tile of units and a tile of rows of one direction. Fused, the tile is all units: W_hh stays on the
 chip, the loop over the steps runs inside, and the next step is loaded while this one computes. Stepwise, a launch is
-one step, and the products with W_hh are made between launches.
+one step of many tiles: a program makes its units' part of the product with W_hh, which it reads anew, and their cells.
 
 Tiles are [units, rows], so that W_hh is the left operand of every product: its rows fill the larger side of the
 tensor core and the batch the smaller one, 8 rows at least.
@@ -18,6 +18,8 @@ import triton.language as tl
 
 from . import cells
 
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
 # Differ from call to call: neither their values nor what divides them makes another kernel.
 VARYING = ("step", "T", "N", "R")
 
@@ -28,6 +30,8 @@ class Tile(NamedTuple):
     d: tl.tensor  # direction
     unit: tl.tensor  # [units, 1]
     n: tl.tensor  # [1, rows], of the batch
+    is_unit: tl.tensor  # [units, 1]
+    is_row: tl.tensor  # [1, rows]
     inside: tl.tensor  # [units, rows]
     length: tl.tensor  # [1, rows], steps; beyond the batch 0
     offsets: tl.tensor  # p[T]: where step t begins in packed rows; or None
@@ -45,7 +49,8 @@ def tile(i_rows, p_offsets, p_lengths, p_resets, T, N, H, BH: tl.constexpr, BN: 
         length = tl.where(n < N, T, 0)
     else:
         length = tl.load(p_lengths + n, mask=n < N, other=0).to(tl.int32)
-    return Tile(d, unit, n, (unit < H) & (n < N), length, p_offsets, p_resets, T, N)
+    is_unit, is_row = unit < H, n < N
+    return Tile(d, unit, n, is_unit, is_row, is_unit & is_row, length, p_offsets, p_resets, T, N)
 
 
 @triton.jit
@@ -118,6 +123,46 @@ def cast(tiles, count: tl.constexpr, dtype: tl.constexpr):
     return out
 
 
+@triton.jit
+def dot(w, v, start, PRECISION: tl.constexpr):
+    """start + w @ v."""
+    if _INTERPRETED:  # it would multiply the bits of bfloat16
+        w, v = w.to(start.dtype), v.to(start.dtype)
+    return tl.dot(w, v, start, out_dtype=start.dtype, input_precision=PRECISION)
+
+
+@triton.jit
+def products(
+    at,
+    p_w,  # that of the tile's unit u of gate j and of input k is at (j * units + u) * unit_stride + k * stride
+    p_v,  # [D, N, size]
+    size,
+    units,
+    unit_stride,
+    stride,
+    start,  # [units, rows], zeros
+    G: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """G tiles of a matrix times the vectors of the tile's rows, both from memory."""
+    BK: tl.constexpr = 128 // (p_v.dtype.element_ty.primitive_bitwidth // 8)
+    k = tl.arange(0, BK)
+    p_v += (at.d * at.N + at.n) * size
+    sums = ()
+    for j in tl.static_range(G):
+        sums = sums + (start,)
+    for first in range(0, size, BK):
+        i = first + k
+        v = tl.load(p_v + i[:, None], mask=(i[:, None] < size) & at.is_row, other=0.0)
+        so_far = sums
+        sums = ()
+        for j in tl.static_range(G):
+            p = p_w + (j * units + at.unit).to(tl.int64) * unit_stride + i[None, :].to(tl.int64) * stride
+            w = tl.load(p, mask=at.is_unit & (i[None, :] < size), other=0.0)
+            sums = sums + (dot(w, v, so_far[j], PRECISION),)
+    return sums
+
+
 # Forward
 
 
@@ -163,13 +208,13 @@ def step_forward(
 @triton.jit(do_not_specialize=VARYING)
 def forward(
     p_x,  # [D, R, G*H]: W_ih x + b_ih
-    p_a,  # [D, N, G*H]: W_hh h of this step; None: fused
-    p_w,  # [G*H, H]: W_hh, read where fused
+    p_w,  # [G*H, P]: W_hh
     p_w_reverse,
     p_b,  # [G*H]: b_hh; or None
     p_b_reverse,
-    p_h,  # [D, N, H]: the state before on entry, after on return
-    p_c,
+    p_h,  # [D, N, P]: the state before; P is H but for a projected state
+    p_h_after,  # [D, N, H]: the state after; fused, p_h itself
+    p_c,  # [D, N, H]: before on entry, after on return
     p_y,  # [R, D*H]; None: h is still to be projected
     p_cs,  # [R, D*H]: c after every step; or None
     p_gates,  # [D, R, S*H]; or None
@@ -181,8 +226,10 @@ def forward(
     N,
     R,
     H,
+    P,
     MODE: tl.constexpr,
     D: tl.constexpr,
+    FUSED: tl.constexpr,
     BH: tl.constexpr,  # units of a tile
     BN: tl.constexpr,  # rows of a tile
     PRECISION: tl.constexpr,
@@ -190,42 +237,48 @@ def forward(
     G: tl.constexpr = 4 if MODE == "LSTM" else 3 if MODE == "GRU" else 1
     acc: tl.constexpr = tl.float64 if p_h.dtype.element_ty == tl.float64 else tl.float32
     at = tile(tl.program_id(0), p_offsets, p_lengths, p_resets, T, N, H, BH, BN)
+    p_w = tl.where(at.d == 0, p_w, p_w_reverse)
     bias = None
     if p_b is not None:
-        bias = cast(load(tl.where(at.d == 0, p_b, p_b_reverse) + at.unit, G, H, at.unit < H), G, acc)
+        bias = cast(load(tl.where(at.d == 0, p_b, p_b_reverse) + at.unit, G, H, at.is_unit), G, acc)
     state = (at.d * N + at.n) * H + at.unit
-    h = tl.load(p_h + state, mask=at.inside, other=0.0)
-    c = tl.zeros([BH, BN], acc)
+    zeros = tl.zeros([BH, BN], acc)
+    h = zeros.to(p_h.dtype.element_ty)
+    if p_y is not None:
+        h = tl.load(p_h + state, mask=at.inside, other=0.0)
+    c = zeros
     if MODE == "LSTM":
         c = tl.load(p_c + state, mask=at.inside, other=0.0)
 
-    if p_a is not None:
-        a = load(p_a + (at.d * N + at.n) * (G * H) + at.unit, G, H, at.inside)
-        t = time(at, step, T)
-        x, is_kept = load_forward(at, t, p_x, R, H, G)
-        h, c = step_forward(at, t, x, is_kept, a, bias, h, c, p_y, p_cs, p_gates, R, H, MODE, G, D)
-    else:
+    if FUSED:
         k = tl.arange(0, BH)[None, :]
-        w = load(tl.where(at.d == 0, p_w, p_w_reverse) + at.unit * H + k, G, H * H, (at.unit < H) & (k < H))
+        w = load(p_w + at.unit * H + k, G, H * H, at.is_unit & (k < H))
         steps = longest(at, p_lengths)
         x, is_kept = load_forward(at, time(at, 0, steps), p_x, R, H, G)
         for s in range(steps):
             ahead = load_forward(at, time(at, tl.minimum(s + 1, steps - 1), steps), p_x, R, H, G)
             a = ()
             for j in tl.static_range(G):
-                a = a + (tl.dot(w[j], h, out_dtype=acc, input_precision=PRECISION),)
+                a = a + (dot(w[j], h, zeros, PRECISION),)
             t = time(at, s, steps)
             h, c = step_forward(at, t, x, is_kept, a, bias, h, c, p_y, p_cs, p_gates, R, H, MODE, G, D)
             x, is_kept = ahead
+    else:
+        t = time(at, step, T)
+        x, is_kept = load_forward(at, t, p_x, R, H, G)
+        a = products(at, p_w, p_h, P, H, P, 1, zeros, G, PRECISION)
+        h, c = step_forward(at, t, x, is_kept, a, bias, h, c, p_y, p_cs, p_gates, R, H, MODE, G, D)
 
-    tl.store(p_h + state, h, mask=at.inside)
+    tl.store(p_h_after + state, h, mask=at.inside)
     if MODE == "LSTM":
         tl.store(p_c + state, c, mask=at.inside)
 
 
 @triton.jit(do_not_specialize=VARYING)
 def project_forward(
-    p_projected,  # [D, N, H]: W_hr m of this step; H units are those of the projected state here
+    p_m,  # [D, N, P]: what the cell made of this step. Of the projected state there are H units here, and P inputs
+    p_w,  # [H, P]: W_hr
+    p_w_reverse,
     p_h,  # [D, N, H]: the state before on entry, after on return
     p_y,  # [R, D*H]
     p_offsets,
@@ -236,16 +289,20 @@ def project_forward(
     N,
     R,
     H,
+    P,
     D: tl.constexpr,
     BH: tl.constexpr,
     BN: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
+    acc: tl.constexpr = tl.float64 if p_h.dtype.element_ty == tl.float64 else tl.float32
     at = tile(tl.program_id(0), p_offsets, p_lengths, p_resets, T, N, H, BH, BN)
+    p_w = tl.where(at.d == 0, p_w, p_w_reverse)
+    (h,) = products(at, p_w, p_m, P, 0, P, 1, tl.zeros([BH, BN], acc), 1, PRECISION)
+    h = h.to(p_h.dtype.element_ty)
     t = time(at, step, T)
     mask = at.inside & (t < at.length)
-    state = (at.d * N + at.n) * H + at.unit
-    h = tl.load(p_projected + state, mask=mask)
-    tl.store(p_h + state, h, mask=mask)
+    tl.store(p_h + (at.d * N + at.n) * H + at.unit, h, mask=mask)
     tl.store(p_y + (row(at, t) * D + at.d) * H + at.unit, h, mask=mask)
 
 
@@ -312,12 +369,13 @@ def backward(
     p_cs,  # [R, D*H]
     p_h0,  # [D, N, H]; or None
     p_c0,
-    p_through,  # [D, N, H]: dh through the gates of the step that comes after; None: fused
-    p_da,  # [D, N, G*H]: the gradients at W_hh h of this step; None: fused
-    p_w,  # [G*H, H]: W_hh, read where fused
+    p_w,  # [G*H, H]: W_hh; if h is projected, W_hr [P, H]
     p_w_reverse,
-    p_dh,  # [D, N, H]: of the state after on entry, before on return, but for what goes through the gates if stepwise;
-    # None: h is projected, p_through is all
+    p_through,  # [D, N, P]: the gradients that p_w takes back to h; stepwise, those at W_hh h of the step done before,
+    # G*H of them, or if h is projected, those at W_hr m of this step; fused, None
+    p_da,  # [D, N, G*H]: the gradients at W_hh h of this step; fused, None
+    p_dh,  # [D, N, H]: of the state after on entry, before on return; stepwise without what goes through p_w;
+    # None: h is projected, nothing else reaches it
     p_dc,
     p_dgates,  # [D, R, K*H]
     p_offsets,  # of Tile
@@ -328,8 +386,10 @@ def backward(
     N,
     R,
     H,
+    P,
     MODE: tl.constexpr,
     D: tl.constexpr,
+    FUSED: tl.constexpr,
     BH: tl.constexpr,
     BN: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -337,26 +397,20 @@ def backward(
     G: tl.constexpr = 4 if MODE == "LSTM" else 3 if MODE == "GRU" else 1
     S: tl.constexpr = 0 if G == 1 else 4
     K: tl.constexpr = 1 if G == 1 else 4
-    dtype: tl.constexpr = p_dgates.dtype.element_ty
-    acc: tl.constexpr = tl.float64 if dtype == tl.float64 else tl.float32
+    acc: tl.constexpr = tl.float64 if p_dgates.dtype.element_ty == tl.float64 else tl.float32
     at = tile(tl.program_id(0), p_offsets, p_lengths, p_resets, T, N, H, BH, BN)
+    p_w = tl.where(at.d == 0, p_w, p_w_reverse)
     state = (at.d * N + at.n) * H + at.unit
-    dh = tl.zeros([BH, BN], acc)
+    zeros = tl.zeros([BH, BN], acc)
+    dh, dc = zeros, zeros
     if p_dh is not None:
         dh = tl.load(p_dh + state, mask=at.inside, other=0.0)
-    dc = tl.zeros([BH, BN], acc)
     if MODE == "LSTM":
         dc = tl.load(p_dc + state, mask=at.inside, other=0.0)
 
-    if p_through is not None:
-        dh += tl.load(p_through + state, mask=at.inside, other=0.0).to(acc)
-        t = time(at, step, T)
-        saved, values, is_kept = load_backward(at, t, p_dy, p_dcs, p_gates, p_y, p_cs, p_h0, p_c0, R, H, MODE, D, S)
-        da, dh, dc = step_backward(at, t, saved, values, is_kept, dh, dc, p_dgates, R, H, MODE, S, K)
-        store(p_da + (at.d * N + at.n) * (G * H) + at.unit, da, G, H, at.inside)
-    else:
+    if FUSED:
         k = tl.arange(0, BH)[None, :]
-        w = load(tl.where(at.d == 0, p_w, p_w_reverse) + k * H + at.unit, G, H * H, (at.unit < H) & (k < H))
+        w = load(p_w + k * H + at.unit, G, H * H, at.is_unit & (k < H))
         steps = longest(at, p_lengths)
         t = time(at, steps - 1, steps)
         saved, values, is_kept = load_backward(at, t, p_dy, p_dcs, p_gates, p_y, p_cs, p_h0, p_c0, R, H, MODE, D, S)
@@ -366,11 +420,17 @@ def backward(
             ahead = load_backward(at, t_ahead, p_dy, p_dcs, p_gates, p_y, p_cs, p_h0, p_c0, R, H, MODE, D, S)
             da, dh, dc = step_backward(at, t, saved, values, is_kept, dh, dc, p_dgates, R, H, MODE, S, K)
             # An accumulator of their own: Triton for Blackwell fails at one that is carried from step to step.
-            through = tl.zeros([BH, BN], acc)
+            through = zeros
             for j in tl.static_range(G):
-                through = tl.dot(w[j], da[j], through, input_precision=PRECISION, out_dtype=acc)
+                through = dot(w[j], da[j], through, PRECISION)
             dh = tl.where(at.inside, dh + through, 0.0)
             saved, values, is_kept = ahead
+    else:
+        t = time(at, step, T)
+        saved, values, is_kept = load_backward(at, t, p_dy, p_dcs, p_gates, p_y, p_cs, p_h0, p_c0, R, H, MODE, D, S)
+        (through,) = products(at, p_w, p_through, P, 0, 1, H, zeros, 1, PRECISION)
+        da, dh, dc = step_backward(at, t, saved, values, is_kept, dh + through, dc, p_dgates, R, H, MODE, S, K)
+        store(p_da + (at.d * N + at.n) * (G * H) + at.unit, da, G, H, at.inside)
 
     if p_dh is not None:
         tl.store(p_dh + state, dh, mask=at.inside)
@@ -380,9 +440,11 @@ def backward(
 
 @triton.jit(do_not_specialize=VARYING)
 def project_backward(
-    p_dy,  # [R, D*H]; or None
-    p_through,  # [D, N, H]: as in backward
-    p_dh,  # [D, N, H]: as in backward
+    p_dy,  # [R, D*H]; or None. Of the projected state there are H units here
+    p_w,  # [P, H]: W_hh
+    p_w_reverse,
+    p_through,  # [D, N, P]: the gradients at W_hh h of the step done before
+    p_dh,  # [D, N, H]: of the state after on entry, before on return, without what goes through p_w
     p_dprojected,  # [D, N, H]: the gradient at W_hr m of this step
     p_dprojections,  # [D, R, H]: and of every step
     p_offsets,
@@ -393,20 +455,24 @@ def project_backward(
     N,
     R,
     H,
+    P,
     D: tl.constexpr,
     BH: tl.constexpr,
     BN: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
+    acc: tl.constexpr = p_dh.dtype.element_ty
     at = tile(tl.program_id(0), p_offsets, p_lengths, p_resets, T, N, H, BH, BN)
+    p_w = tl.where(at.d == 0, p_w, p_w_reverse)
     t = time(at, step, T)
     valid = t < at.length
     place = row(at, t)
     state = (at.d * N + at.n) * H + at.unit
-    dh = tl.load(p_dh + state, mask=at.inside, other=0.0)
-    dh += tl.load(p_through + state, mask=at.inside, other=0.0).to(dh.dtype)
+    (dh,) = products(at, p_w, p_through, P, 0, 1, H, tl.zeros([BH, BN], acc), 1, PRECISION)
+    dh += tl.load(p_dh + state, mask=at.inside, other=0.0)
     tl.store(p_dh + state, tl.where(valid, 0.0, dh), mask=at.inside)
     if p_dy is not None:
-        dh += tl.load(p_dy + (place * D + at.d) * H + at.unit, mask=at.inside & valid, other=0.0).to(dh.dtype)
+        dh += tl.load(p_dy + (place * D + at.d) * H + at.unit, mask=at.inside & valid, other=0.0).to(acc)
     d = tl.where(valid, dh, 0.0).to(p_dprojected.dtype.element_ty)
     tl.store(p_dprojected + state, d, mask=at.inside)
     tl.store(p_dprojections + (at.d * R + place) * H + at.unit, d, mask=at.inside & valid)

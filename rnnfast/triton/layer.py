@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 
 from ..reference import split_weights
-from . import kernels
+from . import graphs, kernels
 from .cells import GATES, GRADIENTS, SAVED
 from .plan import Chip, Plan, plan
 
@@ -43,17 +43,15 @@ def _form(x: Tensor, batch_sizes: Tensor | None, lengths: Tensor | None, resets:
 
 @functools.cache
 def _chip(device: torch.device) -> Chip:
-    if device.type == "cpu":  # the interpreter plays an H200
-        return Chip(shared_memory=227 * 1024, processors=132)
+    if device.type == "cpu":  # the interpreter plays an H200, but a small one: programs run one by one
+        return Chip(shared_memory=227 * 1024, processors=1, generation=9)
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip is not None:
-        return Chip(64 * 1024, properties.multi_processor_count, is_amd=True)
-    return Chip(properties.shared_memory_per_block_optin, properties.multi_processor_count)
+        return Chip(64 * 1024, properties.multi_processor_count)
+    return Chip(properties.shared_memory_per_block_optin, properties.multi_processor_count, properties.major)
 
 
-def plan_on(
-    device: torch.device, mode: str, dtype: torch.dtype, hidden: int, projected: bool, batch: int = 1
-) -> Plan:
+def plan_on(device: torch.device, mode: str, dtype: torch.dtype, hidden: int, projected: bool, batch: int = 1) -> Plan:
     """The plan of a layer on a device, under torch's switches for recurrent layers."""
     tf32 = torch.backends.cudnn.rnn.fp32_precision == "tf32"
     return plan(mode, dtype, hidden, batch, projected, tf32, _chip(device))
@@ -80,6 +78,12 @@ class _Layer:
         self.acc = torch.promote_types(x.dtype, torch.float32)
         self.plan = plan_on(x.device, mode, x.dtype, self.H, self.projected, self.form.N)
 
+    @property
+    def key(self) -> tuple:
+        """What the launches depend on beside the tensors that they are given."""
+        how = self.plan._replace(options=tuple(self.plan.options.items()))
+        return self.mode, self.x.dtype, self.D, self.H, self.P, how, *self.form
+
     def of_rows(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """A tensor over the rows of the sequence: zero in those that the kernels leave out."""
         return (self.x.new_empty if self.form.p_lengths is None else self.x.new_zeros)(shape, dtype=dtype)
@@ -94,21 +98,21 @@ class _Layer:
         found = [getattr(w, name) for w in self.directions]
         return found[0], found[-1]
 
-    def stacked(self, name: str) -> Tensor:
-        """A weight of all directions as one tensor."""
-        found = [getattr(w, name) for w in self.directions]
-        return torch.stack(found) if self.D == 2 else found[0].unsqueeze(0)
-
     def launch(self, kernel: Any, width: int, *pointers: Tensor | None, steps: int = 1, **rest: Any) -> None:
         """A kernel over all rows and directions, and ``width`` units."""
         form, how = self.form, self.plan
         grid = steps * triton.cdiv(form.N, how.rows), triton.cdiv(width, how.units), self.D
-        kernel[grid](
-            *pointers, **form._asdict(), **rest, H=width, D=self.D, BH=how.units, BN=how.rows, **how.options
-        )
+        kernel[grid](*pointers, **form._asdict(), **rest, H=width, D=self.D, BH=how.units, BN=how.rows, **how.options)
 
-    def launch_cells(self, kernel: Any, *pointers: Tensor | None, step: int = 0) -> None:
-        self.launch(kernel, self.H, *pointers, step=step, MODE=self.mode, PRECISION=self.plan.precision)
+    def launch_step(self, kernel: Any, width: int, inputs: int, *pointers: Tensor | None, step: int) -> None:
+        """A kernel of one step, with a product of ``inputs`` terms."""
+        self.launch(kernel, width, *pointers, step=step, P=inputs, PRECISION=self.plan.precision)
+
+    def launch_cells(self, kernel: Any, inputs: int, *pointers: Tensor | None, step: int = 0) -> None:
+        how = self.plan
+        self.launch(
+            kernel, self.H, *pointers, step=step, P=inputs, MODE=self.mode, FUSED=how.fused, PRECISION=how.precision
+        )
 
 
 def _device_of(x: Tensor) -> contextlib.AbstractContextManager:
@@ -143,7 +147,7 @@ def forward(
 
 
 def _forward(k: _Layer, h: Tensor, c: Tensor | None, y: Tensor, cs: Tensor | None, gates: Tensor | None) -> None:
-    x = k.x.reshape(k.form.R, -1)
+    x = k.x.reshape(k.form.R, k.x.shape[-1])
     # An LSTM's gates take the place of what they are computed from, element by element.
     shared = gates is not None and k.mode == "LSTM" and not k.projected
     x_gates = gates if shared else x.new_empty(k.D, k.form.R, k.G * k.H)
@@ -152,21 +156,24 @@ def _forward(k: _Layer, h: Tensor, c: Tensor | None, y: Tensor, cs: Tensor | Non
             torch.mm(x, w.w_ih.t(), out=out)
         else:
             torch.addmm(w.b_ih, x, w.w_ih.t(), out=out)
-    biases = k.of_directions("b_hh")
+    w_hh, w_hr, b_hh = (k.of_directions(name) for name in ("w_hh", "w_hr", "b_hh"))
     if k.plan.fused:
-        k.launch_cells(kernels.forward, x_gates, None, *k.of_directions("w_hh"), *biases, h, c, y, cs, gates)
+        k.launch_cells(kernels.forward, k.H, x_gates, *w_hh, *b_hh, h, h, c, y, cs, gates)
         return
-    w_hh, a = k.stacked("w_hh").transpose(1, 2), x.new_empty(k.D, k.form.N, k.G * k.H)
-    if k.projected:
-        w_hr, m, projected = k.stacked("w_hr").transpose(1, 2), x.new_empty(k.D, k.form.N, k.H), torch.empty_like(h)
-    for step in range(k.form.T):
-        torch.bmm(h, w_hh, out=a)
-        if k.projected:
-            k.launch_cells(kernels.forward, x_gates, a, None, None, *biases, m, c, None, cs, gates, step=step)
-            torch.bmm(m, w_hr, out=projected)
-            k.launch(kernels.project_forward, k.P, projected, h, y, step=step)
-        else:
-            k.launch_cells(kernels.forward, x_gates, a, None, None, *biases, h, c, y, cs, gates, step=step)
+    m = x.new_empty(k.D, k.form.N, k.H) if k.projected else torch.empty_like(h)
+
+    def steps() -> None:
+        for step in range(k.form.T):
+            if k.projected:
+                k.launch_cells(kernels.forward, k.P, x_gates, *w_hh, *b_hh, h, m, c, None, cs, gates, step=step)
+                k.launch_step(kernels.project_forward, k.P, k.H, m, *w_hr, h, y, step=step)
+            else:  # programs read all of the old state, and write some of the new one
+                states = (h, m) if step % 2 == 0 else (m, h)
+                k.launch_cells(kernels.forward, k.P, x_gates, *w_hh, *b_hh, *states, c, y, cs, gates, step=step)
+
+    graphs.run(k.x.device, steps, "forward", *k.key, x_gates, *w_hh, *w_hr, *b_hh, h, m, c, y, cs, gates)
+    if k.form.T % 2 and not k.projected:
+        h.copy_(m)
 
 
 def backward(
@@ -199,9 +206,7 @@ def backward(
         if k.form.R:
             _backward(k, dy, dc, gates, y, cs, h0, c0, dh, dc_t, dgates, dprojections)
         dx, dweights = _products(k, y, cs, gates, h0, dgates, dprojections, need_dx, need_dw)
-        dh0, dc0 = (
-            x.new_empty(0) if initial is None else grad.to(x.dtype) for initial, grad in ((h0, dh), (c0, dc_t))
-        )
+        dh0, dc0 = (x.new_empty(0) if initial is None else grad.to(x.dtype) for initial, grad in ((h0, dh), (c0, dc_t)))
         return dx, dh0, dc0, dweights
 
 
@@ -221,23 +226,28 @@ def _backward(
 ) -> None:
     """The gate gradients; dh and dc become those of the initial states."""
     saved = gates, y, cs, h0, c0
+    w_hh, w_hr = k.of_directions("w_hh"), k.of_directions("w_hr")
     if k.plan.fused:
-        w_hh = k.of_directions("w_hh")
-        k.launch_cells(kernels.backward, dy, dcs, *saved, None, None, *w_hh, dh, dc, dgates)
+        k.launch_cells(kernels.backward, k.H, dy, dcs, *saved, *w_hh, None, None, dh, dc, dgates)
         return
-    w_hh, through = k.stacked("w_hh"), torch.zeros_like(dh, dtype=y.dtype)
-    da = y.new_empty(k.D, k.form.N, k.G * k.H)
-    if k.projected:
-        w_hr, dm, dprojected = k.stacked("w_hr"), y.new_empty(k.D, k.form.N, k.H), torch.empty_like(through)
-    for step in reversed(range(k.form.T)):
-        if k.projected:
-            k.launch(kernels.project_backward, k.P, dy, through, dh, dprojected, dprojections, step=step)
-            torch.bmm(dprojected, w_hr, out=dm)
-            k.launch_cells(kernels.backward, None, dcs, *saved, dm, da, None, None, None, dc, dgates, step=step)
-        else:
-            k.launch_cells(kernels.backward, dy, dcs, *saved, through, da, None, None, dh, dc, dgates, step=step)
-        torch.bmm(da, w_hh, out=through)
-    dh += through
+    T, inputs = k.form.T, k.G * k.H
+    da = y.new_zeros(k.D, k.form.N, inputs)
+    other = torch.empty_like(dh, dtype=y.dtype) if k.projected else torch.empty_like(da)
+
+    def steps() -> None:
+        for step in reversed(range(T)):
+            if k.projected:
+                k.launch_step(kernels.project_backward, k.P, inputs, dy, *w_hh, da, dh, other, dprojections, step=step)
+                k.launch_cells(kernels.backward, k.P, None, dcs, *saved, *w_hr, other, da, None, dc, dgates, step=step)
+            else:
+                gradients = (da, other) if (T - 1 - step) % 2 == 0 else (other, da)
+                k.launch_cells(kernels.backward, inputs, dy, dcs, *saved, *w_hh, *gradients, dh, dc, dgates, step=step)
+
+    graphs.run(
+        k.x.device, steps, "backward", *k.key, dy, dcs, *saved, *w_hh, *w_hr, da, other, dh, dc, dgates, dprojections
+    )
+    for d, w in enumerate(k.directions):
+        dh[d] += (other if T % 2 and not k.projected else da)[d] @ w.w_hh
 
 
 def _products(
@@ -252,7 +262,7 @@ def _products(
     need_dw: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     """What the gate gradients make of x and the weights: products over the whole sequence."""
-    x, H, R = k.x.reshape(k.form.R, -1), k.H, k.form.R
+    x, H, R = k.x.reshape(k.form.R, k.x.shape[-1]), k.H, k.form.R
     of_x = dgates[:, :, : k.G * H]
     dx = x.new_empty(0)
     if need_dx:

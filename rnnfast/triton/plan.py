@@ -16,7 +16,18 @@ class Chip(NamedTuple):
 
     shared_memory: int  # bytes that a program may have
     processors: int
-    is_amd: bool = False
+    generation: int = 0  # of NVIDIA's, the compute capability's first digits; 0 is AMD
+
+    @property
+    def is_amd(self) -> bool:
+        return self.generation == 0
+
+    @property
+    def room(self) -> int:
+        """Bytes of a layer's W_hh that stay on one multiprocessor without spills."""
+        # Beside W_hh there are h and tiles on their way to another layout. And W_hh comes in through the registers,
+        # which spill at more than half of their 256 KB; sooner where tensor memory takes part.
+        return min(self.shared_memory - 16 * _KB, (96 if self.generation >= 10 else 128) * _KB)
 
 
 class Plan(NamedTuple):
@@ -43,15 +54,14 @@ def plan(mode: str, dtype: torch.dtype, hidden: int, batch: int, projected: bool
         precision = "tf32" if tf32 else "tf32x3"  # three products of TF32 parts are as exact as one of float32
     # What stays on the chip; tf32x3 keeps the parts.
     size = GATES[mode] * units * units * dtype.itemsize * (2 if precision == "tf32x3" else 1)
-    # Beside W_hh there are h and tiles on their way to another layout. And W_hh comes in through the registers, which
-    # spill at more than half of their 256 KB.
-    room = min(chip.shared_memory - 16 * _KB, 128 * _KB)
     if projected:
         reason = "a projection makes another product a step"
     elif dtype == torch.float64 and (units > 32 or chip.is_amd):
         reason = "float64 has no fast products: above 32 units they spill"
-    elif size > room:
-        reason = f"W_hh, padded to {units} units, is {size // _KB} KB a direction, a multiprocessor has room for {room // _KB}"
+    elif size > chip.room:
+        reason = (
+            f"W_hh, padded to {units} units, is {size // _KB} KB a direction, more than the {chip.room // _KB} of room"
+        )
     else:
         # 4 warps make a wgmma; 8 hold the tiles of larger layers without spills.
         if units * dtype.itemsize > 128:
@@ -63,5 +73,11 @@ def plan(mode: str, dtype: torch.dtype, hidden: int, batch: int, projected: bool
         many = batch > 8 * chip.processors and dtype.itemsize == 2
         reason = f"fused: W_hh, padded to {units} units, is {size // _KB} KB a direction and stays on a multiprocessor"
         return Plan(True, units, 16 if chip.is_amd or many else 8, options, precision, reason)
-    # Elementwise: 64 units are whole cache lines, 8 rows of them fill 4 warps.
-    return Plan(False, min(units, 64), 8, options, precision, f"stepwise: {reason}")
+    # Every program reads its part of W_hh anew in each step, so the more programs the less each waits for it: the large
+    # tiles only where they leave one for every multiprocessor. Sums of wider types than the half ones fill the registers
+    # sooner.
+    rows = 16 if batch <= 16 else 128 // dtype.itemsize
+    large = 128 // dtype.itemsize
+    units = large if -(-hidden // large) * -(-batch // rows) >= chip.processors else 16
+    options["num_warps"] = 4 if units * rows < 1024 else 8
+    return Plan(False, units, rows, options, precision, f"stepwise: {reason}")

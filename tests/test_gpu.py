@@ -1,0 +1,476 @@
+"""What a GPU alone shows: the compiled kernels' numbers, memory, streams, graphs, sizes and refusals."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import pytest
+import torch
+from helpers import LAYERS, error_of, flatten, pair
+from test_recurrence import CASES, CELLS, FLOOR, FORMS, Case, Problem
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+
+import rnnfast
+
+pytestmark = pytest.mark.gpu
+DEVICE, ELSEWHERE = "cuda", "cpu"
+
+MODES = {"tanh": "RNN_TANH", "relu": "RNN_RELU", "lstm": "LSTM", "projection": "LSTM", "gru": "GRU"}
+# Of float32 without TF32, where test_explanation_names_the_kernel holds them to it.
+HIDDEN = {"fused": 40, "stepwise": 300}
+
+
+@contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """torch's two switches: that of recurrent layers, and that of the products over a whole sequence."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    try:
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=allowed):
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@pytest.fixture(autouse=True)
+def _on_triton() -> Iterator[None]:
+    with rnnfast.use_backend("triton"), tf32(False):
+        yield
+    torch._dynamo.reset()
+
+
+def layer(cell: str, hidden: int, dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
+    cls, own = CELLS[cell]
+    own = {"proj_size": max(hidden // 3, 1)} if cell == "projection" else own
+    return getattr(rnnfast, cls)(4, hidden, device=DEVICE, dtype=dtype, **own, **options)
+
+
+def sequence(form: str, dtype: torch.dtype = torch.float32) -> tuple[Tensor | PackedSequence, dict[str, Tensor]]:
+    """What a layer of 4 features is called with: 6 steps, 5 rows."""
+    x = torch.randn(6, 5, 4, device=DEVICE, dtype=dtype)
+    lengths = torch.tensor([2, 6, 1, 6, 4])
+    if form == "packed":
+        packed = pack_padded_sequence(x, lengths, enforce_sorted=False)
+        return packed._replace(data=packed.data.requires_grad_()), {}
+    extra = {"lengths": lengths.to(DEVICE), "resets": torch.rand(6, 5, device=DEVICE) < 0.4}
+    return x.requires_grad_(), {form: extra[form]} if form in extra else {}
+
+
+def computed(module: nn.Module, x: Tensor | PackedSequence, *args: Any, **kwargs: Any) -> list[Tensor]:
+    """Every output, and the gradients of the input and the weights."""
+    outputs = [t for _, t in flatten(module(x, *args, **kwargs)) if t.is_floating_point()]
+    leaves = [t for _, t in flatten((x, list(module.parameters()))) if t.requires_grad]
+    return [t.detach() for t in outputs] + list(torch.autograd.grad(outputs, leaves, [t.detach() for t in outputs]))
+
+
+def assert_close(actual: list[Tensor], expected: list[Tensor], scale: float = 1e-5) -> None:
+    """Equal but for ``scale`` of each tensor's largest value."""
+    for k, (a, e) in enumerate(zip(actual, expected, strict=True)):
+        a, e = a.to("cpu", torch.float64), e.to("cpu", torch.float64)
+        atol = scale * e.abs().max().item()
+        torch.testing.assert_close(a, e, rtol=0, atol=atol, msg=lambda text, k=k: f"tensor {k}: {text}")
+
+
+def assert_equal(actual: list[Tensor], expected: list[Tensor]) -> None:
+    assert_close(actual, expected, scale=0)
+
+
+# Numbers
+
+
+# By name: the dtype, whether with TF32, and the floor relative to the largest value. TF32 has 10 bits of mantissa: two
+# of its roundings.
+PRECISIONS = {str(dtype).removeprefix("torch."): (dtype, False, floor) for dtype, floor in FLOOR.items()}
+PRECISIONS["tf32"] = (torch.float32, True, 2e-3)
+
+GPU_CASES = CASES | {
+    "H128": Case(9, 20, 30, 128),  # the most units that an LSTM of a half type has in one program
+    "many-rows": Case(2, 1100, 6, 40, bidirectional=True),  # more tiles than multiprocessors
+}
+PARITY = list(itertools.product(("H63", "wide"), CELLS, FORMS))
+PARITY += [
+    (case, cell, "rectangular")
+    for case in ("one-step", "one-row", "H130-no-bias", "stack", "H128", "many-rows")
+    for cell in CELLS
+    if GPU_CASES[case].bias or cell != "relu"  # without a bias units lie at relu's kink, where rounding decides
+]
+
+
+class OnDevice:
+    """A module on the device, for a caller whose tensors lie on the CPU."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module.to(DEVICE)
+        self.named_parameters = self.module.named_parameters
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return _moved(self.module(*_moved(args, DEVICE), **_moved(kwargs, DEVICE)), "cpu")
+
+
+def _moved(value: Any, device: str) -> Any:
+    if isinstance(value, (Tensor, PackedSequence)):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {name: _moved(item, device) for name, item in value.items()}
+    return tuple(_moved(item, device) for item in value) if isinstance(value, tuple) else value
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("case, cell, form", PARITY)
+def test_error_is_at_most_twice_torchs(case: str, cell: str, form: str, precision: str) -> None:
+    """Against float64 ours may be off by twice what cuDNN is in the same precision, plus the floor."""
+    dtype, allowed_tf32, floor = PRECISIONS[precision]
+    problem = Problem(GPU_CASES[case], cell, form)
+    problem.x, problem.hx = problem.x.to(dtype).double(), [h.to(dtype).double() for h in problem.hx]
+    problem.exact_module.to(dtype).double()
+    with rnnfast.use_backend("reference"):
+        exact = problem.run(problem.exact_module, torch.float64)
+    # torch.nn knows neither lengths nor resets; the plain-torch loop is what it would do.
+    known = form in ("rectangular", "packed")
+    with tf32(allowed_tf32):
+        with nullcontext() if known else rnnfast.use_backend("reference"):
+            baseline = problem.run(OnDevice(problem.module(nn if known else rnnfast, dtype)), dtype)
+        actual = problem.run(OnDevice(problem.module(rnnfast, dtype)), dtype)
+    assert actual.keys() == exact.keys() == baseline.keys()
+    for name, value in actual.items():
+        assert value.dtype == dtype and value.shape == exact[name].shape, name
+        error, of_torch = (
+            (t[name].to("cpu", torch.float64) - exact[name]).abs().max().item() for t in (actual, baseline)
+        )
+        scale = exact[name].abs().max().item()
+        allowed = 2 * of_torch + floor * scale
+        assert error <= allowed, f"{name}: off by {error:.2e}, torch by {of_torch:.2e}, of {scale:.2e}"
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("cell", CELLS)
+def test_those_cases_meet_both_kernels(cell: str, precision: str) -> None:
+    from rnnfast.triton import plan_on  # not where Triton is missing
+
+    dtype, allowed_tf32, _ = PRECISIONS[precision]
+    cases = {case for case, of_cell, _ in PARITY if of_cell == cell}
+    with tf32(allowed_tf32):
+        fused = {
+            plan_on(torch.device(DEVICE), MODES[cell], dtype, GPU_CASES[case].hidden, cell == "projection").fused
+            for case in cases
+        }
+    assert fused == ({False} if cell == "projection" else {False, True})
+
+
+@pytest.mark.parametrize("cell", ("lstm", "gru"))
+def test_every_hidden_size(cell: str) -> None:
+    for hidden in range(1, 301):
+        module, x = layer(cell, hidden), torch.randn(3, 5, 4, device=DEVICE, requires_grad=True)
+        actual = computed(module, x)
+        with rnnfast.use_backend("reference"):
+            expected = computed(module.double(), x.detach().double().requires_grad_())
+        for k, (a, e) in enumerate(zip(actual, expected, strict=True)):
+            error = (a - e).abs().max().item()
+            assert error <= 1e-5 * e.abs().max().item(), f"H {hidden}: tensor {k} is off by {error:.1e}"
+
+
+# Memory
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kernel", HIDDEN)
+@pytest.mark.parametrize("cell", CELLS)
+def test_what_memory_held_before_does_not_matter(cell: str, kernel: str, form: str) -> None:
+    module, (x, extra) = layer(cell, HIDDEN[kernel], bidirectional=True), sequence(form)
+    expected = computed(module, x, **extra)
+    try:
+        # torch.empty then gives NaN. Only warned of, for cuBLAS would ask for an environment variable.
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        assert torch.empty(9, device=DEVICE).isnan().all()
+        actual = computed(module, x, **extra)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert_equal(actual, expected)
+
+
+@pytest.mark.parametrize("kernel", HIDDEN)
+@pytest.mark.parametrize("cell", CELLS)
+def test_layouts_do_not_matter(cell: str, kernel: str) -> None:
+    """Transposed, sliced and expanded operands and gradients give the numbers of contiguous ones."""
+    module = layer(cell, HIDDEN[kernel], bidirectional=True)
+    random = lambda *shape: torch.randn(*shape, device=DEVICE)
+    widths = (module.proj_size or module.hidden_size, module.hidden_size)[: 2 if module.mode == "LSTM" else 1]
+    hx = [random(2, 1, width).expand(-1, 3, -1) for width in widths]
+    weights = [0.1 * random(*p.shape, 2)[..., 0] for p in module.parameters()]
+    names = [name for name, _ in module.named_parameters()]
+    cotangent = random(2 * widths[0])
+
+    def run(x: Tensor, as_given: Any) -> list[Tensor]:
+        leaves = [as_given(t).requires_grad_() for t in (x, *hx, *weights)]
+        states = leaves[1 : 1 + len(hx)]
+        values = dict(zip(names, leaves[1 + len(hx) :]))
+        y, h_n = functional_call(module, values, (leaves[0], tuple(states) if len(hx) == 2 else states[0]))
+        tensors = [y, *(t for _, t in flatten(h_n))]
+        return tensors + list(torch.autograd.grad(y, leaves, as_given(cotangent.expand_as(y))))
+
+    for x in (random(3, 6, 8)[:, :, ::2].transpose(0, 1), random(6, 1, 4).expand(-1, 3, -1)):
+        contiguous = run(x, lambda t: t.detach().clone(memory_format=torch.contiguous_format))
+        assert_close(run(x, lambda t: t.detach()), contiguous)
+
+
+# Sizes
+
+
+@pytest.mark.parametrize("cell", ("lstm", "gru"))
+def test_long_sequence(cell: str) -> None:
+    """70,000 steps, against torch.nn on a CPU."""
+    theirs, ours = pair(CELLS[cell][0], 1, 2, dtype=torch.float64)
+    x = torch.randn(70_000, 2, 1, dtype=torch.float64, requires_grad=True)
+    actual = computed(ours.to(DEVICE), x.detach().to(DEVICE).requires_grad_())
+    assert_close(actual, computed(theirs, x), scale=1e-9)
+
+
+@pytest.mark.parametrize("cell, hidden", [("gru", 16), ("lstm", 16), ("projection", 16)])
+def test_many_rows(cell: str, hidden: int) -> None:
+    """A batch of more tiles than a grid may have in its second dimension."""
+    module, x = layer(cell, hidden), torch.randn(1, 600_000, 4, device=DEVICE, requires_grad=True)
+    actual = computed(module, x)
+    with rnnfast.use_backend("reference"):
+        expected = computed(module.double(), x.detach().double().requires_grad_())
+    assert_close(actual, expected, 1e-4)  # the weights' gradients are sums over all rows
+
+
+@pytest.mark.parametrize("hidden, steps, batch", [(128, 8, 530_000), (256, 4, 530_000)], ids=HIDDEN)
+def test_more_elements_than_32_bits_count(hidden: int, steps: int, batch: int) -> None:
+    if torch.cuda.mem_get_info()[0] < 60e9:
+        pytest.skip("60 GB of free GPU memory are needed")
+    module = layer("lstm", hidden, torch.bfloat16)
+    x = torch.randn(steps, batch, 4, device=DEVICE, dtype=torch.bfloat16)
+    assert steps * batch * 4 * hidden > 2**31
+
+    def run(part: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """The last rows of y and dx, and the gradients of the weights."""
+        y, _, _, dx, *dweights = computed(module, part.clone().requires_grad_())
+        return [y[:, -1000:], dx[:, -1000:]], dweights
+
+    last, dweights = run(x)
+    _, first_half = run(x[:, : batch // 2])
+    expected, second_half = run(x[:, batch // 2 :])
+    assert_close(last, expected, 2e-2)
+    assert_close(dweights, [a + b for a, b in zip(first_half, second_half)], 2e-2)
+
+
+# Streams, graphs and devices
+
+
+@pytest.mark.parametrize("kernel", HIDDEN)
+@pytest.mark.parametrize("cell", CELLS)
+def test_runs_on_the_current_stream(cell: str, kernel: str) -> None:
+    module, (x, _) = layer(cell, HIDDEN[kernel], bidirectional=True), sequence("rectangular")
+    expected = computed(module, x)
+    late = torch.zeros_like(x, requires_grad=True)
+    busy = torch.randn(8192, 8192, device=DEVICE)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        for _ in range(4):
+            with torch.no_grad():
+                late.zero_()
+                for _ in range(5):  # a tenth of a second, after which the input is there: another stream finds zeros
+                    busy = busy @ busy
+                late.copy_(x)
+            actual = computed(module, late)
+    torch.cuda.synchronize()
+    assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("form", ("rectangular", "lengths", "resets"))
+@pytest.mark.parametrize("kernel", HIDDEN)
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("trained", (False, True), ids=("infer", "train"))
+def test_graph_capture(trained: bool, cell: str, kernel: str, form: str) -> None:
+    module, (x, extra) = layer(cell, HIDDEN[kernel], bidirectional=True), sequence(form)
+
+    def run() -> list[Tensor]:
+        if trained:
+            return computed(module, x, **extra)
+        with torch.no_grad():
+            return [t for _, t in flatten(module(x, **extra))]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # compiles the kernels
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    for _ in range(2):
+        other, other_extra = sequence(form)
+        with torch.no_grad():
+            x.copy_(other)
+        for name, value in other_extra.items():
+            extra[name].copy_(value.flip(0))
+        graph.replay()
+        assert_close(captured, run())
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kernel", HIDDEN)
+@pytest.mark.parametrize("cell", CELLS)
+def test_the_host_never_waits(cell: str, kernel: str, form: str) -> None:
+    module, (x, extra) = layer(cell, HIDDEN[kernel], num_layers=2, bidirectional=True), sequence(form)
+    expected = computed(module, x, **extra)
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        with pytest.raises(RuntimeError, match="synchroniz"):
+            expected[0].sum().item()
+        for _ in range(3):  # the last ones find the memory of those before
+            actual = computed(module, x, **extra)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert_equal(actual, expected)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one CUDA device only")
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kernel", HIDDEN)
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_device_that_is_not_the_current_one(cell: str, kernel: str, form: str) -> None:
+    module, (x, extra) = layer(cell, HIDDEN[kernel], bidirectional=True), sequence(form)
+    expected = computed(module, x, **extra)
+    other = x.to("cuda:1")
+    other = other._replace(data=other.data.detach().requires_grad_()) if form == "packed" else other.detach()
+    other = other if form == "packed" else other.requires_grad_()
+    actual = computed(copy.deepcopy(module).to("cuda:1"), other, **_moved(extra, "cuda:1"))
+    assert {str(t.device) for t in actual} == {"cuda:1"} and torch.cuda.current_device() == 0
+    assert_close(actual, expected)
+
+
+# What torch.nn's layers can do, and what they cannot
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
+@pytest.mark.parametrize("kernel", HIDDEN)
+@pytest.mark.parametrize("cell", CELLS)
+def test_runs_give_equal_bits(cell: str, kernel: str, dtype: torch.dtype) -> None:
+    module, (x, _) = layer(cell, HIDDEN[kernel], dtype, bidirectional=True), sequence("rectangular", dtype)
+    expected = computed(module, x)
+    for _ in range(3):
+        assert_equal(computed(module, x), expected)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_backward_in_eval_mode(cell: str) -> None:
+    """cuDNN refuses it."""
+    module, (x, _) = layer(cell, HIDDEN["fused"]), sequence("rectangular")
+    expected = computed(module, x)
+    assert_equal(computed(module.eval(), x), expected)
+
+
+@pytest.mark.parametrize("hidden", (5, 40), ids=HIDDEN)  # float64 is fused up to 32 units
+@pytest.mark.parametrize("cell", ("tanh", "lstm", "projection", "gru"))
+def test_second_derivatives(cell: str, hidden: int) -> None:
+    module = layer(cell, hidden, torch.float64, bidirectional=True)
+    x, _ = sequence("rectangular", torch.float64)
+
+    def second() -> list[Tensor]:
+        (dx,) = torch.autograd.grad(module(x)[0].square().sum(), x, create_graph=True)
+        return list(torch.autograd.grad(dx.square().sum(), [x, *module.parameters()]))
+
+    actual = second()
+    with rnnfast.use_backend("reference"):
+        assert_close(actual, second(), 1e-11)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_gradients_of_each_sample(cell: str) -> None:
+    module, (x, _) = layer(cell, 5, torch.float64), sequence("rectangular", torch.float64)
+    weights = {name: p.detach() for name, p in module.named_parameters()}
+
+    def loss(weights: dict[str, Tensor], x: Tensor) -> Tensor:
+        return functional_call(module, weights, (x,))[0].square().sum()
+
+    samples = vmap(grad(loss), in_dims=(None, 1))(weights, x.detach())
+    for n in range(x.size(1)):
+        expected = torch.autograd.grad(module(x[:, n])[0].square().sum(), list(module.parameters()))
+        assert_close([g[n] for g in samples.values()], list(expected), 1e-12)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("cell", CELLS)
+def test_compiled_is_eager(cell: str, form: str) -> None:
+    module, (x, extra) = layer(cell, HIDDEN["fused"], num_layers=2, bidirectional=True), sequence(form)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    assert_equal(computed(compiled, x, **extra), computed(module, x, **extra))
+
+
+@pytest.mark.parametrize("mode", sorted(set(MODES.values())))
+def test_opcheck(mode: str) -> None:
+    """What the compiler is told of the outputs is what they are."""
+    module = layer({mode: cell for cell, mode in reversed(MODES.items())}[mode], 5, bidirectional=True)
+    weights, x = [p.detach() for p in module.parameters()], torch.randn(3, 2, 4, device=DEVICE)
+    form = None, torch.tensor([1, 3], device=DEVICE), torch.rand(3, 2, device=DEVICE) < 0.5, True
+    forward, backward = (getattr(torch.ops.rnnfast, f"triton_{way}").default for way in ("forward", "backward"))
+    y, _, _, c, gates = forward(mode, x, None, None, weights, *form, True, True)
+    torch.library.opcheck(forward, (mode, x, None, None, weights, *form, True, True))
+    given = mode, torch.randn_like(y), None, None, None, x, None, None, weights, *form, y, c, gates
+    for need_dx, need_dw in ((True, True), (False, True), (True, False)):
+        torch.library.opcheck(backward, (*given, need_dx, need_dw))
+
+
+def test_explanation_names_the_kernel() -> None:
+    for cell, (kernel, hidden) in itertools.product(CELLS, HIDDEN.items()):
+        (choice,) = rnnfast.explain(layer(cell, hidden), torch.randn(3, 2, 4, device=DEVICE))
+        expected = "stepwise" if cell == "projection" else kernel
+        assert choice.backend == "triton" and choice.reason.startswith(f"{expected}: "), choice
+
+
+# Refusals, in the words that torch.nn has for them here
+
+
+def _given(module: nn.Module, device: str = DEVICE, dtype: torch.dtype = torch.float32) -> Any:
+    h = torch.randn(1, 2, 5, device=device, dtype=dtype)
+    return (h, h) if module.mode == "LSTM" else h
+
+
+REFUSED = {
+    "states-elsewhere": lambda m: m(torch.randn(3, 2, 4, device=DEVICE), _given(m, ELSEWHERE)),
+    "input-elsewhere": lambda m: m(torch.randn(3, 2, 4, device=ELSEWHERE)),
+    "input-and-states-elsewhere": lambda m: m(torch.randn(3, 2, 4, device=ELSEWHERE), _given(m, ELSEWHERE)),
+    "only-input-elsewhere": lambda m: m(torch.randn(3, 2, 4, device=ELSEWHERE), _given(m)),
+    "weights-elsewhere": lambda m: m.to(ELSEWHERE)(torch.randn(3, 2, 4, device=DEVICE), _given(m)),
+    "states-dtype": lambda m: m(torch.randn(3, 2, 4, device=DEVICE), _given(m, dtype=torch.float64)),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("case", REFUSED)
+def test_refuses_like_torch(case: str, name: str) -> None:
+    theirs, ours = pair(name, 4, 5, device=DEVICE)
+    assert error_of(REFUSED[case], ours) == error_of(REFUSED[case], theirs)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_packed_input_elsewhere(name: str) -> None:
+    # torch.nn's text comes from whichever product meets the weights first.
+    theirs, ours = pair(name, 4, 5, device=DEVICE)
+    packed = pack_padded_sequence(torch.randn(3, 2, 4).to(ELSEWHERE), torch.tensor([3, 2]))
+    error, text = error_of(ours, packed)
+    assert error is error_of(theirs, packed)[0] and "not at the same device" in text
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_resets_elsewhere(name: str) -> None:
+    module, (x, _) = getattr(rnnfast, name)(4, 5, device=DEVICE), sequence("rectangular")
+    with pytest.raises(ValueError, match=f"resets must be on the input's device {x.device}, got {ELSEWHERE}"):
+        module(x, resets=torch.zeros(6, 5, dtype=torch.bool, device=ELSEWHERE))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_lengths_may_lie_on_the_cpu(name: str) -> None:
+    module, (x, extra) = getattr(rnnfast, name)(4, 5, device=DEVICE), sequence("lengths")
+    expected = computed(module, x, **extra)
+    assert_equal(computed(module, x, lengths=extra["lengths"].cpu()), expected)
+    beyond = extra["lengths"].where(extra["lengths"] < 6, 9)  # to look at values there would be to wait for them
+    assert_equal(computed(module, x, lengths=beyond), expected)
