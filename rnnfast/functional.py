@@ -148,7 +148,7 @@ def _operands(input: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequ
         operands = (input, h0, c0, *weights)
         input, h0, c0, *weights = (None if t is None else t.to(autocast_dtype(device.type, t.dtype)) for t in operands)
     dtype = input.dtype
-    for t in (*weights, h0, c0):
+    for t in (h0, c0, *weights):
         if t is not None and (t.dtype != dtype or t.device != device):
             raise _mismatch(input, t, "hidden" if t is h0 or t is c0 else "parameter")
     return input, h0, c0, weights
@@ -159,6 +159,12 @@ def _mismatch(input: Tensor, other: Tensor, kind: str) -> RuntimeError:
         return RuntimeError(
             f"Input and {kind} tensors are not at the same device, "
             f"found input tensor at {input.device} and {kind} tensor at {other.device}"
+        )
+    if input.is_cuda:
+        inputs, others = (_DTYPE_NAMES.get(t.dtype, t.dtype) for t in (input, other))
+        return RuntimeError(
+            f"Input and {kind} tensors are not the same dtype, "
+            f"found input tensor with {inputs} and {kind} tensor with {others}"
         )
     first, second = (other.dtype, input.dtype) if kind == "hidden" else (input.dtype, other.dtype)
     names = _DTYPE_NAMES.get(first, first), _DTYPE_NAMES.get(second, second)

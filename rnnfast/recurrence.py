@@ -94,7 +94,7 @@ def _define(backend: str, saves_gates: bool) -> None:
 def _reference_forward(
     mode, x, h0, c0, weights, batch_sizes, lengths, resets, bidirectional, keep_c, keep_gates
 ) -> tuple[Tensor, ...]:
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         outputs = reference.layer(mode, x, h0, c0, weights, batch_sizes, lengths, resets, bidirectional)
     y, h_n, c_n, c = (t.clone() for t in outputs)  # no output may alias an input or another output
     return y, h_n, c_n, c if keep_c else c.new_empty(0), x.new_empty(0)
@@ -104,7 +104,7 @@ def _reference_backward(
     mode, dy, dh_n, dc_n, dc, x, h0, c0, weights, batch_sizes, lengths, resets, bidirectional, y, c, gates, *needs
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     need_dx, need_dw = needs
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         grads = reference.layer_backward(
             mode, dy, dh_n, dc_n, dc, x, h0, c0, weights, batch_sizes, lengths, resets, bidirectional
         )

@@ -2,32 +2,12 @@
 
 from __future__ import annotations
 
-
-import importlib.util
 import itertools
-import os
 from collections.abc import Iterator
-from typing import Any
 
+import interpreter  # before Triton's kernels
 import pytest
 import torch
-
-# Without a GPU, Triton's kernels run in its interpreter. It has to be told before it is imported.
-INTERPRETED = importlib.util.find_spec("triton") is not None and not torch.cuda.is_available()
-if INTERPRETED:
-    os.environ["TRITON_INTERPRET"] = "1"
-    from triton.runtime.interpreter import InterpretedFunction
-
-    _call = InterpretedFunction.__call__
-
-    def _call_prepared(function: InterpretedFunction, *args: Any, **kwargs: Any) -> Any:
-        """A function of ours within a kernel of ours, whose module is prepared: the interpreter would prepare it again
-        at every call, for half of its time."""
-        if function.fn.__module__.startswith("rnnfast."):
-            return function.rewrite()(*args, **kwargs)
-        return _call(function, *args, **kwargs)
-
-    InterpretedFunction.__call__ = _call_prepared
 
 import rnnfast
 from rnnfast.recurrence import INSTRUCTION_SETS
@@ -41,7 +21,7 @@ def _instruction_sets() -> list[str]:
 
 
 BACKENDS = ["reference", *(f"cpu-{name}" for name in _instruction_sets())]
-if INTERPRETED:
+if interpreter.ENABLED:
     BACKENDS.append("triton")
 
 
@@ -52,7 +32,9 @@ def pytest_report_header() -> str:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     def is_too_large(item: pytest.Item) -> bool:  # for an interpreter
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
-        return parameters.get("backend") == "triton" and parameters.get("case") == "wide"
+        large = {"wide": True, "H63": parameters.get("dtype") == torch.float64}
+        large["H130-no-bias"] = large["H63"]
+        return parameters.get("backend") == "triton" and large.get(parameters.get("case"), False)
 
     config.hook.pytest_deselected(items=list(filter(is_too_large, items)))
     items[:] = itertools.filterfalse(is_too_large, items)

@@ -417,7 +417,7 @@ def test_changing_a_saved_tensor_raises(backend: str, change: str) -> None:
         y.sum().backward()
 
 
-@pytest.mark.parametrize("backend", BACKENDS[1:], indirect=True)  # the plain loop would take minutes
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b.startswith("cpu")], indirect=True)  # others take minutes
 def test_long_sequences(backend: str) -> None:
     """70,000 steps: beyond 16-bit step counts; in two halves the state carries over bit by bit."""
     module = layer("gru", 1, 2).float()
@@ -432,7 +432,7 @@ def test_long_sequences(backend: str) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("cell", CELLS)
-@pytest.mark.parametrize("name", [n for n, b in rnnfast.backends().items() if b.available])
+@pytest.mark.parametrize("name", sorted({backend.partition("-")[0] for backend in BACKENDS}))
 def test_opcheck(name: str, cell: str, form: str) -> None:
     module = layer(cell, bidirectional=True)
     x = torch.randn(3, 2, 4, dtype=torch.float64)

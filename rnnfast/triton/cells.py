@@ -38,25 +38,23 @@ def tanh(x):
 def forward(MODE: tl.constexpr, x, a, h, c):
     if MODE == "LSTM":
         return lstm_forward(x, a, c)
-    elif MODE == "GRU":
+    if MODE == "GRU":
         return gru_forward(x, a, h, c)
-    elif MODE == "RNN_TANH":
+    if MODE == "RNN_TANH":
         return tanh(x[0] + a[0]), c, ()
-    else:
-        y = x[0] + a[0]
-        return tl.where(y <= 0, 0.0, y), c, ()  # NaN stays NaN
+    y = x[0] + a[0]
+    return tl.where(y <= 0, 0.0, y), c, ()  # NaN stays NaN
 
 
 @triton.jit
 def backward(MODE: tl.constexpr, s, h, old_h, c, old_c, dh, dc):
     if MODE == "LSTM":
         return lstm_backward(s, c, old_c, dh, dc)
-    elif MODE == "GRU":
+    if MODE == "GRU":
         return gru_backward(s, old_h, dh, dc)
-    elif MODE == "RNN_TANH":
+    if MODE == "RNN_TANH":
         return (dh * (1 - h * h),), tl.zeros_like(dh), dc
-    else:
-        return (tl.where(h <= 0, 0.0, dh),), tl.zeros_like(dh), dc
+    return (tl.where(h <= 0, 0.0, dh),), tl.zeros_like(dh), dc
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Loops of launches as CUDA graphs: a step takes its launch a few microseconds on the GPU, but ten times that in Python."""
+"""Loops of launches as CUDA graphs: what a GPU does in a few microseconds takes Python many times that to launch."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_CAPACITY = 64  # graphs that are kept; a step takes about 2 KB of one
+_CAPACITY = 256  # graphs that are kept: of a hundred layers' forward and backward
 _graphs: OrderedDict[tuple, torch.cuda.CUDAGraph | None] = OrderedDict()  # None: seen once
+_streams: dict[int, torch.cuda.Stream] = {}  # to capture on, by device
 _lock = threading.Lock()
 _enabled = True
 
@@ -53,9 +54,11 @@ def run(device: torch.device, loop: Callable[[], None], *key: Any) -> None:
 
 def _capture(loop: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
     global _enabled
-    graph = torch.cuda.CUDAGraph()
+    graph, device = torch.cuda.CUDAGraph(), torch.cuda.current_device()
+    if device not in _streams:  # of high priority: those of normal priority may be handed out again
+        _streams[device] = torch.cuda.Stream(priority=-1)
     try:
-        with torch.cuda.stream(torch.cuda.Stream()):  # the default one cannot be captured
+        with torch.cuda.stream(_streams[device]):
             graph.capture_begin(capture_error_mode="thread_local")
             try:
                 loop()

@@ -18,8 +18,6 @@ import triton.language as tl
 
 from . import cells
 
-_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-
 # Differ from call to call: neither their values nor what divides them makes another kernel.
 VARYING = ("step", "T", "N", "R")
 
@@ -58,8 +56,7 @@ def longest(at, p_lengths):
     """The steps of the tile's longest row, but one at least: it is loaded before the loop over the steps."""
     if p_lengths is None:
         return at.T
-    else:
-        return tl.maximum(tl.max(at.length), 1)
+    return tl.maximum(tl.max(at.length), 1)
 
 
 @triton.jit
@@ -73,8 +70,7 @@ def row(at, t):
     """The rows of the sequence that hold step t."""
     if at.offsets is None:
         return t.to(tl.int64) * at.N + at.n
-    else:
-        return tl.load(at.offsets + t) + at.n
+    return tl.load(at.offsets + t) + at.n
 
 
 @triton.jit
@@ -82,14 +78,13 @@ def keep(at, t):
     """Whether the state enters step t, and is not zeroed: seen from the end, an episode's border lies above t."""
     if at.resets is None:
         return at.n >= 0
-    else:
-        border = t + at.d
-        return tl.load(at.resets + border.to(tl.int64) * at.N + at.n, mask=border < at.length, other=0) == 0
+    border = t + at.d
+    return tl.load(at.resets + border.to(tl.int64) * at.N + at.n, mask=border < at.length, other=0) == 0
 
 
 @triton.jit
 def before(at, t, p_states, p_initial, H, D: tl.constexpr):
-    """The state before step t, from those after every step [R, D*H] and the initial one [D, N, H], whether kept or not."""
+    """The state before step t, from those after every step [R, D*H] and the initial one [D, N, H], kept or not."""
     previous = t - 1 + 2 * at.d
     exists = tl.where(previous >= 0, previous, at.T) < at.length
     previous = tl.minimum(tl.maximum(previous, 0), at.T - 1)
@@ -124,14 +119,6 @@ def cast(tiles, count: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit
-def dot(w, v, start, PRECISION: tl.constexpr):
-    """start + w @ v."""
-    if _INTERPRETED:  # it would multiply the bits of bfloat16
-        w, v = w.to(start.dtype), v.to(start.dtype)
-    return tl.dot(w, v, start, out_dtype=start.dtype, input_precision=PRECISION)
-
-
-@triton.jit
 def products(
     at,
     p_w,  # that of the tile's unit u of gate j and of input k is at (j * units + u) * unit_stride + k * stride
@@ -149,7 +136,7 @@ def products(
     k = tl.arange(0, BK)
     p_v += (at.d * at.N + at.n) * size
     sums = ()
-    for j in tl.static_range(G):
+    for _ in tl.static_range(G):
         sums = sums + (start,)
     for first in range(0, size, BK):
         i = first + k
@@ -159,7 +146,7 @@ def products(
         for j in tl.static_range(G):
             p = p_w + (j * units + at.unit).to(tl.int64) * unit_stride + i[None, :].to(tl.int64) * stride
             w = tl.load(p, mask=at.is_unit & (i[None, :] < size), other=0.0)
-            sums = sums + (dot(w, v, so_far[j], PRECISION),)
+            sums = sums + (tl.dot(w, v, so_far[j], out_dtype=start.dtype, input_precision=PRECISION),)
     return sums
 
 
@@ -259,7 +246,7 @@ def forward(
             ahead = load_forward(at, time(at, tl.minimum(s + 1, steps - 1), steps), p_x, R, H, G)
             a = ()
             for j in tl.static_range(G):
-                a = a + (dot(w[j], h, zeros, PRECISION),)
+                a = a + (tl.dot(w[j], h, zeros, out_dtype=acc, input_precision=PRECISION),)
             t = time(at, s, steps)
             h, c = step_forward(at, t, x, is_kept, a, bias, h, c, p_y, p_cs, p_gates, R, H, MODE, G, D)
             x, is_kept = ahead
@@ -422,7 +409,7 @@ def backward(
             # An accumulator of their own: Triton for Blackwell fails at one that is carried from step to step.
             through = zeros
             for j in tl.static_range(G):
-                through = dot(w[j], da[j], through, PRECISION)
+                through = tl.dot(w[j], da[j], through, out_dtype=acc, input_precision=PRECISION)
             dh = tl.where(at.inside, dh + through, 0.0)
             saved, values, is_kept = ahead
     else:

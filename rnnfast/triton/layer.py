@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -115,8 +115,12 @@ class _Layer:
         )
 
 
-def _device_of(x: Tensor) -> contextlib.AbstractContextManager:
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+@contextlib.contextmanager
+def _on(device: torch.device) -> Iterator[None]:
+    """On the device, with operators that neither record nor cast."""
+    of_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    with torch.no_grad(), torch.autocast(device.type, enabled=False), of_device:
+        yield
 
 
 def forward(
@@ -132,7 +136,7 @@ def forward(
     keep_c: bool,
     keep_gates: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    with torch.no_grad(), _device_of(x):
+    with _on(x.device):
         k = _Layer(mode, x, weights, batch_sizes, lengths, resets, bidirectional)
         is_lstm, R, S = mode == "LSTM", k.form.R, SAVED[mode]
         y = k.of_rows(*x.shape[:-1], k.D * k.P)
@@ -196,8 +200,9 @@ def backward(
     need_dx: bool,
     need_dw: bool,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    with torch.no_grad(), _device_of(x):
+    with _on(x.device):
         k = _Layer(mode, x, weights, batch_sizes, lengths, resets, bidirectional)
+        dc = dc if mode == "LSTM" else None  # of an absent c it has shape [0]
         dy, dc, h0, c0 = (None if t is None else t.contiguous() for t in (dy, dc, h0, c0))
         dh = k.state(dh_n, k.P, k.acc)
         dc_t = k.state(dc_n, k.H, k.acc) if mode == "LSTM" else None

@@ -74,8 +74,7 @@ def plan(mode: str, dtype: torch.dtype, hidden: int, batch: int, projected: bool
         reason = f"fused: W_hh, padded to {units} units, is {size // _KB} KB a direction and stays on a multiprocessor"
         return Plan(True, units, 16 if chip.is_amd or many else 8, options, precision, reason)
     # Every program reads its part of W_hh anew in each step, so the more programs the less each waits for it: the large
-    # tiles only where they leave one for every multiprocessor. Sums of wider types than the half ones fill the registers
-    # sooner.
+    # tiles only where they leave one for every multiprocessor. Sums of wider types fill the registers sooner.
     rows = 16 if batch <= 16 else 128 // dtype.itemsize
     large = 128 // dtype.itemsize
     units = large if -(-hidden // large) * -(-batch // rows) >= chip.processors else 16
