@@ -74,15 +74,15 @@ class Resources(NamedTuple):
     seconds: float  # to compile
 
 
-def variants(target: str) -> Iterator[Variant]:
-    """All that the plan uses on a target."""
+def variants(target: str, only_largest: bool = False) -> Iterator[Variant]:
+    """All that the plan uses on a target; or of each kernel, cell, dtype and number of rows the most units only."""
     chip = TARGETS[target][1]
     for mode in MODES:
         for dtype, (torch_dtype, tf32) in DTYPES.items():
             plans = {}
             for hidden, batch in itertools.product((16, 32, 64, 128, 256, 512, 2048), (1, 64, 8 * chip.processors + 1)):
                 how = plan(mode, torch_dtype, hidden, batch, False, tf32, chip)
-                plans.setdefault((how.fused, how.units, how.rows), how)
+                plans[how.fused, how.rows, None if only_largest else how.units] = how
             for how in plans.values():
                 kinds = ["forward", "backward"]
                 if mode == "LSTM" and not how.fused:
@@ -137,8 +137,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", nargs="*", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("-k", default="", help="only variants whose line has this")
+    parser.add_argument("--largest", action="store_true", help="only the largest tiles, which need most")
     args = parser.parse_args()
-    found = [v for target in args.target for v in variants(target) if args.k in " ".join(v[:4])]
+    found = [v for target in args.target for v in variants(target, args.largest) if args.k in " ".join(v[:4])]
     heads = (
         "target",
         "kernel",

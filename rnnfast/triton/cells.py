@@ -38,23 +38,25 @@ def tanh(x):
 def forward(MODE: tl.constexpr, x, a, h, c):
     if MODE == "LSTM":
         return lstm_forward(x, a, c)
-    if MODE == "GRU":
+    elif MODE == "GRU":
         return gru_forward(x, a, h, c)
-    if MODE == "RNN_TANH":
+    elif MODE == "RNN_TANH":
         return tanh(x[0] + a[0]), c, ()
-    y = x[0] + a[0]
-    return tl.where(y <= 0, 0.0, y), c, ()  # NaN stays NaN
+    else:
+        y = x[0] + a[0]
+        return tl.where(y <= 0, 0.0, y), c, ()  # NaN stays NaN
 
 
 @triton.jit
 def backward(MODE: tl.constexpr, s, h, old_h, c, old_c, dh, dc):
     if MODE == "LSTM":
         return lstm_backward(s, c, old_c, dh, dc)
-    if MODE == "GRU":
+    elif MODE == "GRU":
         return gru_backward(s, old_h, dh, dc)
-    if MODE == "RNN_TANH":
+    elif MODE == "RNN_TANH":
         return (dh * (1 - h * h),), tl.zeros_like(dh), dc
-    return (tl.where(h <= 0, 0.0, dh),), tl.zeros_like(dh), dc
+    else:
+        return (tl.where(h <= 0, 0.0, dh),), tl.zeros_like(dh), dc
 
 
 @triton.jit

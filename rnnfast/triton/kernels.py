@@ -56,7 +56,8 @@ def longest(at, p_lengths):
     """The steps of the tile's longest row, but one at least: it is loaded before the loop over the steps."""
     if p_lengths is None:
         return at.T
-    return tl.maximum(tl.max(at.length), 1)
+    else:
+        return tl.maximum(tl.max(at.length), 1)
 
 
 @triton.jit
@@ -70,7 +71,8 @@ def row(at, t):
     """The rows of the sequence that hold step t."""
     if at.offsets is None:
         return t.to(tl.int64) * at.N + at.n
-    return tl.load(at.offsets + t) + at.n
+    else:
+        return tl.load(at.offsets + t) + at.n
 
 
 @triton.jit
@@ -78,8 +80,9 @@ def keep(at, t):
     """Whether the state enters step t, and is not zeroed: seen from the end, an episode's border lies above t."""
     if at.resets is None:
         return at.n >= 0
-    border = t + at.d
-    return tl.load(at.resets + border.to(tl.int64) * at.N + at.n, mask=border < at.length, other=0) == 0
+    else:
+        border = t + at.d
+        return tl.load(at.resets + border.to(tl.int64) * at.N + at.n, mask=border < at.length, other=0) == 0
 
 
 @triton.jit

@@ -1,0 +1,208 @@
+"""The Triton backend without a GPU: what compiles for which, what the plan chooses, what is said where it is missing.
+
+Its numbers are tested with those of every other backend, in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import rnnfast
+from rnnfast import recurrence
+from rnnfast.triton import graphs, kernels, plan_on
+from rnnfast.triton.plan import Chip, plan
+
+ROOT = Path(__file__).parents[1]
+H200 = Chip(shared_memory=227 * 1024, processors=132, generation=9)
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize("target", ("sm_80", "sm_90", "sm_100", "gfx942"))
+def test_kernels_compile_without_spills(target: str) -> None:
+    """Of every cell and dtype; the command fails if a fused kernel spills or wants more shared memory than there is."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, str(ROOT / "bench" / "resources.py"), "--largest", "--target", target]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = {tuple(line.split()[1:4]) for line in done.stdout.splitlines() if f"{target} " in line and "fused" in line}
+    dtypes = ("bf16", "tf32", "fp32") if target == "gfx942" else ("bf16", "tf32", "fp32", "fp64")
+    cells = ("RNN_TANH", "LSTM", "GRU")
+    assert found == {(kernel, cell, d) for kernel in ("forward", "backward") for cell in cells for d in dtypes}
+
+
+@pytest.mark.parametrize(
+    ("mode", "dtype", "largest"),
+    [
+        ("LSTM", torch.bfloat16, 128),
+        ("LSTM", torch.float16, 128),
+        ("LSTM", torch.float32, 64),
+        ("LSTM", torch.float64, 32),
+        ("GRU", torch.bfloat16, 128),
+        ("GRU", torch.float32, 64),
+        ("RNN_TANH", torch.bfloat16, 256),
+        ("RNN_TANH", torch.float32, 128),
+    ],
+)
+@pytest.mark.parametrize("tf32", (True, False))
+def test_plan(mode: str, dtype: torch.dtype, largest: int, tf32: bool) -> None:
+    """One multiprocessor of an H200 holds layers up to a size, whatever the batch, and none with a projection."""
+    for hidden in range(1, 2 * largest):
+        for batch in (1, 64, 5000):
+            how = plan(mode, dtype, hidden, batch, False, tf32, H200)
+            assert how.fused == (hidden <= largest)
+            assert how.reason.startswith("fused: " if how.fused else "stepwise: ")
+            assert not how.fused or (hidden <= how.units < max(2 * hidden, 17))
+    assert not plan(mode, dtype, 8, 1, True, tf32, H200).fused
+    small = Chip(shared_memory=48 * 1024, processors=16, generation=8)
+    assert plan(mode, dtype, 16, 1, False, tf32, small).fused
+    assert not plan(mode, dtype, largest, 1, False, tf32, small).fused or dtype == torch.float64
+
+
+def test_batch_and_steps_make_no_new_kernels() -> None:
+    """At most two plans for all batch sizes of a layer, and sizes that vary are not compiled in."""
+    for hidden, dtype in ((64, torch.bfloat16), (512, torch.bfloat16), (100, torch.float32), (700, torch.float64)):
+        plans = {plan("LSTM", dtype, hidden, n, False, True, H200)[1:3] for n in (*range(1, 300), 1056, 1057, 9999)}
+        assert len(plans) <= 3
+    assert set(kernels.VARYING) == {"step", "T", "N", "R"}
+
+
+def test_explain_names_the_kernel() -> None:
+    with rnnfast.use_backend("triton"):
+        small, large, projected = (
+            rnnfast.explain(layer)[0]
+            for layer in (rnnfast.LSTM(4, 5), rnnfast.LSTM(4, 200), rnnfast.LSTM(4, 5, proj_size=3))
+        )
+    assert small[2:4] == large[2:4] == ("torch.float32 on cpu", "triton")
+    assert small.reason == "fused: W_hh, padded to 16 units, is 4 KB a direction and stays on a multiprocessor"
+    assert large.reason.startswith("stepwise: W_hh, padded to 256 units, is 1024 KB a direction, more than the ")
+    assert projected.reason == "stepwise: a projection makes another product a step"
+    assert plan_on(CPU, "LSTM", torch.float32, 200, False).reason == large.reason
+
+
+def gpus(monkeypatch: pytest.MonkeyPatch, *capabilities: tuple[int, int]) -> None:
+    """As if there were GPUs, and no interpreter."""
+    found = [SimpleNamespace(name=f"GPU {i}", major=a, minor=b) for i, (a, b) in enumerate(capabilities)]
+    monkeypatch.setattr(recurrence, "_INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(found))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(found))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda d: found[d if isinstance(d, int) else d.index])
+
+
+@pytest.mark.parametrize("lack", ("gpu", "capability", "triton"))
+def test_what_is_missing_is_said(lack: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus(monkeypatch, *([] if lack == "gpu" else [(9, 0), (7, 5)] if lack == "capability" else [(9, 0)]))
+    if lack == "triton":
+        monkeypatch.setattr(recurrence, "_HAS_TRITON", False)
+    reason = {
+        "gpu": "torch finds no GPU that it can use",
+        "capability": "GPU 1 has compute capability 7.5, the kernels need 8.0",
+        "triton": "Triton is not installed",
+    }[lack]
+    assert rnnfast.backends()["triton"] == (False, reason)
+    with (
+        pytest.raises(RuntimeError, match=f"backend 'triton' is missing here: {reason}"),
+        rnnfast.use_backend("triton"),
+    ):
+        pass
+    device = torch.device("cuda", 1)
+    assert recurrence.choose_backend("LSTM", device, torch.float32) == ("reference", reason)
+
+
+def test_a_gpu_gets_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus(monkeypatch, (9, 0), (7, 5))
+    choose = recurrence.choose_backend
+    assert choose("LSTM", CUDA, torch.float32) == ("triton", "Triton kernels")
+    assert choose("LSTM", CUDA, torch.complex64)[0] == "reference"
+    assert choose("LSTM", CPU, torch.float32)[0] != "triton"
+    with rnnfast.use_backend("reference"):
+        assert choose("LSTM", CUDA, torch.float32)[0] == "reference"
+    gpus(monkeypatch, (9, 0))
+    with rnnfast.use_backend("triton"), pytest.raises(RuntimeError, match="does not serve device 'cpu'"):
+        choose("LSTM", CPU, torch.float32)
+    with rnnfast.use_backend("cpu"), pytest.raises(RuntimeError, match="does not serve device 'cuda'"):
+        choose("LSTM", CUDA, torch.float32)
+
+
+class FakeGraph:
+    """Stands for a CUDA graph: it holds the launches made while it was captured."""
+
+    capturing: FakeGraph | None = None
+
+    def __init__(self) -> None:
+        self.launches: list[Callable[[], None]] = []
+
+    def capture_begin(self, capture_error_mode: str) -> None:
+        FakeGraph.capturing = self
+
+    def capture_end(self) -> None:
+        FakeGraph.capturing = None
+
+    def replay(self) -> None:
+        for launch in self.launches:
+            launch()
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What ran, on a fake GPU."""
+    monkeypatch.setattr(graphs, "_graphs", type(graphs._graphs)())
+    monkeypatch.setattr(graphs, "_enabled", True)
+    monkeypatch.setattr(graphs, "_streams", {})
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda priority: None)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    return []
+
+
+def loop_of(launched: list[str], name: str) -> Callable[[], None]:
+    def loop() -> None:
+        launch = lambda: launched.append(name)
+        if FakeGraph.capturing is None:
+            launched.append("eager")
+            launch()
+        else:
+            FakeGraph.capturing.launches.append(launch)
+
+    return loop
+
+
+def test_a_loop_is_captured_when_it_comes_back(launched: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = torch.zeros(2), torch.zeros(2)
+    for tensor in (first, second, first, second, first, None):
+        graphs.run(CUDA, loop_of(launched, "a" if tensor is first else "b"), tensor, "key")
+    assert launched == ["eager", "a", "eager", "b", "a", "b", "a", "eager", "b"]
+    monkeypatch.setattr(graphs, "_CAPACITY", 2)
+    for k in range(9):
+        graphs.run(CUDA, loop_of(launched, "c"), k)
+        assert len(graphs._graphs) <= 4
+    graphs.run(CPU, loop_of(launched, "cpu"), first, "key")
+    assert launched[-2:] == ["eager", "cpu"]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    graphs.run(CUDA, loop_of(launched, "theirs"), first, "key")
+    assert launched[-2:] == ["eager", "theirs"]
+
+
+def test_what_cannot_be_captured_runs(launched: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(graph: FakeGraph) -> None:
+        FakeGraph.capturing = None
+        raise RuntimeError("operation not permitted")
+
+    monkeypatch.setattr(FakeGraph, "capture_end", refuse)
+    graphs.run(CUDA, loop_of(launched, "a"), "key")
+    with pytest.warns(UserWarning, match="without CUDA graphs, which is slower: operation not permitted"):
+        graphs.run(CUDA, loop_of(launched, "a"), "key")
+    graphs.run(CUDA, loop_of(launched, "a"), "key")
+    assert launched == ["eager", "a"] * 3
