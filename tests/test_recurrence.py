@@ -339,7 +339,8 @@ def test_first_and_second_derivatives(backend: str, cell: str, form: str) -> Non
 
     leaves = [t.detach().requires_grad_() for t in (x, *hx, *module.parameters())]
     assert torch.autograd.gradcheck(run, leaves, fast_mode=True)
-    assert torch.autograd.gradgradcheck(run, leaves, fast_mode=True)
+    if backend != "triton" or form == "rectangular":  # plain torch's for every backend, and slow in an interpreter
+        assert torch.autograd.gradgradcheck(run, leaves, fast_mode=True)
 
 
 @pytest.mark.parametrize("cell", CELLS)
