@@ -152,8 +152,8 @@ def forward(
 
 def _forward(k: _Layer, h: Tensor, c: Tensor | None, y: Tensor, cs: Tensor | None, gates: Tensor | None) -> None:
     x = k.x.reshape(k.form.R, k.x.shape[-1])
-    # An LSTM's gates take the place of what they are computed from, element by element.
-    shared = gates is not None and k.mode == "LSTM" and not k.projected
+    # An LSTM's gates may take the place of what they are computed from: but not where that is loaded a step ahead.
+    shared = gates is not None and k.mode == "LSTM" and not (k.projected or k.plan.fused)
     x_gates = gates if shared else x.new_empty(k.D, k.form.R, k.G * k.H)
     for w, out in zip(k.directions, x_gates):
         if w.b_ih is None:
