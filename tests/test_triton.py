@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import interpreter
 import pytest
 import torch
 
@@ -76,6 +77,7 @@ def test_batch_and_steps_make_no_new_kernels() -> None:
     assert set(kernels.VARYING) == {"step", "T", "N", "R"}
 
 
+@pytest.mark.skipif(not interpreter.ENABLED, reason="there is a GPU, where test_gpu.py has this test")
 def test_explain_names_the_kernel() -> None:
     with rnnfast.use_backend("triton"):
         small, large, projected = (
