@@ -25,8 +25,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from rnnfast.reference import GATES
 from rnnfast.triton import kernels
-from rnnfast.triton.cells import GATES
 from rnnfast.triton.plan import Chip, Plan, plan
 
 KB = 1024
@@ -40,22 +40,7 @@ TARGETS = {  # and what a program may have there of shared memory, by the vendor
 DTYPES = {"bf16": (torch.bfloat16, False), "tf32": (torch.float32, True), "fp32": (torch.float32, False)}
 DTYPES["fp64"] = torch.float64, False
 MODES = [mode for mode in GATES if mode != "RNN_RELU"]  # as RNN_TANH, with less maths
-SEQUENCE = {
-    "p_x",
-    "p_y",
-    "p_gates",
-    "p_w",
-    "p_w_reverse",
-    "p_b",
-    "p_b_reverse",
-    "p_h",
-    "p_h_after",
-    "p_m",
-    "p_h0",
-    "p_c0",
-    "p_dy",
-}
-SEQUENCE |= {"p_through", "p_da", "p_dgates", "p_dprojected", "p_dprojections", "p_out"}
+STATES = {"p_c", "p_cs", "p_dcs", "p_dh", "p_dc"}  # of the accumulation dtype
 TABLES = {"p_offsets": "*i64", "p_lengths": "*i64", "p_resets": "*u8"}
 
 
@@ -107,7 +92,7 @@ def compile(variant: Variant) -> Resources:
             signature[name] = "constexpr"
             constants.setdefault(name, None)
         elif name.startswith("p_"):
-            signature[name] = TABLES.get(name, f"*{dtype if name in SEQUENCE else acc}")
+            signature[name] = TABLES.get(name, f"*{acc if name in STATES else dtype}")
         else:
             signature[name] = "i32"
     constants = {name: value for name, value in constants.items() if name in signature}
@@ -141,20 +126,10 @@ def main() -> int:
     parser.add_argument("--largest", action="store_true", help="only the largest tiles, which need most")
     args = parser.parse_args()
     found = [v for target in args.target for v in variants(target, args.largest) if args.k in " ".join(v[:4])]
-    heads = (
-        "target",
-        "kernel",
-        "cell",
-        "dtype",
-        "units x rows",
-        "",
-        "warps",
-        "registers",
-        "spilled",
-        "shared KB",
-        "compile s",
+    print(
+        f"{'target':<8}{'kernel':<17}{'cell':<9}{'dtype':<6}{'units x rows':>13} {'':<9}{'warps':>6}{'registers':>10}"
+        f"{'spilled':>8}{'shared KB':>10}{'compile s':>10}"
     )
-    print("{:<8}{:<17}{:<9}{:<6}{:>13} {:<9}{:>6}{:>10}{:>8}{:>10}{:>10}".format(*heads))
     bad = 0
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         for v, r in zip(found, pool.map(compile, found)):
