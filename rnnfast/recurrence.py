@@ -31,7 +31,7 @@ _BACKWARD = (
     "Tensor[] weights, Tensor? batch_sizes, Tensor? lengths, Tensor? resets, bool bidirectional, Tensor y, Tensor c, "
     "Tensor gates, bool need_dx, bool need_dw) -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dweights)"
 )
-_SAVED_GATES = {"RNN_TANH": 0, "RNN_RELU": 0, "LSTM": 4, "GRU": 4}  # columns of H; the GRU also keeps W_hn h + b_hn
+SAVED_GATES = {"RNN_TANH": 0, "RNN_RELU": 0, "LSTM": 4, "GRU": 4}  # columns of H; the GRU also keeps W_hn h + b_hn
 
 _OPS: dict[tuple[str, str], torch._ops.OpOverload] = {}  # by backend and direction
 _SAVES_GATES: set[str] = set()  # backends whose backward needs what the forward computed
@@ -55,7 +55,7 @@ def _forward_fake(
     else:  # known only from the values of batch_sizes
         batch = torch.library.get_ctx().new_dynamic_size()
     rows = functools.reduce(lambda a, b: a * b, x.shape[:-1])
-    is_lstm, saved = mode == "LSTM", _SAVED_GATES[mode]
+    is_lstm, saved = mode == "LSTM", SAVED_GATES[mode]
     acc = torch.promote_types(x.dtype, torch.float32)
     return (
         x.new_empty(*x.shape[:-1], directions * out),
@@ -202,9 +202,13 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _forced: str | None = None  # by use_backend
 
 
+def _backend(name: str, device: torch.device | None = None) -> Backend:
+    return _triton(device) if name == "triton" else _BACKENDS[name]
+
+
 def backends() -> dict[str, Backend]:
     """Every backend by name: whether this machine can use it, and with what, or why not."""
-    found = {**_BACKENDS, "triton": _triton()}
+    found = {name: _backend(name) for name in _BACKENDS}
     if found["cpu"].available:
         found["cpu"] = Backend(True, f"C++ with SIMD: {INSTRUCTION_SETS[torch.ops.rnnfast.cpu_isa(None)]}")
     return found
@@ -223,7 +227,7 @@ def use_backend(name: str) -> Iterator[None]:
     global _forced
     if name not in _BACKENDS:
         raise ValueError(f"unknown backend {name!r}, expected one of {', '.join(_BACKENDS)}")
-    backend = backends()[name]
+    backend = _backend(name)
     if not backend.available:
         raise RuntimeError(f"backend {name!r} is missing here: {backend.detail}")
     before, _forced = _forced, name
@@ -256,7 +260,7 @@ def choose_backend(
     elif _BACKEND_OF.get(device.type) != name and not (name == "triton" and _INTERPRETED and device.type == "cpu"):
         reason = f"it does not serve device {device.type!r}"
     else:
-        backend = _triton(device) if name == "triton" else _BACKENDS[name]
+        backend = _backend(name, device)
         if backend.available and name == "cpu":
             return name, "native kernels serve this dtype on a CPU"
         if backend.available:
@@ -414,7 +418,7 @@ def layer(
     if forward_ad._current_level >= 0:
         return reference.layer(mode, x, h0, c0, weights, *form, bidirectional)
     if _is_differentiated(x, h0, c0, weights):
-        recompute = recompute and _SAVED_GATES[mode] > 0 and backend in _SAVES_GATES
+        recompute = recompute and SAVED_GATES[mode] > 0 and backend in _SAVES_GATES
         return _Layer.apply(backend, mode, bidirectional, recompute, *form, x, h0, c0, *weights)[:4]
     return _OPS[backend, "forward"](mode, x, h0, c0, weights, *form, bidirectional, keep_c, False)[:4]
 

@@ -135,6 +135,13 @@ def test_a_gpu_gets_triton(monkeypatch: pytest.MonkeyPatch) -> None:
         choose("LSTM", CUDA, torch.float32)
 
 
+def test_other_backends_leave_the_gpu_asleep(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To look for a GPU would start its driver, which a forked child cannot use."""
+    monkeypatch.setattr(recurrence, "_triton", lambda device=None: pytest.fail("looked for a GPU"))
+    with rnnfast.use_backend("reference"):
+        rnnfast.LSTM(4, 5)(torch.randn(3, 2, 4))
+
+
 class FakeGraph:
     """Stands for a CUDA graph: it holds the launches made while it was captured."""
 

@@ -2,7 +2,8 @@
 
 Tiles are [units, rows] of the accumulation dtype. Of a step, by gate:
     x   W_ih x + b_ih                  a   W_hh h + b_hh
-    s   what the backward needs        d   gradients at the gates; those of a are d[HIDDEN]
+    s   what the backward needs        d   gradients at the gates, x's first; a's are the
+                                           same, but for a GRU's candidate: that comes last
 Forward: h and c before the step -> h, c after it, s.
 Backward: dh and dc of the state after the step -> d, what of dh goes straight to the h before it, dc before it.
 """
@@ -10,10 +11,7 @@ Backward: dh and dc of the state after the step -> d, what of dh goes straight t
 import triton
 import triton.language as tl
 
-GATES = {"RNN_TANH": 1, "RNN_RELU": 1, "LSTM": 4, "GRU": 3}
-SAVED = {"RNN_TANH": 0, "RNN_RELU": 0, "LSTM": 4, "GRU": 4}
 GRADIENTS = {"RNN_TANH": 1, "RNN_RELU": 1, "LSTM": 4, "GRU": 4}
-HIDDEN = {"RNN_TANH": (0,), "RNN_RELU": (0,), "LSTM": (0, 1, 2, 3), "GRU": (0, 1, 3)}
 
 
 @triton.jit

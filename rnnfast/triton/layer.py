@@ -11,9 +11,10 @@ import torch
 import triton
 from torch import Tensor
 
-from ..reference import split_weights
+from ..recurrence import SAVED_GATES
+from ..reference import GATES, split_weights
 from . import graphs, kernels
-from .cells import GATES, GRADIENTS, SAVED
+from .cells import GRADIENTS
 from .plan import Chip, Plan, plan
 
 
@@ -138,7 +139,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     with _on(x.device):
         k = _Layer(mode, x, weights, batch_sizes, lengths, resets, bidirectional)
-        is_lstm, R, S = mode == "LSTM", k.form.R, SAVED[mode]
+        is_lstm, R, S = mode == "LSTM", k.form.R, SAVED_GATES[mode]
         y = k.of_rows(*x.shape[:-1], k.D * k.P)
         h = k.state(h0, k.P)
         c = k.state(c0, k.H, k.acc) if is_lstm else None

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .cells import GATES
+from ..reference import GATES
 
 _KB = 1024
 
