@@ -4,7 +4,7 @@
 // sigmoid(F), tanh(F), relu(F) and zero_where_not_positive(F h, F dh) beside F. Names:
 //   x[g]  gate g of W_ih x + b_ih            a[g]  gate g of W_hh h + b_hh
 //   s[j]  what the backward needs of a step  d[j]  gradient at the gates: d[0..kGates) are those of x[g], and
-//                                                  d[kHidden[g]] is that of a[g]
+//                                                  d[hidden(g)] is that of a[g]
 #pragma once
 
 #ifdef __CUDACC__
@@ -19,7 +19,7 @@ enum CellKind { kTanh, kRelu, kLstm, kGru, kCellKinds };
 
 // h and c are the states: before the step on entry, after it on return.
 // dh is the gradient of the new h; dc that of the new c on entry, of the old c on return;
-// the old h gets W_hh^T d[kHidden] plus what backward() returns.
+// the old h gets W_hh^T d[hidden(g)] plus what backward() returns.
 
 struct Tanh {
   template <class F>
@@ -45,8 +45,10 @@ struct Relu {
 
 template <class Activation>
 struct Rnn {
-  static constexpr int kGates = 1, kSaved = 0, kGrads = 1, kHidden[1] = {0};
+  static constexpr int kGates = 1, kSaved = 0, kGrads = 1;
   static constexpr bool kHasCell = false, kNeedsH = true, kNeedsOldH = false;
+
+  static constexpr RNNFAST_INLINE int hidden(int gate) { return gate; }
 
   template <class F>
   static RNNFAST_INLINE void forward(const F* x, const F* a, F& h, F&, F*) {
@@ -60,8 +62,10 @@ struct Rnn {
 };
 
 struct Lstm {
-  static constexpr int kGates = 4, kSaved = 4, kGrads = 4, kHidden[4] = {0, 1, 2, 3};
+  static constexpr int kGates = 4, kSaved = 4, kGrads = 4;
   static constexpr bool kHasCell = true, kNeedsH = false, kNeedsOldH = false;
+
+  static constexpr RNNFAST_INLINE int hidden(int gate) { return gate; }
 
   template <class F>
   static RNNFAST_INLINE void forward(const F* x, const F* a, F& h, F& c, F* s) {
@@ -87,8 +91,10 @@ struct Lstm {
 
 // The reset gate multiplies q = a[2], the hidden part of the candidate, so x and a differ in the candidate's gradient.
 struct Gru {
-  static constexpr int kGates = 3, kSaved = 4, kGrads = 4, kHidden[3] = {0, 1, 3};
+  static constexpr int kGates = 3, kSaved = 4, kGrads = 4;
   static constexpr bool kHasCell = false, kNeedsH = false, kNeedsOldH = true;
+
+  static constexpr RNNFAST_INLINE int hidden(int gate) { return gate < 2 ? gate : 3; }
 
   template <class F>
   static RNNFAST_INLINE void forward(const F* x, const F* a, F& h, F&, F* s) {

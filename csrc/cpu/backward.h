@@ -429,7 +429,7 @@ class BackwardPass {
       Outer<X>&of_x = products[2 * d], &of_h = products[2 * d + 1];
       of_x = {x, f.I, grads, kGrads * padded, &gates, {}, padded, f.dw[d].w_ih, f.dw[d].b_ih};
       of_h = {h + d * h_size, f.P, grads, kGrads * padded, &gates, {}, padded, f.dw[d].w_hh, f.dw[d].b_hh};
-      for (int i = 0; i < G; i++) of_x.slots[i] = slot(i), of_h.slots[i] = slot(Cell::kHidden[i]);
+      for (int i = 0; i < G; i++) of_x.slots[i] = slot(i), of_h.slots[i] = slot(Cell::hidden(i));
       projections[d] = {
           m + d * m_size, f.H,    dys + d * Q * Grad::row(f.P), round_up(f.P, Grad::kAlign), &outputs, {}, 0,
           f.dw[d].w_hr,   nullptr};

@@ -1,0 +1,183 @@
+// How the blocks that share a recurrence give each other their part of the state: three ways, one interface.
+//
+// A group of blocks computes the same batch rows, each block its own hidden units. Every block holds the whole vectors
+// (of h; in the backward, of the gradients at W_hh h) of the present step in shared memory, and writes its own units of
+// the next one beside it. send() gives those to the other blocks, once all threads of the block have written them, and
+// wait() returns when all parts of a step's vectors have come.
+//
+// Two sets of vectors in turns are enough: a block sends step s + 2 only when it has all of s + 1, which each block
+// sends only when it no longer reads s.
+#pragma once
+
+#include "products.cuh"
+
+namespace rnnfast {
+
+constexpr int kSets = 2;
+
+// How a layer is cut into groups and blocks, and what lies where in a block's shared memory.
+struct Geometry {
+  int direction_groups;  // groups of rows in one direction
+  int size;              // blocks of a group
+  int members;           // of these, the blocks that have units
+  int tiles;             // of 16 units, of a block
+  int row_blocks;        // of 8 rows, of a group
+  int gate_bytes;        // of a row's vector: all units of one gate, whole pairs
+  int gates;             // of a vector: 1, or of gradients all
+  int vector_bytes;      // of 8 rows
+  int pairs;             // a warp's share of the vector
+  int split;             // warps that share a tile
+  int threads;
+  size_t vectors, partials, states, biases, lengths, matrix, shared;  // offsets; the last one is the size
+  size_t matrix_of_warp;
+};
+
+// What an exchange knows of its block.
+struct Member {
+  int rank;            // among the group's blocks
+  int unit_bytes;      // of a row: a block's units of one gate
+  int last;            // the last step that is sent
+  char* vectors;       // [kSets][row_blocks][vector_bytes]
+  uint64_t* barriers;  // [kSets][row_blocks]
+  uint64_t* words;     // [kSets][row_blocks][vector_bytes / 4], the group's, in global memory
+
+  RNNFAST_DEVICE int slot(const Geometry& g, int step, int row_block) const {
+    return step % kSets * g.row_blocks + row_block;
+  }
+  RNNFAST_DEVICE char* at(const Geometry& g, int step, int row_block) const {
+    return vectors + int64_t(slot(g, step, row_block)) * g.vector_bytes;
+  }
+  // Calls use(offset) for pieces of so many bytes of the block's units in a vector: every stride-th, from the first on.
+  template <int kBytes, class Use>
+  RNNFAST_DEVICE void each_piece(const Geometry& g, int first, int stride, const Use& use) const {
+#pragma unroll 1
+    for (int gate = 0; gate < g.gates; gate++) {
+#pragma unroll 1
+      for (int i = first; i < kRows * unit_bytes / kBytes; i += stride) {
+        use(place(i % kRows, gate * g.gate_bytes + rank * unit_bytes + i / kRows * kBytes));
+      }
+    }
+  }
+};
+
+// One block has all units.
+struct Local {
+  static constexpr int kSplit = 1;
+
+  static RNNFAST_DEVICE int rank(const Geometry&) { return 0; }
+  static RNNFAST_DEVICE void begin(const Geometry&, const Member&) {}
+  static RNNFAST_DEVICE void wait(const Geometry&, const Member&, int, int) {}
+  static RNNFAST_DEVICE void send(const Geometry&, const Member&, int, int) {}
+  static RNNFAST_DEVICE void end() {}
+};
+
+// The blocks of a thread-block cluster, over distributed shared memory. Each vector has a barrier, whose phase ends
+// when all bytes of the other blocks have come.
+struct Cluster {
+  static constexpr int kSplit = 4;
+
+  static RNNFAST_DEVICE int rank(const Geometry&) { return cluster_rank(); }
+
+  static RNNFAST_DEVICE void begin(const Geometry& g, const Member& m) {
+    if (threadIdx.x == 0) {
+#pragma unroll 1
+      for (int i = 0; i < kSets * g.row_blocks; i++) barrier_init(m.barriers + i);
+      barrier_init_fence();
+#pragma unroll 1
+      for (int step = 1; step <= kSets; step++) {
+#pragma unroll 1
+        for (int b = 0; b < g.row_blocks; b++) expect(g, m, step, b);
+      }
+    }
+    sync_cluster();
+  }
+
+  static RNNFAST_DEVICE void wait(const Geometry& g, const Member& m, int step, int b) {
+    // A phase that waits for nobody could end twice before each thread has seen it end once.
+    if (step == 0 || g.members == 1) return;
+    barrier_wait(m.barriers + m.slot(g, step, b), (step - 1) / kSets % 2);
+    // Before this block sends step + 1, and so before anybody sends step + 2.
+    if (threadIdx.x == 0) expect(g, m, step + kSets, b);
+  }
+
+  static RNNFAST_DEVICE void send(const Geometry& g, const Member& m, int step, int b) {
+    char* vectors = m.at(g, step, b);
+    uint64_t* barrier = m.barriers + m.slot(g, step, b);
+    m.each_piece<kLaneBytes>(g, threadIdx.x % kWarp, kWarp, [&](int offset) {
+      const uint4 piece = *reinterpret_cast<const uint4*>(vectors + offset);
+#pragma unroll 1
+      for (int peer = threadIdx.x / kWarp; peer < g.members; peer += blockDim.x / kWarp) {
+        if (peer != m.rank) store_async(vectors + offset, piece, barrier, peer);
+      }
+    });
+  }
+
+  // A block's shared memory lives until nobody writes to it any more.
+  static RNNFAST_DEVICE void end() { sync_cluster(); }
+
+ private:
+  static RNNFAST_DEVICE void expect(const Geometry& g, const Member& m, int step, int b) {
+    const uint32_t bytes = (g.members - 1) * g.gates * kRows * m.unit_bytes;
+    if (step <= m.last) barrier_expect(m.barriers + m.slot(g, step, b), bytes);
+  }
+};
+
+// Blocks anywhere on the chip, through L2. There is no barrier: each word of data is published with the number of its
+// step (Persistent RNNs, Diamos et al. 2016, synchronise by such polling), and read until that is the one waited for.
+struct Grid {
+  static constexpr int kSplit = 4;
+  static constexpr int kData = 4;   // bytes of a word's data
+  static constexpr int kBatch = 4;  // loads of a thread at once
+
+  static RNNFAST_DEVICE int rank(const Geometry& g) { return blockIdx.x % g.size; }
+  static RNNFAST_DEVICE void begin(const Geometry&, const Member&) {}
+  static RNNFAST_DEVICE void end() {}
+
+  static RNNFAST_DEVICE void wait(const Geometry& g, const Member& m, int step, int b) {
+    if (step == 0) return;
+    char* vectors = m.at(g, step, b);
+    const uint64_t* words = published(g, m, step, b);
+    const int pairs = g.vector_bytes / (2 * kData), sent = g.members * m.unit_bytes;
+    // What fills up a gate's last pair belongs to nobody, and stays zero.
+    auto is_sent = [&](int i) {
+      const int offset = i * 2 * kData % (g.gate_bytes * kRows);
+      return i < pairs && offset / kPair * kPairBytes + offset % kPairBytes < sent;
+    };
+#pragma unroll 1
+    for (int first = threadIdx.x; first < pairs; first += kBatch * blockDim.x) {
+      uint64_t two[kBatch][2];  // all on their way before the first is looked at
+#pragma unroll
+      for (int j = 0; j < kBatch; j++) {
+        const int i = first + j * blockDim.x;
+        if (is_sent(i)) load_relaxed(words + 2 * i, two[j]);
+      }
+#pragma unroll
+      for (int j = 0; j < kBatch; j++) {
+        const int i = first + j * blockDim.x;
+        if (!is_sent(i)) continue;
+        for (Patience patience; two[j][0] >> 32 != uint32_t(step) || two[j][1] >> 32 != uint32_t(step);) {
+          patience.wait();
+          load_relaxed(words + 2 * i, two[j]);
+        }
+        reinterpret_cast<uint2*>(vectors)[i] = make_uint2(uint32_t(two[j][0]), uint32_t(two[j][1]));
+      }
+    }
+    sync_block();
+  }
+
+  static RNNFAST_DEVICE void send(const Geometry& g, const Member& m, int step, int b) {
+    const char* vectors = m.at(g, step, b);
+    uint64_t* words = published(g, m, step, b);
+    m.each_piece<kData>(g, threadIdx.x, blockDim.x, [&](int offset) {
+      const uint32_t data = *reinterpret_cast<const uint32_t*>(vectors + offset);
+      store_relaxed(words + offset / kData, uint64_t(step) << 32 | data);
+    });
+  }
+
+ private:
+  static RNNFAST_DEVICE uint64_t* published(const Geometry& g, const Member& m, int step, int b) {
+    return m.words + int64_t(m.slot(g, step, b)) * (g.vector_bytes / kData);
+  }
+};
+
+}  // namespace rnnfast

@@ -1,0 +1,378 @@
+// The GPU operators: the recurrence of one layer, between the products over the whole sequence, which are torch's.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+
+#include <array>
+#include <atomic>
+#include <map>
+#include <mutex>
+
+#include "../ops.h"
+#include "plan.h"
+
+namespace rnnfast {
+namespace {
+
+std::atomic<int64_t> forced_regime{kByTable};
+
+int64_t cuda_regime(std::optional<int64_t> use) {
+  if (use) {
+    STD_TORCH_CHECK(*use >= 0 && *use < kRegimes, "rnnfast: no regime has number ", *use);
+    forced_regime = *use;
+  }
+  return forced_regime;
+}
+
+const CellKernels& kernels_of(CellKind cell) {
+  static const CellKernels* const all[] = {&tanh_kernels, &relu_kernels, &lstm_kernels, &gru_kernels};
+  return *all[cell];
+}
+
+const StepKernels& step_kernels_of(ScalarType dtype) {
+  return step_kernels[dtype == ScalarType::Float      ? 0
+                      : dtype == ScalarType::Double   ? 1
+                      : dtype == ScalarType::BFloat16 ? 2
+                                                      : 3];
+}
+
+template <class Arguments>
+const Persistent<Arguments> (&persistent_of(const Layer& layer)) [kStepwise] {
+  const CellKernels& kernels = kernels_of(layer.cell);
+  if constexpr (std::is_same<Arguments, ForwardArguments>::value) {
+    return kernels.forward[layer.arithmetic];
+  } else {
+    return kernels.backward[layer.arithmetic];
+  }
+}
+
+// The plan of a layer's forward or backward, found once: it asks the driver what the device can hold.
+template <class Arguments>
+Plan plan_of(const Layer& layer, ScalarType dtype, bool projected) {
+  const Regime forced = Regime(forced_regime.load());
+  Plan plan;
+  plan.reason = forced == kStepwise           ? "stepwise: asked for"
+                : projected                   ? "stepwise: a projection makes another product a step"
+                : dtype == ScalarType::Double ? "stepwise: float64 has no fast products"
+                                              : "stepwise: the chip does not hold W_hh, or not for so many rows";
+  if (forced != kStepwise && !projected && dtype != ScalarType::Double) {
+    using Key = std::array<int64_t, 7>;
+    static std::map<Key, Plan> plans;
+    static std::mutex mutex;
+    const Key key = {layer.cell, layer.arithmetic, layer.N, layer.H, layer.D, layer.device, forced};
+    std::lock_guard<std::mutex> lock(mutex);
+    auto found = plans.find(key);
+    if (found == plans.end()) {
+      Plan made = make_plan(persistent_of<Arguments>(layer), layer, chip(layer.device), forced);
+      if (made.regime == kStepwise) made.reason = plan.reason;
+      found = plans.emplace(key, made).first;
+    }
+    plan = found->second;
+  }
+  STD_TORCH_CHECK(forced == kByTable || forced == plan.regime, "rnnfast: the regime asked for cannot serve this call");
+  return plan;
+}
+
+// ---- arguments
+
+CellKind parse_cell(const std::string& mode) {
+  const char* names[] = {"RNN_TANH", "RNN_RELU", "LSTM", "GRU"};
+  for (int cell = 0; cell < kCellKinds; cell++) {
+    if (mode == names[cell]) return CellKind(cell);
+  }
+  STD_TORCH_CHECK(false, "rnnfast: no cell is called '", mode, "'");
+}
+
+struct Call {
+  CellKind cell;
+  ScalarType dtype, acc_dtype;
+  int64_t T, N, R, H, P, D, G, saved, grads, stream;
+  int32_t device;
+  bool projected;
+  Arithmetic arithmetic;
+  Sequence sequence;
+
+  Layer layer() const { return {cell, arithmetic, dtype == ScalarType::Float ? 4 : 2, N, H, D, device}; }
+};
+
+Arithmetic arithmetic_of(ScalarType dtype, bool tf32) {
+  return dtype == ScalarType::BFloat16 ? kOfBFloat16 : dtype == ScalarType::Half ? kOfHalf : tf32 ? kOfTf32 : kOfExact;
+}
+
+// Kernels assume what this checks: shape, dtype, device and layout.
+class Checker {
+ public:
+  explicit Checker(int32_t device) : device_(device) {}
+
+  void* operator()(const char* name, const Tensor& tensor, const Shape& shape, ScalarType dtype) const {
+    check_tensor(name, tensor, shape, dtype);
+    STD_TORCH_CHECK(tensor.is_contiguous() && tensor.get_device_index() == device_, "rnnfast: ", name,
+                    " has to be contiguous, and on the device of the others");
+    return tensor.data_ptr();
+  }
+  void* operator()(const char* name, const OptionalTensor& tensor, const Shape& shape, ScalarType dtype) const {
+    return tensor ? (*this)(name, *tensor, shape, dtype) : nullptr;
+  }
+
+ private:
+  int32_t device_;
+};
+
+Call make_call(const Checker& check, const std::string& mode, const Tensor& like, int64_t T, int64_t N, int64_t R,
+               int64_t P, const std::vector<Tensor>& w_hh, const std::vector<Tensor>& w_hr,
+               const OptionalTensor& offsets, const OptionalTensor& lengths, const OptionalTensor& resets, bool tf32,
+               int64_t stream) {
+  Call c;
+  c.cell = parse_cell(mode);
+  c.dtype = like.scalar_type();
+  STD_TORCH_CHECK(c.dtype == ScalarType::Float || c.dtype == ScalarType::Double || c.dtype == ScalarType::BFloat16 ||
+                      c.dtype == ScalarType::Half,
+                  "rnnfast: no kernel for dtype ", torch::headeronly::toString(c.dtype));
+  c.acc_dtype = c.dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  c.arithmetic = arithmetic_of(c.dtype, tf32);
+  c.G = c.cell == kLstm ? 4 : c.cell == kGru ? 3 : 1;
+  c.saved = c.G > 1 ? 4 : 0, c.grads = c.G > 1 ? 4 : 1;
+  c.D = w_hh.size(), c.device = like.get_device_index(), c.stream = stream;
+  STD_TORCH_CHECK((c.D == 1 || c.D == 2) && w_hh[0].dim() == 2 && w_hh[0].size(0) % c.G == 0,
+                  "rnnfast: weight_hh has to be [", c.G, " * hidden_size, ...], for one direction or two");
+  c.T = T, c.N = N, c.R = R, c.P = P, c.H = w_hh[0].size(0) / c.G;
+  c.projected = !w_hr.empty();
+  STD_TORCH_CHECK(!c.projected || (c.cell == kLstm && int64_t(w_hr.size()) == c.D),
+                  "rnnfast: only an LSTM has a projection, in each direction");
+  STD_TORCH_CHECK(T > 0 && T < INT32_MAX && N > 0 && c.H > 0 && c.H < INT32_MAX / 16, "rnnfast: no kernel for ", T,
+                  " steps, ", N, " rows and ", c.H, " units");
+  for (const Tensor& w : w_hh) check("weight_hh", w, {c.G * c.H, c.P}, c.dtype);
+  for (const Tensor& w : w_hr) check("weight_hr", w, {c.P, c.H}, c.dtype);
+  c.sequence = {T,
+                N,
+                R,
+                static_cast<const int64_t*>(check("offsets", offsets, {T}, ScalarType::Long)),
+                static_cast<const int64_t*>(check("lengths", lengths, {N}, ScalarType::Long)),
+                static_cast<const uint8_t*>(check("resets", resets, {T, N}, ScalarType::Byte))};
+  STD_TORCH_CHECK(offsets ? lengths && !resets : R == T * N, "rnnfast: ", R, " rows are not ", T, " steps of ", N);
+  return c;
+}
+
+// ---- persistent: one launch, or a few where the chip cannot hold all groups at once
+
+template <class Arguments>
+void run(const Call& c, const Plan& plan, Arguments& arguments, const Tensor& like) {
+  const Geometry& g = plan.geometry;
+  arguments.sequence = c.sequence, arguments.geometry = g;
+  arguments.H = c.H, arguments.D = c.D;
+  std::optional<Tensor> words;
+  if (plan.regime == kChip) {  // zero is no step's number
+    const int64_t bytes = plan.groups * kSets * g.row_blocks * g.vector_bytes / Grid::kData * sizeof(uint64_t);
+    words = torch::stable::new_zeros(like, Shape{bytes}, ScalarType::Byte);
+    arguments.words = static_cast<uint64_t*>(words->data_ptr());
+  }
+  Launch launch = plan.launch;
+  launch.stream = c.stream;
+  const auto kernel = persistent_of<Arguments>(c.layer())[plan.regime].kernel;
+  for (int64_t first = 0; first < plan.groups; first += plan.groups_at_once) {
+    arguments.first_group = first;
+    launch.blocks = std::min(plan.groups_at_once, plan.groups - first) * g.size;
+    rnnfast::launch(kernel, launch, arguments);
+  }
+}
+
+// ---- stepwise: cuBLAS's products, and what is between them
+
+// out = a b
+void multiply(const Tensor& a, const Tensor& b, const Tensor& out) {
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
+                                    torch::stable::detail::from(out)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// out[d] = a[d] w[d], of each direction
+void multiply(const Tensor& a, const std::vector<Tensor>& w, const Tensor& out) {
+  for (size_t d = 0; d < w.size(); d++)
+    multiply(torch::stable::select(a, 0, d), w[d], torch::stable::select(out, 0, d));
+}
+
+std::vector<Tensor> transposed(const std::vector<Tensor>& weights) {
+  std::vector<Tensor> out;
+  for (const Tensor& w : weights) out.push_back(torch::stable::transpose(w, 0, 1));
+  return out;
+}
+
+template <class Arguments>
+void over(int64_t elements, const Call& c, void (*kernel)(Arguments), const Arguments& arguments) {
+  launch(kernel, {divide_up(elements, kStepThreads), kStepThreads, 0, 1, false, c.device, c.stream}, arguments);
+}
+
+void set(StepArguments& step, const Call& c) {
+  step.sequence = c.sequence;
+  step.H = c.H, step.P = c.P, step.D = c.D;
+}
+
+void forward_stepwise(const Call& c, ForwardStep f, const Tensor& x, const std::vector<Tensor>& w_hh,
+                      const std::vector<Tensor>& w_hr, const Tensor& h, void* y) {
+  const StepKernels& k = step_kernels_of(c.dtype);
+  const auto w = transposed(w_hh), projection = transposed(w_hr);
+  const Tensor a = torch::stable::new_empty(x, {c.D, c.N, c.G * c.H});
+  const Tensor m = torch::stable::new_zeros(x, {c.projected ? c.D : 0, c.N, c.H}), p = torch::stable::empty_like(h);
+  ProjectForward project{};
+  set(f, c), set(project, c);
+  f.a = a.data_ptr();
+  f.h = c.projected ? m.data_ptr() : h.data_ptr(), f.y = c.projected ? nullptr : y;
+  project.projected = p.data_ptr(), project.h = h.data_ptr(), project.y = y;
+  for (int64_t step = 0; step < c.T; step++) {
+    f.step = project.step = step;
+    multiply(h, w, a);
+    over(c.D * c.N * c.H, c, k.forward[c.cell], f);
+    if (!c.projected) continue;
+    multiply(m, projection, p);
+    over(c.D * c.N * c.P, c, k.project_forward, project);
+  }
+}
+
+void backward_stepwise(const Call& c, BackwardStep f, const Tensor& y, const std::vector<Tensor>& w_hh,
+                       const std::vector<Tensor>& w_hr, const Tensor& dh, void* dprojections) {
+  const StepKernels& k = step_kernels_of(c.dtype);
+  const Tensor da = torch::stable::new_empty(y, {c.D, c.N, c.G * c.H});
+  const Tensor through = torch::stable::new_zeros(y, {c.D, c.N, c.P});
+  const Tensor projected = torch::stable::empty_like(through);
+  const Tensor through_projection = torch::stable::new_empty(y, {c.projected ? c.D : 0, c.N, c.H});
+  ProjectBackward project{};
+  set(f, c), set(project, c);
+  project.dy = f.dy, project.dh = dh.data_ptr(), project.through = through.data_ptr();
+  project.dprojected = projected.data_ptr(), project.dprojections = dprojections;
+  f.da = da.data_ptr(), f.through = through.data_ptr(), f.dh = dh.data_ptr();
+  if (c.projected) f.through = through_projection.data_ptr(), f.dh = nullptr, f.dy = nullptr;
+  for (int64_t step = c.T - 1; step >= 0; step--) {
+    f.step = project.step = step;
+    if (c.projected) {
+      over(c.D * c.N * c.P, c, k.project_backward, project);
+      multiply(projected, w_hr, through_projection);
+    }
+    over(c.D * c.N * c.H, c, k.backward[c.cell], f);
+    multiply(da, w_hh, through);
+  }
+  const int64_t count = c.D * c.N * c.P;
+  over(count, c, k.accumulate, Accumulate{through.data_ptr(), dh.data_ptr(), count});
+}
+
+// ---- the operators
+
+void forward_steps(std::string mode, Tensor x_gates, std::vector<Tensor> w_hh, std::vector<Tensor> b_hh,
+                   std::vector<Tensor> w_hr, Tensor h, OptionalTensor c, Tensor y, OptionalTensor cs,
+                   OptionalTensor gates, OptionalTensor offsets, OptionalTensor lengths, OptionalTensor resets,
+                   int64_t steps, bool tf32, int64_t stream) {
+  STD_TORCH_CHECK(x_gates.dim() == 3 && h.dim() == 3, "rnnfast: x_gates and h have 3 dimensions");
+  const Checker check(x_gates.get_device_index());
+  const Call call = make_call(check, mode, x_gates, steps, h.size(1), x_gates.size(1), h.size(2), w_hh, w_hr, offsets,
+                              lengths, resets, tf32, stream);
+  const auto [T, N, R, H, P, D, G] = std::tuple(call.T, call.N, call.R, call.H, call.P, call.D, call.G);
+  const ScalarType dtype = call.dtype, acc = call.acc_dtype;
+  const bool lstm = call.cell == kLstm;
+  const void* p_x = check("x_gates", x_gates, {D, R, G * H}, dtype);
+  void* p_h = check("h", h, {D, N, P}, dtype);
+  void* p_c = lstm ? check("c", c.value(), {D, N, H}, acc) : nullptr;
+  void* p_y = check("y", y, {R, D * P}, dtype);
+  void* p_cs = lstm ? check("cs", cs, {R, D * H}, acc) : nullptr;
+  void* p_gates = call.saved ? check("gates", gates, {D, R, call.saved * H}, dtype) : nullptr;
+  const void* p_b[2] = {};
+  for (size_t d = 0; d < b_hh.size() && d < 2; d++) p_b[d] = check("bias_hh", b_hh[d], {G * H}, dtype);
+
+  const Plan plan = plan_of<ForwardArguments>(call.layer(), dtype, call.projected);
+  if (plan.regime == kStepwise) {
+    ForwardStep f{};
+    f.x = p_x, f.b[0] = p_b[0], f.b[1] = p_b[1], f.c = p_c, f.cs = p_cs, f.gates = p_gates;
+    return forward_stepwise(call, f, x_gates, w_hh, w_hr, h, p_y);
+  }
+  ForwardArguments f{};
+  f.x = p_x, f.c = static_cast<float*>(p_c), f.y = p_y, f.cs = static_cast<float*>(p_cs), f.gates = p_gates;
+  for (int64_t d = 0; d < D; d++) f.w[d] = w_hh[d].data_ptr(), f.b[d] = p_b[d];
+  // A block may be done with a single step before another has read the initial state.
+  const Tensor h0 = plan.regime == kChip ? torch::stable::clone(h) : h;
+  f.h0 = h0.data_ptr(), f.h_n = p_h;
+  run(call, plan, f, x_gates);
+}
+
+void backward_steps(std::string mode, OptionalTensor dy, OptionalTensor dcs, Tensor gates, Tensor y, Tensor cs,
+                    OptionalTensor h0, OptionalTensor c0, std::vector<Tensor> w_hh, std::vector<Tensor> w_hr, Tensor dh,
+                    OptionalTensor dc, Tensor dgates, OptionalTensor dprojections, OptionalTensor offsets,
+                    OptionalTensor lengths, OptionalTensor resets, int64_t steps, bool tf32, int64_t stream) {
+  STD_TORCH_CHECK(dgates.dim() == 3 && dh.dim() == 3, "rnnfast: dgates and dh have 3 dimensions");
+  const Checker check(dgates.get_device_index());
+  const Call call = make_call(check, mode, dgates, steps, dh.size(1), dgates.size(1), dh.size(2), w_hh, w_hr, offsets,
+                              lengths, resets, tf32, stream);
+  const auto [T, N, R, H, P, D, G] = std::tuple(call.T, call.N, call.R, call.H, call.P, call.D, call.G);
+  const ScalarType dtype = call.dtype, acc = call.acc_dtype;
+  const bool lstm = call.cell == kLstm;
+  const void* p_dy = check("dy", dy, {R, D * P}, dtype);
+  const void* p_dcs = lstm ? check("dcs", dcs, {R, D * H}, acc) : nullptr;
+  const void* p_gates = call.saved ? check("gates", gates, {D, R, call.saved * H}, dtype) : nullptr;
+  const void* p_y = check("y", y, {R, D * P}, dtype);
+  const void* p_cs = lstm ? check("cs", cs, {R, D * H}, acc) : nullptr;
+  const void* p_h0 = check("h0", h0, {D, N, P}, dtype);
+  const void* p_c0 = lstm ? check("c0", c0, {D, N, H}, dtype) : nullptr;
+  void* p_dh = check("dh", dh, {D, N, P}, acc);
+  void* p_dc = lstm ? check("dc", dc.value(), {D, N, H}, acc) : nullptr;
+  void* p_dgates = check("dgates", dgates, {D, R, call.grads * H}, dtype);
+
+  const Plan plan = plan_of<BackwardArguments>(call.layer(), dtype, call.projected);
+  if (plan.regime == kStepwise) {
+    BackwardStep f{};
+    f.dy = p_dy, f.dcs = p_dcs, f.gates = p_gates, f.y = p_y, f.cs = p_cs, f.h0 = p_h0, f.c0 = p_c0;
+    f.dc = p_dc, f.dgates = p_dgates;
+    void* p_dprojections = call.projected ? check("dprojections", dprojections.value(), {D, R, P}, dtype) : nullptr;
+    return backward_stepwise(call, f, dgates, w_hh, w_hr, dh, p_dprojections);
+  }
+  BackwardArguments f{};
+  f.dy = p_dy, f.dcs = static_cast<const float*>(p_dcs), f.gates = p_gates, f.y = p_y;
+  f.cs = static_cast<const float*>(p_cs), f.h0 = p_h0, f.c0 = p_c0;
+  f.dh = static_cast<float*>(p_dh), f.dc = static_cast<float*>(p_dc), f.dgates = p_dgates;
+  for (int64_t d = 0; d < D; d++) f.w[d] = w_hh[d].data_ptr();
+  run(call, plan, f, dgates);
+}
+
+void states_before(Tensor y, OptionalTensor h0, Tensor out, OptionalTensor offsets, OptionalTensor lengths,
+                   OptionalTensor resets, int64_t steps, int64_t stream) {
+  STD_TORCH_CHECK(out.dim() == 3, "rnnfast: out has 3 dimensions");
+  const Checker check(out.get_device_index());
+  Call c{};
+  c.dtype = out.scalar_type(), c.device = out.get_device_index(), c.stream = stream;
+  c.D = out.size(0), c.R = out.size(1), c.P = out.size(2), c.T = steps;
+  c.N = offsets ? lengths.value().size(0) : c.R / std::max<int64_t>(steps, 1);
+  c.sequence = {c.T,
+                c.N,
+                c.R,
+                static_cast<const int64_t*>(check("offsets", offsets, {c.T}, ScalarType::Long)),
+                static_cast<const int64_t*>(check("lengths", lengths, {c.N}, ScalarType::Long)),
+                static_cast<const uint8_t*>(check("resets", resets, {c.T, c.N}, ScalarType::Byte))};
+  StatesBefore s{};
+  set(s, c);
+  s.y = check("y", y, {c.R, c.D * c.P}, c.dtype);
+  s.h0 = check("h0", h0, {c.D, c.N, c.P}, c.dtype);
+  s.out = check("out", out, {c.D, c.R, c.P}, c.dtype);
+  over(c.D * c.T * c.N * c.P, c, step_kernels_of(c.dtype).states_before, s);
+}
+
+std::string cuda_plan(std::string mode, ScalarType dtype, int64_t batch, int64_t hidden, bool bidirectional,
+                      bool projected, bool tf32, bool backward, int64_t device) {
+  const Layer layer = {parse_cell(mode),
+                       arithmetic_of(dtype, tf32),
+                       dtype == ScalarType::Float ? 4 : 2,
+                       batch,
+                       hidden,
+                       1 + bidirectional,
+                       int(device)};
+  return (backward ? plan_of<BackwardArguments> : plan_of<ForwardArguments>)(layer, dtype, projected).reason;
+}
+
+}  // namespace
+}  // namespace rnnfast
+
+STABLE_TORCH_LIBRARY_IMPL(rnnfast, RNNFAST_DEVICE_KEY, m) {
+  m.impl("cuda_forward_steps", TORCH_BOX(&rnnfast::forward_steps));
+  m.impl("cuda_backward_steps", TORCH_BOX(&rnnfast::backward_steps));
+  m.impl("cuda_states_before", TORCH_BOX(&rnnfast::states_before));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(rnnfast, CompositeExplicitAutograd, m) {
+  m.impl("cuda_plan", TORCH_BOX(&rnnfast::cuda_plan));
+  m.impl("cuda_regime", TORCH_BOX(&rnnfast::cuda_regime));
+}
