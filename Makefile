@@ -1,5 +1,6 @@
 # make demo    train a sentiment classifier with torch.nn and with rnnfast, side by side
 # make test    run the tests; ARGS="-k lstm" goes to pytest
+# make cuda    build rnnfast/_cuda.so, which needs nvcc, but neither a GPU nor a torch that can use one
 # make lint    check style
 # make clean   remove what these made
 #
@@ -15,15 +16,18 @@ VENV := .venv
 BIN  := $(VENV)/bin
 PIP  := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-sources := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+sources := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test lint clean
+.PHONY: demo test cuda lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/sentiment.py $(ARGS)
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest $(ARGS)
+
+cuda: $(VENV)/torch
+	RNNFAST_CUDA=1 $(BIN)/python setup.py --quiet build_ext --inplace
 
 lint: $(VENV)/linters
 	$(BIN)/ruff check .

@@ -51,7 +51,9 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> Explanation:
     names = {module: name for name, module in model.named_modules() if isinstance(module, (nn.RNNBase, nn.RNNCellBase))}
 
     def record(module: nn.Module, args: tuple, call_kwargs: dict) -> None:
-        found.append(_choice(names[module], module, args[0] if args else call_kwargs["input"]))
+        input = args[0] if args else call_kwargs["input"]
+        data = input.data if isinstance(input, PackedSequence) else input
+        found.append(_choice(names[module], module, data, _batch(module, input)))
 
     if not (inputs or kwargs):
         for module, name in names.items():
@@ -70,13 +72,20 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> Explanation:
     return found
 
 
-def _choice(name: str, module: nn.Module, input: Tensor | PackedSequence) -> Choice:
-    data = input.data if isinstance(input, PackedSequence) else input
+def _batch(module: nn.Module, input: Tensor | PackedSequence) -> int:
+    if isinstance(input, PackedSequence):
+        return int(input.batch_sizes[0])
+    if isinstance(module, nn.RNNCellBase):
+        return input.size(0) if input.dim() == 2 else 1
+    return input.size(0 if module.batch_first else 1) if input.dim() == 3 else 1
+
+
+def _choice(name: str, module: nn.Module, data: Tensor, batch: int = 1) -> Choice:
     dtype = autocast_dtype(data.device.type, data.dtype)
     layer = f"{type(module).__name__}({module.extra_repr()})"
     described = f"{dtype} on {data.device}"
     if not isinstance(module, (_Recurrent, _Cell)):
         return Choice(name, layer, described, "torch.nn", "not an rnnfast module; rnnfast.convert would make it one")
     mode = module.mode if isinstance(module, _Recurrent) else module._mode
-    projected = getattr(module, "proj_size", 0) > 0
-    return Choice(name, layer, described, *choose_backend(mode, data.device, dtype, module.hidden_size, projected))
+    sizes = module.hidden_size, batch, getattr(module, "bidirectional", False), getattr(module, "proj_size", 0) > 0
+    return Choice(name, layer, described, *choose_backend(mode, data.device, dtype, *sizes))

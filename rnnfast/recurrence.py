@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import itertools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +32,21 @@ _BACKWARD = (
     "(str mode, Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dc, Tensor x, Tensor? h0, Tensor? c0, "
     "Tensor[] weights, Tensor? batch_sizes, Tensor? lengths, Tensor? resets, bool bidirectional, Tensor y, Tensor c, "
     "Tensor gates, bool need_dx, bool need_dw) -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dweights)"
+)
+# The CUDA library's: the recurrence between the products over the whole sequence. T steps are given; tables of packed
+# rows, lengths and resets lie on the device. Gates may be x_gates itself.
+_CUDA = (
+    "cuda_forward_steps(str mode, Tensor x_gates, Tensor[] w_hh, Tensor[] b_hh, Tensor[] w_hr, Tensor(a!) h, "
+    "Tensor(b!)? c, Tensor(c!) y, Tensor(d!)? cs, Tensor(e!)? gates, Tensor? offsets, Tensor? lengths, "
+    "Tensor? resets, int steps, bool tf32, int stream) -> ()",
+    "cuda_backward_steps(str mode, Tensor? dy, Tensor? dcs, Tensor gates, Tensor y, Tensor cs, Tensor? h0, Tensor? c0, "
+    "Tensor[] w_hh, Tensor[] w_hr, Tensor(a!) dh, Tensor(b!)? dc, Tensor(c!) dgates, Tensor(d!)? dprojections, "
+    "Tensor? offsets, Tensor? lengths, Tensor? resets, int steps, bool tf32, int stream) -> ()",
+    "cuda_states_before(Tensor y, Tensor? h0, Tensor(a!) out, Tensor? offsets, Tensor? lengths, Tensor? resets, "
+    "int steps, int stream) -> ()",
+    "cuda_plan(str mode, ScalarType dtype, int batch, int hidden, bool bidirectional, bool projected, bool tf32, "
+    "bool backward, int device) -> str",
+    "cuda_regime(int? use) -> int",
 )
 SAVED_GATES = {"RNN_TANH": 0, "RNN_RELU": 0, "LSTM": 4, "GRU": 4}  # columns of H; the GRU also keeps W_hn h + b_hn
 
@@ -121,21 +138,29 @@ def _checked_lengths(lengths: Tensor, steps: int) -> Tensor:
     return lengths.to(torch.int64, copy=True).clamp_(0, steps)
 
 
-def _of_triton(direction: str, *args: Any) -> tuple:
-    from . import triton  # takes time to import, and may be missing
+def _on_gpu(backend: str, direction: str, *args: Any) -> tuple:
+    from . import gpu
 
-    return getattr(triton, direction)(*args)
+    return getattr(gpu, direction)(_module(backend).Layer, *args)
+
+
+def _module(backend: str) -> ModuleType:
+    """That of a backend for GPUs. Triton takes time to import, and may be missing."""
+    return importlib.import_module(f".{backend}", __package__)
 
 
 _define("reference", saves_gates=False)
 _define("cpu", saves_gates=True)
 _define("triton", saves_gates=True)
-_library.define("cpu_isa(int? use) -> int")
+_define("cuda", saves_gates=True)
+for _schema in ("cpu_isa(int? use) -> int", *_CUDA):
+    _library.define(_schema)
 _library.define("checked_lengths(Tensor lengths, SymInt steps) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 _library.impl("reference_forward", _reference_forward, "CompositeExplicitAutograd")
 _library.impl("reference_backward", _reference_backward, "CompositeExplicitAutograd")
-_library.impl("triton_forward", functools.partial(_of_triton, "forward"), "CompositeExplicitAutograd")
-_library.impl("triton_backward", functools.partial(_of_triton, "backward"), "CompositeExplicitAutograd")
+for _name, _direction in itertools.product(("triton", "cuda"), ("forward", "backward")):
+    _kernel = functools.partial(_on_gpu, _name, _direction)
+    _library.impl(f"{_name}_{_direction}", _kernel, "CompositeExplicitAutograd")
 _library.impl("checked_lengths", _checked_lengths, "CompositeExplicitAutograd")
 torch.library.register_fake(
     "rnnfast::checked_lengths", lambda lengths, steps: torch.empty_like(lengths, dtype=torch.int64), lib=_library
@@ -157,15 +182,30 @@ class Backend(NamedTuple):
     detail: str
 
 
-def _load_cpu_library() -> Backend:
-    path = Path(__file__).with_name("_cpu.so")
+@functools.cache
+def _load(name: str, compiler: str, detail: str) -> Backend:
+    path = Path(__file__).with_name(name)
     if not path.exists():
-        return Backend(False, "the native library is not built (no C++ compiler at installation?)")
+        return Backend(False, f"the native library is not built (no {compiler} at installation?)")
     try:
         torch.ops.load_library(path)
     except OSError as error:
         return Backend(False, f"the native library does not load: {error}")
-    return Backend(True, "C++ with SIMD")
+    return Backend(True, detail)
+
+
+def _gpu(device: torch.device | None, detail: str) -> Backend:
+    """Whether kernels for GPUs can run on a device, or on all that torch can use."""
+    if device is not None and device.type != "cuda":
+        return Backend(False, f"it does not serve device {device.type!r}")
+    if not torch.cuda.is_available():
+        return Backend(False, "torch finds no GPU that it can use")
+    for of in range(torch.cuda.device_count()) if device is None else [device]:
+        properties = torch.cuda.get_device_properties(of)
+        if torch.version.hip is None and properties.major < 8:
+            capability = f"{properties.major}.{properties.minor}"
+            return Backend(False, f"{properties.name} has compute capability {capability}, the kernels need 8.0")
+    return Backend(True, detail)
 
 
 # Triton reads this when it is imported, and then interprets every kernel, also on a CPU: a way to test.
@@ -174,36 +214,54 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def _triton(device: torch.device | None = None) -> Backend:
-    """The Triton backend on a device, or on all that torch can use."""
     if not _HAS_TRITON:
         return Backend(False, "Triton is not installed")
-    if _INTERPRETED:
+    if _INTERPRETED and (device is None or device.type in ("cpu", "cuda")):
         return Backend(True, "Triton's interpreter, for tests")
-    if not torch.cuda.is_available():
-        return Backend(False, "torch finds no GPU that it can use")
-    for of in range(torch.cuda.device_count()) if device is None else [device]:
-        properties = torch.cuda.get_device_properties(of)
-        if torch.version.hip is None and properties.major < 8:
-            capability = f"{properties.major}.{properties.minor}"
-            return Backend(False, f"{properties.name} has compute capability {capability}, the kernels need 8.0")
-    return Backend(True, "Triton kernels")
+    return _gpu(device, "Triton kernels")
+
+
+def _is_emulated() -> bool:
+    """Whether the tests have loaded their emulation of the CUDA kernels, for a CPU."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key("rnnfast::cuda_forward_steps", "CPU")
+
+
+def _cuda(device: torch.device | None = None) -> Backend:
+    if (device is None or device.type == "cpu") and _is_emulated():
+        return Backend(True, "CUDA kernels under a host emulation, for tests")
+    if torch.version.hip is not None:
+        return Backend(False, "its kernels are for NVIDIA's GPUs")
+    found = _gpu(device, "CUDA kernels")
+    # Loaded only where there is a GPU: the emulation registers some of the same operators.
+    return _load("_cuda.so", "CUDA compiler", found.detail) if found.available else found
+
+
+_cuda._dynamo_marked_constant = True  # as torch.compiler.assume_constant_result does, which imports the compiler
 
 
 _BACKENDS = {
     "reference": Backend(True, "plain torch, any dtype and device"),
-    "cpu": _load_cpu_library(),
+    "cpu": _load("_cpu.so", "C++ compiler", "C++ with SIMD"),
     "triton": None,  # looked for when asked for: that wakes the GPU's driver
-    "cuda": Backend(False, "this version has no CUDA kernels"),
+    "cuda": None,
 }
 # Of the CPU backend, as rnnfast::cpu_isa numbers them.
 INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
-_BACKEND_OF = {"cpu": "cpu", "cuda": "triton"}  # by the device's type; ROCm's is also called cuda
+# By the device's type, the fastest first; ROCm's is also called cuda.
+_BACKENDS_OF = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _forced: str | None = None  # by use_backend
 
 
 def _backend(name: str, device: torch.device | None = None) -> Backend:
-    return _triton(device) if name == "triton" else _BACKENDS[name]
+    """A backend on a device, or wherever it runs."""
+    if name == "triton":
+        return _triton(device)
+    if name == "cuda":
+        return _cuda(device)
+    if name == "cpu" and device is not None and device.type != "cpu":
+        return Backend(False, f"it does not serve device {device.type!r}")
+    return _BACKENDS[name]
 
 
 def backends() -> dict[str, Backend]:
@@ -238,43 +296,48 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def choose_backend(
-    mode: str, device: torch.device, dtype: torch.dtype, hidden: int | None = None, projected: bool = False
+    mode: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    hidden: int | None = None,
+    batch: int = 1,
+    bidirectional: bool = False,
+    projected: bool = False,
 ) -> tuple[str, str]:
     """The backend that serves a layer, and why.
 
     Args:
         mode: torch's name of the cell, such as ``"LSTM"``.
         device, dtype: the input's.
-        hidden, projected: H, and whether there is a projection. The Triton backend has a kernel for small layers and
-            another for large ones; with H given, the reason says which, by the table in ``triton/plan.py``.
+        hidden, batch, bidirectional, projected: H, N, and whether there are two directions and a projection. Backends
+            for GPUs have several kernels; with H given, the reason says which one runs a forward, by the tables in
+            ``csrc/cuda/plan.h`` and ``triton/plan.py``.
     """
     if _forced == "reference":
         return "reference", "asked for by use_backend"
     if forward_ad._current_level >= 0:  # as second derivatives are, whatever the backend
         return "reference", "forward-mode derivatives are taken through plain torch"
-    name = _forced or _BACKEND_OF.get(device.type)
-    if name is None:
-        reason = f"no fused backend serves device {device.type!r}"
+    names = _BACKENDS_OF.get(device.type, ()) if _forced is None else (_forced,)
+    reasons = []
+    if not names:
+        reasons.append(f"no fused backend serves device {device.type!r}")
     elif dtype not in _DTYPES:
-        reason = f"no fused backend serves {dtype}"
-    elif _BACKEND_OF.get(device.type) != name and not (name == "triton" and _INTERPRETED and device.type == "cpu"):
-        reason = f"it does not serve device {device.type!r}"
+        reasons.append(f"no fused backend serves {dtype}")
     else:
-        backend = _backend(name, device)
-        if backend.available and name == "cpu":
-            return name, "native kernels serve this dtype on a CPU"
-        if backend.available:
-            return name, backend.detail if hidden is None else _triton_reason(mode, device, dtype, hidden, projected)
-        reason = backend.detail
+        for name in names:
+            backend = _backend(name, device)
+            if backend.available:
+                if name == "cpu":
+                    return name, "native kernels serve this dtype on a CPU"
+                if hidden is None:
+                    return name, backend.detail
+                return name, _module(name).reason(device, mode, dtype, hidden, batch, bidirectional, projected)
+            if backend.detail not in reasons:
+                reasons.append(backend.detail)
+    reason = "; ".join(reasons)
     if _forced is not None:
         raise RuntimeError(f"backend {_forced!r} cannot serve this call: {reason}")
     return "reference", reason
-
-
-def _triton_reason(mode: str, device: torch.device, dtype: torch.dtype, hidden: int, projected: bool) -> str:
-    from .triton import plan_on
-
-    return plan_on(device, mode, dtype, hidden, projected).reason
 
 
 # Derivatives, written once over the ops.

@@ -91,18 +91,9 @@ def test_explain_names_the_kernel() -> None:
     assert plan_on(CPU, "LSTM", torch.float32, 200, False).reason == large.reason
 
 
-def gpus(monkeypatch: pytest.MonkeyPatch, *capabilities: tuple[int, int]) -> None:
-    """As if there were GPUs, and no interpreter."""
-    found = [SimpleNamespace(name=f"GPU {i}", major=a, minor=b) for i, (a, b) in enumerate(capabilities)]
-    monkeypatch.setattr(recurrence, "_INTERPRETED", False)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(found))
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(found))
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda d: found[d if isinstance(d, int) else d.index])
-
-
 @pytest.mark.parametrize("lack", ("gpu", "capability", "triton"))
-def test_what_is_missing_is_said(lack: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    gpus(monkeypatch, *([] if lack == "gpu" else [(9, 0), (7, 5)] if lack == "capability" else [(9, 0)]))
+def test_what_is_missing_is_said(lack: str, gpus: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus(*([] if lack == "gpu" else [(9, 0), (7, 5) if lack == "capability" else (8, 0)]))
     if lack == "triton":
         monkeypatch.setattr(recurrence, "_HAS_TRITON", False)
     reason = {
@@ -116,19 +107,20 @@ def test_what_is_missing_is_said(lack: str, monkeypatch: pytest.MonkeyPatch) -> 
         rnnfast.use_backend("triton"),
     ):
         pass
+    reason = f"no library; {reason}" if lack == "triton" else reason  # what the CUDA kernels lack is said, too
     device = torch.device("cuda", 1)
     assert recurrence.choose_backend("LSTM", device, torch.float32) == ("reference", reason)
 
 
-def test_a_gpu_gets_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    gpus(monkeypatch, (9, 0), (7, 5))
+def test_a_gpu_gets_triton(gpus: Callable[..., None]) -> None:
+    gpus((9, 0), (7, 5))
     choose = recurrence.choose_backend
     assert choose("LSTM", CUDA, torch.float32) == ("triton", "Triton kernels")
     assert choose("LSTM", CUDA, torch.complex64)[0] == "reference"
     assert choose("LSTM", CPU, torch.float32)[0] != "triton"
     with rnnfast.use_backend("reference"):
         assert choose("LSTM", CUDA, torch.float32)[0] == "reference"
-    gpus(monkeypatch, (9, 0))
+    gpus((9, 0))
     with rnnfast.use_backend("triton"), pytest.raises(RuntimeError, match="does not serve device 'cpu'"):
         choose("LSTM", CPU, torch.float32)
     with rnnfast.use_backend("cpu"), pytest.raises(RuntimeError, match="does not serve device 'cuda'"):
@@ -137,7 +129,8 @@ def test_a_gpu_gets_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_other_backends_leave_the_gpu_asleep(monkeypatch: pytest.MonkeyPatch) -> None:
     """To look for a GPU would start its driver, which a forked child cannot use."""
-    monkeypatch.setattr(recurrence, "_triton", lambda device=None: pytest.fail("looked for a GPU"))
+    for backend in ("_triton", "_cuda"):
+        monkeypatch.setattr(recurrence, backend, lambda device=None: pytest.fail("looked for a GPU"))
     with rnnfast.use_backend("reference"):
         rnnfast.LSTM(4, 5)(torch.randn(3, 2, 4))
 

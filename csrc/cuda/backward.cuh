@@ -37,7 +37,7 @@ struct BackwardArguments {
 };
 
 template <class Cell, class P, class Exchange>
-__global__ void __launch_bounds__(kThreads<Cell, Exchange>) backward(const __grid_constant__ BackwardArguments p) {
+__global__ void __launch_bounds__(kThreads<Cell, Exchange>, 1) backward(const __grid_constant__ BackwardArguments p) {
   using T = typename P::Value;
   using F = Real<float, sizeof(T) == 2>;
   using Owner = Block<Exchange>;
@@ -137,7 +137,10 @@ __global__ void __launch_bounds__(kThreads<Cell, Exchange>) backward(const __gri
 #pragma unroll
         for (int i = 0; i < K; i++) block.state(kDh, b, i) += through[0][i];
       }
-      if (s < 0) continue;
+      if (s < 0) {
+        sync_block();  // the next row block's sums go where these are read
+        continue;
+      }
 
       Ahead now[K];
 #pragma unroll

@@ -25,6 +25,7 @@ struct Launch {
   int64_t stream;  // a cudaStream_t
 };
 
+// Of a device; of number -1, which no device has, an H200's, for plans that are only looked at.
 struct Chip {
   int processors;
   size_t shared;  // bytes that a block can have
@@ -110,7 +111,7 @@ RNNFAST_DEVICE int cluster_rank() {
 }
 
 RNNFAST_DEVICE void sync_cluster() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
 }
 
 RNNFAST_DEVICE void barrier_init(uint64_t* barrier) {
@@ -196,6 +197,7 @@ class OnDevice {
 };
 
 inline Chip chip(int device) {
+  if (device < 0) return {132, 227 << 10, 9};
   auto attribute = [=](cudaDeviceAttr name) {
     int value;
     check(cudaDeviceGetAttribute(&value, name, device));
@@ -236,6 +238,7 @@ class Configuration : public cudaLaunchConfig_t {
 
 // How many blocks of such a launch the device holds at once; of clusters, how many clusters.
 inline int resident_blocks(const void* kernel, const Launch& launch) {
+  if (launch.device < 0) return chip(launch.device).processors;
   OnDevice on(launch.device);
   Configuration configuration(kernel, launch);
   int blocks;
@@ -244,6 +247,7 @@ inline int resident_blocks(const void* kernel, const Launch& launch) {
 }
 
 inline int resident_clusters(const void* kernel, const Launch& launch) {
+  if (launch.device < 0) return chip(launch.device).processors / launch.cluster;
   OnDevice on(launch.device);
   Configuration configuration(kernel, launch);
   int clusters;

@@ -35,7 +35,7 @@ struct ForwardArguments {
 };
 
 template <class Cell, class P, class Exchange>
-__global__ void __launch_bounds__(kThreads<Cell, Exchange>) forward(const __grid_constant__ ForwardArguments p) {
+__global__ void __launch_bounds__(kThreads<Cell, Exchange>, 1) forward(const __grid_constant__ ForwardArguments p) {
   using T = typename P::Value;
   using F = Real<float, sizeof(T) == 2>;
   using Owner = Block<Exchange>;

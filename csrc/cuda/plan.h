@@ -72,7 +72,8 @@ std::optional<Plan> cut(Regime regime, const Persistent<Arguments>& k, const Lay
   if (g.shared > chip.shared) return {};
 
   plan.groups = plan.groups_at_once = layer.D * g.direction_groups;
-  plan.launch = {0, g.threads, g.shared, regime == kCluster ? size : 1, regime == kChip, layer.device, 0};
+  plan.launch = {plan.groups * size, g.threads,    g.shared, regime == kCluster ? size : 1,
+                 regime == kChip,    layer.device, 0};
   return plan;
 }
 
@@ -149,9 +150,11 @@ Plan make_plan(const Persistent<Arguments> (&kernels)[kStepwise], const Layer& l
                                            : on_chip<Arguments>)(k, layer, chip, forced != kByTable);
     if (!plan) continue;
     const Geometry& g = plan->geometry;
-    const int64_t kilobytes = divide_up(k.tiles * k.gates * layer.H * layer.H * layer.value_bytes, 1024);
-    plan->reason = std::string(kWhere[regime]) + ": W_hh, " + std::to_string(kilobytes) + " KB a direction, stays on " +
-                   (g.members == 1 ? "one multiprocessor" : std::to_string(g.members) + " multiprocessors");
+    auto kilobytes = [](int64_t bytes) { return std::to_string(divide_up(bytes, 1024)) + " KB"; };
+    const std::string where = g.members == 1 ? "one multiprocessor" : std::to_string(g.members) + " multiprocessors";
+    plan->reason = std::string(kWhere[regime]) + ": W_hh, " +
+                   kilobytes(k.tiles * k.gates * layer.H * layer.H * layer.value_bytes) + " a direction, stays on " +
+                   where + ", in " + std::to_string(g.threads) + " threads and " + kilobytes(g.shared) + " of each";
     return *plan;
   }
   return {};

@@ -11,8 +11,6 @@ Backward: dh and dc of the state after the step -> d, what of dh goes straight t
 import triton
 import triton.language as tl
 
-GRADIENTS = {"RNN_TANH": 1, "RNN_RELU": 1, "LSTM": 4, "GRU": 4}
-
 
 @triton.jit
 def sigmoid(x):

@@ -1,0 +1,245 @@
+"""One layer on a GPU: the recurrence is a backend's, the products over the whole sequence are torch's.
+
+A backend for GPUs is a subclass of ``Layer``, and a function ``reason`` beside it, which says what it will run.
+"""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .recurrence import SAVED_GATES
+from .reference import GATES, split_weights
+
+GRADIENTS = {"RNN_TANH": 1, "RNN_RELU": 1, "LSTM": 4, "GRU": 4}  # columns of H, as recurrence.SAVED_GATES
+
+
+class Form(NamedTuple):
+    """The form of a sequence as the kernels see it: its sizes, and its tables on the device."""
+
+    T: int
+    N: int
+    R: int
+    offsets: Tensor | None  # [T]: where step t begins in packed rows
+    lengths: Tensor | None  # [N]
+    resets: Tensor | None  # [T, N], of bytes
+
+
+def _form(x: Tensor, batch_sizes: Tensor | None, lengths: Tensor | None, resets: Tensor | None) -> Form:
+    if batch_sizes is None:
+        T, N, _ = x.shape
+        resets = None if resets is None else resets.contiguous().view(torch.uint8)
+        return Form(T, N, T * N, None, None if lengths is None else lengths.contiguous(), resets)
+    ends = torch.cat([batch_sizes[1:], batch_sizes.new_zeros(1)])
+    lengths = torch.arange(1, len(ends) + 1).repeat_interleave(batch_sizes - ends).flip(0)
+    tables = torch.cat([batch_sizes.cumsum(0) - batch_sizes, lengths])
+    if x.is_cuda:
+        tables = tables.pin_memory().to(x.device, non_blocking=True)
+    return Form(len(ends), len(lengths), len(x), tables[: len(ends)], tables[len(ends) :], None)
+
+
+def allows_tf32() -> bool:
+    """Whether the float32 products of the recurrence may be made of TF32: torch's switch for recurrent layers."""
+    return torch.backends.cudnn.rnn.fp32_precision == "tf32"
+
+
+class Layer(abc.ABC):
+    """A layer, forward or backward, on tensors that are checked and contiguous.
+
+    D directions, G gates, H units, P outputs (H, but for a projection); the form has T, N and R.
+    """
+
+    def __init__(
+        self,
+        mode: str,
+        x: Tensor,
+        weights: Sequence[Tensor],
+        batch_sizes: Tensor | None,
+        lengths: Tensor | None,
+        resets: Tensor | None,
+        bidirectional: bool,
+    ) -> None:
+        self.mode, self.x, self.form = mode, x, _form(x, batch_sizes, lengths, resets)
+        self.directions = split_weights([w.contiguous() for w in weights], bidirectional)
+        w = self.directions[0]
+        self.D, self.G, self.H, self.P = len(self.directions), GATES[mode], len(w.w_hh) // GATES[mode], w.w_hh.shape[1]
+        self.projected = w.w_hr is not None
+        self.acc = torch.promote_types(x.dtype, torch.float32)
+
+    @property
+    @abc.abstractmethod
+    def gates_replace_x(self) -> bool:
+        """Whether an LSTM's gates may take the place of what they are computed from."""
+
+    @abc.abstractmethod
+    def forward_steps(
+        self,
+        x_gates: Tensor,  # [D, R, G*H]: W_ih x + b_ih
+        h: Tensor,  # [D, N, P]: before all steps on entry, after them on return
+        c: Tensor | None,  # [D, N, H], likewise
+        y: Tensor,  # [R, D*P]
+        cs: Tensor | None,  # [R, D*H]: c after every step
+        gates: Tensor | None,  # [D, R, S*H]: what the backward needs; may be x_gates
+    ) -> None:
+        """All steps of all directions."""
+
+    @abc.abstractmethod
+    def backward_steps(
+        self,
+        dy: Tensor | None,
+        dcs: Tensor | None,
+        gates: Tensor,
+        y: Tensor,
+        cs: Tensor,
+        h0: Tensor | None,
+        c0: Tensor | None,
+        dh: Tensor,  # [D, N, P]: of the final state on entry, of the initial one on return
+        dc: Tensor | None,  # [D, N, H], likewise
+        dgates: Tensor,  # [D, R, K*H]: at W_ih x; a GRU's last part is that of the candidate at W_hh h
+        dprojections: Tensor | None,  # [D, R, P]: at W_hr m
+    ) -> None:
+        """All steps of all directions, from the last to the first."""
+
+    @abc.abstractmethod
+    def states_before(self, y: Tensor, h0: Tensor | None, out: Tensor) -> None:
+        """The state that entered each step, ``[D, R, P]``."""
+
+    def of_rows(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """A tensor over the rows of the sequence: zero in those that the kernels leave out."""
+        return (self.x.new_empty if self.form.lengths is None else self.x.new_zeros)(shape, dtype=dtype)
+
+    def state(self, initial: Tensor | None, width: int, dtype: torch.dtype | None = None) -> Tensor:
+        """A state ``[D, N, width]`` of its own, zero or as given."""
+        state = self.x.new_zeros(self.D, self.form.N, width, dtype=dtype)
+        return state if initial is None else state.copy_(initial)
+
+
+@contextlib.contextmanager
+def _on(device: torch.device) -> Iterator[None]:
+    """On the device, with operators that neither record nor cast."""
+    of_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    with torch.no_grad(), torch.autocast(device.type, enabled=False), of_device:
+        yield
+
+
+def forward(
+    backend: type[Layer],
+    mode: str,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    bidirectional: bool,
+    keep_c: bool,
+    keep_gates: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    with _on(x.device):
+        k = backend(mode, x, weights, batch_sizes, lengths, resets, bidirectional)
+        is_lstm, R, S = mode == "LSTM", k.form.R, SAVED_GATES[mode]
+        y = k.of_rows(*x.shape[:-1], k.D * k.P)
+        h = k.state(h0, k.P)
+        c = k.state(c0, k.H, k.acc) if is_lstm else None
+        cs = k.of_rows(*x.shape[:-1], k.D * k.H, dtype=k.acc) if is_lstm and keep_c else None
+        gates = k.of_rows(k.D, R, S * k.H) if S and keep_gates else None
+        if R:
+            in_place = gates is not None and is_lstm and not k.projected and k.gates_replace_x
+            x_gates = gates if in_place else x.new_empty(k.D, R, k.G * k.H)
+            rows = x.reshape(R, x.shape[-1])
+            for w, out in zip(k.directions, x_gates):
+                if w.b_ih is None:
+                    torch.mm(rows, w.w_ih.t(), out=out)
+                else:
+                    torch.addmm(w.b_ih, rows, w.w_ih.t(), out=out)
+            k.forward_steps(x_gates, h, c, y, cs, gates)
+        c_n = c.to(x.dtype) if is_lstm else x.new_empty(0)
+        return y, h, c_n, x.new_empty(0, dtype=k.acc) if cs is None else cs, x.new_empty(0) if gates is None else gates
+
+
+def backward(
+    backend: type[Layer],
+    mode: str,
+    dy: Tensor | None,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
+    dc: Tensor | None,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    bidirectional: bool,
+    y: Tensor,
+    cs: Tensor,
+    gates: Tensor,
+    need_dx: bool,
+    need_dw: bool,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    with _on(x.device):
+        k = backend(mode, x, weights, batch_sizes, lengths, resets, bidirectional)
+        dcs = dc if mode == "LSTM" else None  # of an absent c it has shape [0]
+        dy, dcs, h0, c0 = (None if t is None else t.contiguous() for t in (dy, dcs, h0, c0))
+        y, cs, gates = (t.contiguous() for t in (y, cs, gates))
+        dh = k.state(dh_n, k.P, k.acc)
+        dc = k.state(dc_n, k.H, k.acc) if mode == "LSTM" else None
+        dgates = k.of_rows(k.D, k.form.R, GRADIENTS[mode] * k.H)
+        dprojections = k.of_rows(k.D, k.form.R, k.P) if k.projected else None
+        if k.form.R:
+            k.backward_steps(dy, dcs, gates, y, cs, h0, c0, dh, dc, dgates, dprojections)
+        dx, dweights = _products(k, y, cs, gates, h0, dgates, dprojections, need_dx, need_dw)
+        dh0, dc0 = (x.new_empty(0) if initial is None else grad.to(x.dtype) for initial, grad in ((h0, dh), (c0, dc)))
+        return dx, dh0, dc0, dweights
+
+
+def _products(
+    k: Layer,
+    y: Tensor,
+    cs: Tensor,
+    gates: Tensor,
+    h0: Tensor | None,
+    dgates: Tensor,
+    dprojections: Tensor | None,
+    need_dx: bool,
+    need_dw: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """What the gate gradients make of x and the weights: products over the whole sequence."""
+    x, H, R = k.x.reshape(k.form.R, k.x.shape[-1]), k.H, k.form.R
+    of_x = dgates[:, :, : k.G * H]
+    dx = x.new_empty(0)
+    if need_dx:
+        dx = of_x[0] @ k.directions[0].w_ih
+        for d in range(1, k.D):
+            dx.addmm_(of_x[d], k.directions[d].w_ih)
+        dx = dx.view(k.x.shape)
+    dweights: list[Tensor] = []
+    if not need_dw:
+        return dx, dweights
+    h_before = x.new_empty(k.D, R, k.P)
+    if R:
+        k.states_before(y, h0, h_before)
+    # Rows of W_hh by the gradients that are theirs: a GRU's last differs from that of W_ih.
+    parts = ((0, 0, 2), (2, 3, 1)) if k.mode == "GRU" else ((0, 0, k.G),)
+    for d, w in enumerate(k.directions):
+        dw_hh = torch.empty_like(w.w_hh)
+        sums = dgates[d].sum(0)
+        db_hh = torch.empty_like(sums[: k.G * H])
+        for to, start, count in parts:
+            of_h, rows = slice(start * H, (start + count) * H), slice(to * H, (to + count) * H)
+            torch.mm(dgates[d, :, of_h].t(), h_before[d], out=dw_hh[rows])
+            db_hh[rows] = sums[of_h]
+        dweights += [of_x[d].t() @ x, dw_hh]
+        if w.b_ih is not None:
+            dweights += [sums[: k.G * H].clone(), db_hh]
+        if k.projected:
+            o, c = gates[d, :, 3 * H :].to(k.acc), cs.view(R, k.D, H)[:, d]
+            dweights.append(dprojections[d].t() @ (o * c.tanh()).to(x.dtype))
+    return dx, dweights

@@ -1,0 +1,350 @@
+"""The CUDA backend without a GPU: its kernels under the host emulation, the choice among them, what is said if missing.
+
+Most of its numbers are tested with those of every other backend, in each regime.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import EMULATION, PERSISTENT, REGIMES, regime, serves
+from test_recurrence import CASES, CELLS, FLOOR, tensors_of
+from torch import Tensor, nn
+
+import rnnfast
+from rnnfast import recurrence
+from rnnfast.recurrence import Backend
+
+emulated = pytest.mark.skipif(
+    EMULATION is None, reason="there is a GPU, and no emulation; test_gpu.py runs the kernels"
+)
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+GATED = ("tanh", "lstm", "gru")
+
+
+@contextmanager
+def threads_in_order(seed: int) -> Iterator[None]:
+    """Of the emulation: another order for each seed, a fixed one for 0."""
+    library = ctypes.CDLL(str(EMULATION))
+    library.rnnfast_emulation_seed(ctypes.c_uint64(seed))
+    try:
+        yield
+    finally:
+        library.rnnfast_emulation_seed(ctypes.c_uint64(0))
+
+
+def layer(cell: str, hidden: int, dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
+    cls, own = CELLS[cell]
+    own = {"proj_size": 3} if cell == "projection" else own
+    return getattr(rnnfast, cls)(4, hidden, dtype=dtype, **own, **options)
+
+
+def computed(module: nn.Module, x: Tensor, backend: str = "cuda", **form: Tensor) -> list[Tensor]:
+    """Every output, and the gradients of the input and the weights."""
+    x = x.detach().requires_grad_()
+    with rnnfast.use_backend(backend):
+        y, h_n = module(x, **form)
+        outputs = tensors_of([y, h_n])
+        grads = torch.autograd.grad(outputs, [x, *module.parameters()], [t.detach() for t in outputs])
+    return [*(t.detach() for t in outputs), *grads]
+
+
+def error(actual: list[Tensor], expected: list[Tensor]) -> float:
+    """The largest, relative to the largest value of its tensor."""
+    pairs = zip(actual, expected, strict=True)
+    return max(((a.double() - e.double()).abs().max() / e.abs().max()).item() for a, e in pairs)
+
+
+# Numbers
+
+
+@emulated
+@pytest.mark.parametrize("cell", GATED)
+@pytest.mark.parametrize("name", PERSISTENT)
+def test_threads_may_run_in_any_order(name: str, cell: str) -> None:
+    module, x = layer(cell, 40, bidirectional=True), torch.randn(4, 19, 4)
+    lengths = torch.randint(0, 5, (19,))
+    with regime(name):
+        expected = computed(module, x, lengths=lengths)
+        for seed in range(1, 5):
+            with threads_in_order(seed):
+                actual = computed(module, x, lengths=lengths)
+            assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True)), seed
+
+
+@emulated
+@pytest.mark.parametrize("cell", GATED)
+@pytest.mark.parametrize("name", PERSISTENT)
+def test_tf32_where_torch_allows_it(name: str, cell: str) -> None:
+    module, x = layer(cell, 40, bidirectional=True), torch.randn(6, 9, 4)
+    found = {}
+    for precision in ("ieee", "tf32"):
+        with regime(name, precision):
+            found[precision] = computed(module, x)
+    expected = computed(module.double(), x.double(), "reference")
+    assert error(found["ieee"], expected) < 8 * FLOOR[torch.float32]
+    assert 1e-5 < error(found["tf32"], expected) < 4 * 2**-11  # a mantissa of 10 bits: its rounding, a few times
+
+
+@emulated
+@pytest.mark.parametrize("cell", GATED)
+@pytest.mark.parametrize("name", PERSISTENT)
+def test_more_rows_than_the_chip_holds_at_once(name: str, cell: str) -> None:
+    module, x = layer(cell, 20), torch.randn(2, 500, 4)
+    with regime(name):
+        actual = computed(module, x)
+    assert error(actual, computed(module.double(), x.double(), "reference")) < 8 * FLOOR[torch.float32]
+
+
+@emulated
+@pytest.mark.parametrize("value", (float("nan"), float("inf"), 1e30), ids=str)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("cell", (*GATED, "relu"))
+@pytest.mark.parametrize("name", PERSISTENT)
+def test_what_is_not_finite_stays_in_its_row(name: str, cell: str, dtype: torch.dtype, value: float) -> None:
+    """Units and rows that only fill up a tile take none of it."""
+    module, x = layer(cell, 21, dtype), torch.randn(3, 5, 4, dtype=dtype)
+    x[1, 2, 0] = value
+    others = [0, 1, 3, 4]
+    with regime(name):
+        y = computed(module, x)[0]
+        alone = computed(module, x[:, others])[0]
+    expected = computed(module, x, "reference")[0]
+    assert torch.equal(y[:, others], alone)
+    assert torch.equal(y[0], computed(module, x[:1])[0][0]) if name == PERSISTENT[0] else True
+    torch.testing.assert_close(y, expected, rtol=2e-2, atol=2e-2, equal_nan=True)
+
+
+@emulated
+@pytest.mark.parametrize("name", REGIMES)
+def test_compiled_is_eager(name: str) -> None:
+    module, x = layer("lstm", 20, bidirectional=True, num_layers=2), torch.randn(3, 5, 4)
+    with regime(name):
+        torch._dynamo.reset()
+        actual = computed(torch.compile(module, fullgraph=True, backend="aot_eager"), x)
+        assert all(torch.equal(a, e) for a, e in zip(actual, computed(module, x), strict=True))
+
+
+# The choice among the kernels
+
+
+@emulated
+def test_every_regime_has_its_tests() -> None:
+    """The fixture leaves out what a regime says that it cannot serve: this much it has to."""
+    for cell in ("tanh", "relu", "lstm", "gru"):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            of_case = {case: (cell, dtype, of.batch, of.hidden, of.bidirectional) for case, of in CASES.items()}
+            for case in ("one-step", "one-row", "one-unit", "H63", "stack"):
+                assert all(serves(name, *of_case[case]) for name in PERSISTENT), (case, cell, dtype)
+            assert serves("cluster", *of_case["H130-no-bias"])
+            assert serves("chip", *of_case["H130-no-bias"])
+
+
+@emulated
+@pytest.mark.parametrize(
+    ("expected", "mode", "dtype", "batch", "hidden", "projected"),
+    [
+        ("multiprocessor: W_hh, 25 KB a direction, stays on one multiprocessor", "LSTM", torch.float32, 9, 40, False),
+        ("multiprocessor: ", "LSTM", torch.bfloat16, 64, 64, False),
+        ("multiprocessor: ", "GRU", torch.float16, 5000, 64, False),
+        ("multiprocessor: ", "RNN_TANH", torch.bfloat16, 9, 200, False),
+        ("cluster: W_hh, 265 KB a direction, stays on ", "LSTM", torch.float32, 9, 130, False),
+        ("cluster: ", "GRU", torch.bfloat16, 9, 256, False),
+        ("stepwise: the chip does not hold W_hh", "LSTM", torch.float32, 9, 2048, False),
+        ("stepwise: float64 ", "LSTM", torch.float64, 9, 40, False),
+        ("stepwise: a projection ", "LSTM", torch.float32, 9, 40, True),
+    ],
+)
+@pytest.mark.parametrize("backward", (False, True), ids=("forward", "backward"))
+def test_plan(
+    backward: bool, expected: str, mode: str, dtype: torch.dtype, batch: int, hidden: int, projected: bool
+) -> None:
+    """Of the emulated chip, a small one."""
+    reason = torch.ops.rnnfast.cuda_plan(mode, dtype, batch, hidden, False, projected, False, backward, 0)
+    assert reason.startswith(expected)
+
+
+@emulated
+@pytest.mark.parametrize("name", PERSISTENT)
+def test_a_regime_refuses_what_it_cannot_serve(name: str) -> None:
+    refused = [layer("lstm", 40, torch.float64), layer("projection", 40), layer("gru", 2048, device="cpu")]
+    assert [torch.ops.rnnfast.cuda_regime(None), torch.ops.rnnfast.cuda_regime(0)] == [0, 0]
+    with regime(name):
+        assert REGIMES[torch.ops.rnnfast.cuda_regime(None)] == name
+        for module in refused:
+            x = torch.randn(2, 3, 4, dtype=next(module.parameters()).dtype)
+            with rnnfast.use_backend("cuda"), pytest.raises(RuntimeError, match="regime asked for cannot serve"):
+                module(x)
+            with rnnfast.use_backend("cuda"), pytest.raises(RuntimeError, match="regime asked for cannot serve"):
+                rnnfast.explain(module)
+    for number in (-1, len(REGIMES)):
+        with pytest.raises(RuntimeError, match=f"no regime has number {number}"):
+            torch.ops.rnnfast.cuda_regime(number)
+    for module in refused[:2]:  # by the table they run
+        x = torch.randn(2, 3, 4, dtype=next(module.parameters()).dtype)
+        assert error(computed(module, x), computed(module, x, "reference")) < 1e-5
+
+
+@emulated
+def test_explain_names_the_kernel() -> None:
+    assert rnnfast.backends()["cuda"] == (True, "CUDA kernels under a host emulation, for tests")
+    x, packed = torch.randn(3, 5, 4), nn.utils.rnn.pack_sequence([torch.randn(3, 4), torch.randn(1, 4)])
+    with rnnfast.use_backend("cuda"):
+        for module, inputs, sizes in (
+            (layer("lstm", 40, bidirectional=True), (x,), (5, 40, True, False)),
+            (layer("lstm", 40, batch_first=True), (x,), (3, 40, False, False)),
+            (layer("lstm", 40), (x[:, 0],), (1, 40, False, False)),
+            (layer("lstm", 40), (packed,), (2, 40, False, False)),
+            (layer("lstm", 40), (), (1, 40, False, False)),
+            (layer("projection", 40), (x,), (5, 40, False, True)),
+            (rnnfast.LSTMCell(4, 40), (x[0],), (5, 40, False, False)),
+            (rnnfast.LSTMCell(4, 40), (x[0, 0],), (1, 40, False, False)),
+        ):
+            asked = []
+            with pytest.MonkeyPatch.context() as patch:
+                plan = lambda *args, asked=asked: asked.append(args) or "cluster: of a test"
+                patch.setattr(torch.ops.rnnfast, "cuda_plan", plan)
+                (choice,) = rnnfast.explain(module, *inputs)
+            assert choice[2:] == ("torch.float32 on cpu", "cuda", "cluster: of a test")
+            (args,) = asked
+            assert args[:2] == ("LSTM", torch.float32) and args[2:6] == sizes and args[7:] == (False, 0)
+    assert rnnfast.explain(layer("lstm", 40))[0].backend != "cuda"  # on a CPU only where it is asked for
+
+
+# The choice of the backend
+
+
+def test_a_gpu_gets_cuda(gpus: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus((9, 0), (7, 5), library=True)
+    choose = recurrence.choose_backend
+    assert choose("LSTM", CUDA, torch.float32) == ("cuda", "CUDA kernels")
+    assert choose("LSTM", CUDA, torch.complex64)[0] == "reference"
+    assert choose("LSTM", CPU, torch.float32)[0] != "cuda"
+    with rnnfast.use_backend("reference"):
+        assert choose("LSTM", CUDA, torch.float32)[0] == "reference"
+    gpus((9, 0), library=True)
+    with rnnfast.use_backend("triton"):
+        assert choose("LSTM", CUDA, torch.float32) == ("triton", "Triton kernels")
+    with rnnfast.use_backend("cuda"):
+        assert choose("LSTM", CUDA, torch.float32) == ("cuda", "CUDA kernels")
+        for device in (CPU, torch.device("meta")):
+            with pytest.raises(RuntimeError, match=f"does not serve device '{device}'"):
+                choose("LSTM", device, torch.float32)
+    plan = lambda *args: f"cluster: {args}"
+    monkeypatch.setattr(torch.ops.rnnfast, "cuda_plan", plan)
+    reason = plan("LSTM", torch.float32, 5, 40, True, False, recurrence._module("cuda").gpu.allows_tf32(), False, 0)
+    assert choose("LSTM", CUDA, torch.float32, 40, 5, True) == ("cuda", reason)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert rnnfast.backends()["cuda"] == (False, "its kernels are for NVIDIA's GPUs")
+    assert choose("LSTM", CUDA, torch.float32) == ("triton", "Triton kernels")
+
+
+@pytest.mark.parametrize("lack", ("gpu", "capability", "library", "library-that-loads"))
+def test_what_is_missing_is_said(
+    lack: str, gpus: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    load = recurrence._load.__wrapped__
+    gpus(*([] if lack == "gpu" else [(9, 0), (7, 5) if lack == "capability" else (8, 0)]), library=True)
+    monkeypatch.setattr(recurrence, "_HAS_TRITON", False)
+    if lack.startswith("library"):
+        monkeypatch.setattr(recurrence, "_load", load)
+        monkeypatch.setattr(recurrence, "__file__", str(tmp_path / "recurrence.py"))
+    if lack == "library-that-loads":
+        (tmp_path / "_cuda.so").write_bytes(b"no library")
+    reason = {
+        "gpu": "torch finds no GPU that it can use",
+        "capability": "GPU 1 has compute capability 7.5, the kernels need 8.0",
+        "library": "the native library is not built (no CUDA compiler at installation?)",
+        "library-that-loads": "the native library does not load: ",
+    }[lack]
+    found = rnnfast.backends()["cuda"]
+    assert not found.available and found.detail.startswith(reason)
+    with pytest.raises(RuntimeError) as missing, rnnfast.use_backend("cuda"):
+        pass
+    assert str(missing.value).startswith(f"backend 'cuda' is missing here: {reason}")
+    backend, said = recurrence.choose_backend("LSTM", torch.device("cuda", 1), torch.float32)
+    assert backend == "reference" and said == f"{found.detail}; Triton is not installed"
+
+
+def test_without_a_gpu_the_library_is_not_loaded(gpus: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus()
+    monkeypatch.setattr(recurrence, "_load", lambda *args: pytest.fail("loaded the library"))
+    assert rnnfast.backends()["cuda"] == Backend(False, "torch finds no GPU that it can use")
+
+
+# The operators check what they are given
+
+
+def arguments(**changed: Any) -> tuple[tuple, tuple, tuple]:
+    """Of the three operators: two directions of an LSTM of 5 units, 3 steps of 2 rows, in float32."""
+    new = torch.zeros
+    a = {
+        "mode": "LSTM",
+        "x_gates": new(2, 6, 20),
+        "w_hh": [new(20, 5), new(20, 5)],
+        "b_hh": [new(20), new(20)],
+        "h": new(2, 2, 5),
+        "c": new(2, 2, 5),
+        "y": new(6, 10),
+        "cs": new(6, 10),
+        "gates": new(2, 6, 20),
+        "offsets": None,
+        "lengths": torch.tensor([3, 1]),
+        "resets": new(3, 2, dtype=torch.uint8),
+        "steps": 3,
+        "dy": new(6, 10),
+        "dcs": new(6, 10),
+        "h0": new(2, 2, 5),
+        "c0": new(2, 2, 5),
+        "dh": new(2, 2, 5),
+        "dc": new(2, 2, 5),
+        "dgates": new(2, 6, 20),
+        "out": new(2, 6, 5),
+    } | changed
+    form = a["offsets"], a["lengths"], a["resets"], a["steps"]
+    forward = a["mode"], a["x_gates"], a["w_hh"], a["b_hh"], [], a["h"], a["c"], a["y"], a["cs"], a["gates"], *form
+    backward = a["mode"], a["dy"], a["dcs"], a["gates"], a["y"], a["cs"], a["h0"], a["c0"], a["w_hh"], []
+    backward += a["dh"], a["dc"], a["dgates"], None, *form
+    return (*forward, False, 0), (*backward, False, 0), (a["y"], a["h0"], a["out"], *form, 0)
+
+
+OPERATORS = ("cuda_forward_steps", "cuda_backward_steps", "cuda_states_before")
+OF_ALL = {"y", "lengths", "resets", "offsets"}  # arguments that the three have in common
+WRONG = {
+    **{name: [torch.zeros(3, 3)] for name in ("y", "cs", "dy", "dcs")},
+    **{name: [torch.zeros(2, 2, 4)] for name in ("c", "h0", "c0", "dc")},
+    **{name: [torch.zeros(2, 6, 19), torch.zeros(2, 6, 20).double()] for name in ("gates", "dgates", "x_gates")},
+    "h": [torch.zeros(2, 2, 4), torch.zeros(2, 4, 5)[:, ::2], torch.zeros(2, 2, 5).half()],
+    "dh": [torch.zeros(2, 2, 4), torch.zeros(2, 4, 5)[:, ::2], torch.zeros(2, 2, 5).half()],
+    "out": [torch.zeros(2, 6, 4), torch.zeros(2, 12, 5)[:, ::2], torch.zeros(6, 10)],
+    "w_hh": [[], [torch.zeros(20, 5)], [torch.zeros(20, 5), torch.zeros(20, 4)], [torch.zeros(5, 20).t()] * 2],
+    "b_hh": [[torch.zeros(20), torch.zeros(5)], [torch.zeros(20)], [torch.zeros(20)] * 3],
+    "lengths": [torch.tensor([3]), torch.tensor([3, 1], dtype=torch.int32)],
+    "resets": [torch.zeros(2, 2, dtype=torch.uint8), torch.zeros(3, 2, dtype=torch.int64)],
+    "offsets": [torch.tensor([0, 2])],
+    "mode": ["LSTM2", "GRU"],
+    "steps": [0, 4],
+}
+
+
+@emulated
+@pytest.mark.parametrize("name", WRONG)
+def test_operators_check_their_arguments(name: str) -> None:
+    right = arguments()
+    for operator, args in zip(OPERATORS, right):
+        getattr(torch.ops.rnnfast, operator)(*args)
+    for wrong in WRONG[name]:
+        refused = 0
+        for operator, args, before in zip(OPERATORS, arguments(**{name: wrong}), right):
+            if any(a is wrong for a in args) or name in ("steps",):
+                assert not any(a is wrong for a in before) or name == "steps"
+                with pytest.raises(RuntimeError, match="rnnfast: "):
+                    getattr(torch.ops.rnnfast, operator)(*args)
+                refused += 1
+        assert refused

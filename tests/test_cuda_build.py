@@ -1,0 +1,125 @@
+"""The CUDA library without a GPU: when it is built, how, and that it loads anywhere."""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+import rnnfast
+
+ROOT = Path(__file__).parents[1]
+
+
+def load(path: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+setup, resources = load("setup.py"), load("bench/cuda_resources.py")
+needs_nvcc = pytest.mark.skipif(setup.find_nvcc() is None, reason="no nvcc in CUDA_HOME/bin or on PATH")
+
+
+def output(*command: str | Path, **options: object) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, **options)
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def built() -> Path:
+    """The folder of a build for one target; the next run finds there what has not changed."""
+    (ROOT / "build").mkdir(exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch, open(ROOT / "build" / "cuda.lock", "w") as lock:
+        patch.setenv("RNNFAST_CUDA_ARCHS", "90a")
+        fcntl.flock(lock, fcntl.LOCK_EX)  # other workers of pytest-xdist wait
+        return resources.compile()
+
+
+@needs_nvcc
+def test_persistent_kernels_do_not_spill(built: Path) -> None:
+    kernels = resources.kernels(built)
+    assert {kernel.arch for kernel in kernels} == {"sm_90a"}
+    persistent = [kernel for kernel in kernels if kernel.persistent]
+    for name in ("forward", "backward"):
+        for cell in setup.CELLS.values():
+            assert any(name in kernel.name and cell in kernel.arguments for kernel in persistent), (name, cell)
+    assert not [kernel for kernel in persistent if kernel.spilled]
+    assert not resources.warnings(built)
+
+
+@needs_nvcc
+def test_library_needs_no_cuda(built: Path) -> None:
+    """It brings its runtime along, for itself alone: torch may have another one, or none."""
+    needed = [line for line in output("readelf", "--dynamic", built / "_cuda.so").splitlines() if "NEEDED" in line]
+    assert any("torch_cpu" in line for line in needed)
+    assert not [line for line in needed if "cuda" in line]
+    assert "cuda" not in output("nm", "--dynamic", "--defined-only", built / "_cuda.so")
+
+
+@needs_nvcc
+def test_library_loads(built: Path, tmp_path: Path) -> None:
+    """Into a package that has no other."""
+    shutil.copytree(Path(rnnfast.__file__).parent, tmp_path / "rnnfast", ignore=shutil.ignore_patterns("*.so"))
+    script = """
+import sys, torch, rnnfast
+torch.ops.load_library(sys.argv[1])
+for name in ("cuda_forward_steps", "cuda_backward_steps", "cuda_states_before"):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"rnnfast::{name}", "CUDA"), name
+"""
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    assert output(sys.executable, "-c", script, built / "_cuda.so", cwd=tmp_path, env=environment) == ""
+
+
+@pytest.fixture
+def nvcc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A compiler that knows no Blackwell, on PATH, and nothing else there."""
+    (tmp_path / "bin").mkdir()
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho compute_80; echo compute_86; echo compute_90\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("PATH", str(nvcc.parent))
+    for name in ("CUDA_HOME", "RNNFAST_CUDA", "RNNFAST_CUDA_ARCHS"):
+        monkeypatch.delenv(name, raising=False)
+    return nvcc
+
+
+@pytest.mark.parametrize("of_torch", (None, "12.8"))
+@pytest.mark.parametrize("has_nvcc", (True, False))
+@pytest.mark.parametrize("wanted", ("", "0", "1"))
+def test_when_it_is_built(
+    nvcc: Path, wanted: str, has_nvcc: bool, of_torch: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", of_torch)
+    monkeypatch.setenv("RNNFAST_CUDA", wanted)
+    if not has_nvcc:
+        nvcc.unlink()
+    if wanted == "1" and not has_nvcc:
+        with pytest.raises(SystemExit, match="needs nvcc, which is neither in CUDA_HOME/bin nor on PATH"):
+            setup.wants_cuda()
+    else:
+        assert setup.wants_cuda() == (wanted == "1" or (wanted == "" and has_nvcc and of_torch is not None))
+
+
+def test_settings(nvcc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RNNFAST_CUDA", "yes")
+    with pytest.raises(SystemExit, match="RNNFAST_CUDA has to be 0, 1 or unset, not 'yes'"):
+        setup.wants_cuda()
+    assert setup.cuda_archs() == ["80", "90a"]
+    monkeypatch.setenv("RNNFAST_CUDA_ARCHS", "86 100a")
+    assert setup.cuda_archs() == ["86", "100a"]
+    text = setup.ninja_file(cuda=Path("/there/_cuda.so"))
+    assert f"nvcc = {nvcc} " in text and "-gencode=arch=compute_100a,code=sm_100a" in text and "cpu/" not in text
+    other = shutil.copytree(nvcc.parent, nvcc.parents[1] / "home" / "bin") / "nvcc"
+    monkeypatch.setenv("CUDA_HOME", str(other.parents[1]))
+    assert setup.find_nvcc() == str(other)

@@ -1,0 +1,50 @@
+"""The host emulation under the tests of csrc/cuda: what it computes, and that it reports mistakes as such.
+
+The cases, and the seeds that each runs with, are in emulation/selftest.cpp.
+"""
+
+from __future__ import annotations
+
+import subprocess
+
+import pytest
+from emulation import build
+
+MISTAKES = {
+    "barrier_without_expect": [
+        "deadlock: block 1: 64 threads in barrier_wait(shared + 0, parity 0) for -16 bytes and barrier_expect"
+    ],
+    "poll_without_store": ["deadlock: block 0: 64 threads polling; block 1: 64 threads polling"],
+    "sync_without_one": ["deadlock: block 1: 63 threads at sync_block, 1 threads that exited"],
+    "mma_without_one": ["deadlock: block 1: 31 threads at mma, 33 threads that exited"],
+    "store_into_exited": [
+        "block 1 exited before a store_async to it arrived",
+        "store_async: block 1 has exited",
+    ],
+    "exception": ["thrown by a thread"],
+}
+
+
+def run(case: str, sanitize: bool = False) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([build.selftest(sanitize), case], capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize("case", ["grid", "cluster", "neighbours", "mma_bfloat16", "mma_half", "mma_tf32", "launches"])
+def test_computes(case: str) -> None:
+    done = run(case)
+    assert (done.stdout, done.stderr, done.returncode) == ("ok\n", "", 0)
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_reports(case: str) -> None:
+    assert sorted(run(case).stdout.splitlines()) == MISTAKES[case]
+
+
+def test_with_address_sanitizer() -> None:
+    """It finds a byte beyond a block's shared memory, and nothing wrong with the fibres."""
+    if not build.has_sanitizer():
+        pytest.skip("this compiler has no AddressSanitizer")
+    assert run("cluster", sanitize=True).stdout == "ok\n"
+    assert run("exception", sanitize=True).stdout == "thrown by a thread\n"
+    report = run("beyond_shared_memory", sanitize=True).stderr
+    assert "0 bytes to the right of 1024-byte region" in report or "0 bytes after 1024-byte region" in report
