@@ -4,7 +4,8 @@ They use torch's stable ABI and are loaded by `torch.ops.load_library`, so one b
 every Python: they are no Python modules, and the wheel is tagged py3-none-PLATFORM.
 
 _cuda.so is built where torch is a CUDA build and nvcc is in CUDA_HOME/bin or on PATH; with RNNFAST_CUDA=1 against a CPU
-build of torch, too; with RNNFAST_CUDA=0 never. RNNFAST_CUDA_ARCHS="80 90a" names the compute capabilities it is for.
+build of torch, too; with RNNFAST_CUDA=0 never. RNNFAST_CUDA_ARCHS="80 90a 90+PTX" names the compute capabilities that
+it is for.
 """
 
 import os
@@ -33,7 +34,8 @@ FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -DTORCH_TARGET_VERSION=0
 KERNEL_FLAGS = "-fno-math-errno -fno-trapping-math -ffp-contract=fast"
 
 CELLS = {"tanh": "Rnn<Tanh>", "relu": "Rnn<Relu>", "lstm": "Lstm", "gru": "Gru"}  # an object each
-CUDA_ARCHS = ("80", "90a", "100a")  # "a": the instructions of this generation only
+# "a": the instructions of this generation only. PTX: the driver compiles it for a GPU that has no code of its own here.
+CUDA_ARCHS = ("80", "90a", "100a", "90+PTX")
 # What ptxas says of registers and spills is left beside each object, for bench/cuda_resources.py.
 NVCC_FLAGS = "-forward-unknown-to-host-compiler --expt-relaxed-constexpr -Xptxas -v"
 
@@ -57,7 +59,12 @@ def wants_cuda():
 def cuda_archs():
     known = subprocess.check_output([find_nvcc(), "--list-gpu-arch"], text=True).split()  # names 90, but not 90a
     named = os.environ.get("RNNFAST_CUDA_ARCHS", "").split()
-    return named or [arch for arch in CUDA_ARCHS if f"compute_{arch.rstrip('a')}" in known]
+    return named or [arch for arch in CUDA_ARCHS if f"compute_{arch.rstrip('a').removesuffix('+PTX')}" in known]
+
+
+def gencode(arch):
+    number = arch.removesuffix("+PTX")
+    return f"-gencode=arch=compute_{number},code={'compute' if arch != number else 'sm'}_{number}"
 
 
 def escape(path):
@@ -97,7 +104,7 @@ def ninja_file(cpu=None, cuda=None):
 
     ops = compile("ops.cpp")
     if cuda:
-        archs = " ".join(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in cuda_archs())
+        archs = " ".join(map(gencode, cuda_archs()))
         names = shlex.quote(f"-Xcompiler={names}")  # nvcc has a shell of its own read it
         lines.insert(0, f"nvcc = {shlex.quote(find_nvcc())} {NVCC_FLAGS} {names} {archs}")
         objects = [ops, compile("cuda/stepwise.cu"), compile("cuda/recurrence.cu", "-DRNNFAST_DEVICE_KEY=CUDA")]

@@ -3,13 +3,16 @@
     python bench/cuda_resources.py                       # for every target of the library
     python bench/cuda_resources.py --arch 90a -k Lstm    # for one, and one cell
 
-The exit code is 1 if a persistent kernel spills. What was compiled stays in build/cuda-ARCH, with the library of it.
+Shared memory is the plan's to give: a second table shows, for an H200, where layers of several sizes run and what their
+blocks have of it. The exit code is 1 if a persistent kernel spills. What was compiled stays in build/cuda-ARCH, with
+the library of it.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import os
 import re
 import subprocess
@@ -20,6 +23,8 @@ from types import ModuleType
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
+HIDDEN, BATCHES = (64, 128, 256, 512, 1024, 2048), (8, 64, 256)
+NO_DEVICE = -1  # for which the plan takes an H200's numbers
 
 
 class Kernel(NamedTuple):
@@ -86,6 +91,23 @@ def warnings(folder: Path) -> list[str]:
     return [line for line in said if not re.match(r"ptxas info|.* bytes stack frame,", line)]
 
 
+def plans(folder: Path) -> Iterator[str]:
+    """Rows of the second table."""
+    import torch
+
+    import rnnfast  # noqa: F401, defines the operators that the library implements
+
+    torch.ops.load_library(folder / "_cuda.so")
+    yield "cell      dtype  units  rows  pass      plan"
+    dtypes = {"bf16": (torch.bfloat16, False), "tf32": (torch.float32, True), "fp32": (torch.float32, False)}
+    for mode, dtype, hidden, batch in itertools.product(("RNN_TANH", "LSTM", "GRU"), dtypes, HIDDEN, BATCHES):
+        for backward in (False, True):
+            of, tf32 = dtypes[dtype]
+            plan = torch.ops.rnnfast.cuda_plan(mode, of, batch, hidden, False, False, tf32, backward, NO_DEVICE)
+            which = "backward" if backward else "forward"
+            yield f"{mode:<10}{dtype:<5}{hidden:>7}{batch:>6}  {which:<10}{plan}"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", nargs="*", default=[], help="compute capabilities, such as 90a")
@@ -103,7 +125,8 @@ def main() -> int:
         print(f"{row(*kernel[:3])}{kernel.registers:9}{kernel.stack:7}{kernel.spilled:9}")
     spilling = sum(kernel.persistent and kernel.spilled > 0 for kernel in found)
     print(f"{len(found)} kernels, of the persistent ones {spilling} spill")
-    print(*warnings(folder), sep="\n", end="")
+    print(*warnings(folder), sep="\n")
+    print(*(row for row in plans(folder) if args.k.lower() in row.lower()), sep="\n")
     return spilling > 0
 
 

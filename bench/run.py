@@ -10,6 +10,7 @@ Letters: T steps, N batch, I input features, H hidden units, G gates (LSTM 4, GR
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import csv
 import functools
@@ -79,6 +80,7 @@ class Case(NamedTuple):
 COLUMNS = [
     *("machine", "versions", "commit", "device", *Case._fields),
     *("ours_ms", "torch_ms", *(f"{peer}_ms" for peer in PEERS), "best_peer", "ratio_torch", "ratio_best"),
+    "ours_step_us",
     *("ours_tf32_ms", "torch_tf32_ms", "ratio_tf32", "ours_ran", "ours_tf32_ran", "torch_ran", "torch_tf32_ran"),
     *("gflops", "ceiling_gflops", "share_of_ceiling"),
     *("ours_kept_mb", "ours_recompute_kept_mb", "torch_kept_mb", "ours_peak_mb", "torch_peak_mb", "elsewhere"),
@@ -184,11 +186,17 @@ class Call:
         return sum(kept.values()) / 1e6
 
 
-def peak_mb(case: Case, device: str, name: str) -> float:
+def peak_mb(case: Case, device: str, name: str, backend: str | None) -> float:
     """MB that one call takes beyond what is there before it, scratch and caches included. For a process of its own."""
     if device == "cpu":
         torch.set_num_threads(case.threads)
-    return machine.peak_mb(contenders(case, device, verify=False)[name], device)
+    with forced(backend):
+        return machine.peak_mb(contenders(case, device, verify=False)[name], device)
+
+
+def forced(backend: str | None) -> contextlib.AbstractContextManager:
+    """Ours on this backend; None: on the one that it chooses."""
+    return rnnfast.use_backend(backend) if backend else contextlib.nullcontext()
 
 
 def _data(x: Tensor | PackedSequence) -> Tensor:
@@ -215,12 +223,12 @@ def _with_tf32(call: Callable, *args: Any) -> Any:
 
 
 def what_ran(calls: dict[str, Callable]) -> dict[str, str]:
-    """On a GPU, of ours the kind of kernel, as the plan has it, and of torch.nn the names of the kernels."""
+    """On a GPU, of ours the backend and its kind of kernel, and of torch.nn the names of the kernels."""
     found = {}
     for suffix, under in (("", lambda call, *args: call(*args)), ("_tf32", _with_tf32)):
         if f"ours{suffix}" in calls:
-            (choice,) = under(rnnfast.explain, calls["ours"].module)
-            found[f"ours{suffix}_ran"] = choice.reason.partition(":")[0]
+            choice = under(rnnfast.explain, calls["ours"].module, calls["ours"].inputs[0])[0]
+            found[f"ours{suffix}_ran"] = f"{choice.backend} {choice.reason.partition(':')[0]}"
             found[f"torch{suffix}_ran"] = ";".join(_kernels(calls[f"torch{suffix}"]))
     return found
 
@@ -254,7 +262,13 @@ def measure(calls: dict[str, Callable], rounds: int, device: str, burst: float =
 
 
 def row_of(
-    case: Case, device: str, rounds: int, burst: float = BURST, attempts: int = 2, memory: bool = False
+    case: Case,
+    device: str,
+    rounds: int,
+    burst: float = BURST,
+    attempts: int = 2,
+    memory: bool = False,
+    backend: str | None = None,
 ) -> dict[str, Any]:
     """Everything about one case but for the machine. While others use it, it is measured again; the quietest counts."""
     if device == "cpu":
@@ -279,8 +293,9 @@ def row_of(
     if memory:
         for name in ("ours", "torch"):
             with multiprocessing.get_context("spawn").Pool(1) as fresh:
-                kept[f"{name}_peak_mb"] = fresh.apply(peak_mb, (case, device, name))
+                kept[f"{name}_peak_mb"] = fresh.apply(peak_mb, (case, device, name, backend))
     row = {"device": device, **case._asdict(), **{f"{name}_ms": value for name, value in ms.items()}, **kept}
+    row["ours_step_us"] = ms["ours"] * 1e3 / (case.T * case.layers)
     row |= {"best_peer": best_peer, "ratio_torch": ms["torch"] / ms["ours"], "ratio_best": ms[best_peer] / ms["ours"]}
     if "ours_tf32" in ms:
         row["ratio_tf32"] = ms["torch_tf32"] / ms["ours_tf32"]
@@ -329,6 +344,7 @@ def main() -> None:
     parser.add_argument("--memory", action="store_true", help="peak memory too, from fresh processes (takes minutes)")
     parser.add_argument("--quick", action="store_true", help="one small shape and little patience: no numbers to trust")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--backend", choices=["triton", "cuda"], help="ours on this one (the one that it chooses)")
     parser.add_argument("--out", type=Path, help="the CSV (results/<machine>.csv)")
     args = parser.parse_args()
     if args.gpu and args.device == "cpu":
@@ -343,12 +359,12 @@ def main() -> None:
     else:
         patience = (args.repeats or 5, 0.01, 1) if args.gpu else (args.repeats or 7,)
     rows = []
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="") as file, forced(args.backend):
         table = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
         table.writeheader()
         for case in (bar := tqdm(list(cases(args)))):
             bar.set_description(f"{case.cell} {case.mode} {case.T}x{case.N}x{case.H}")
-            row = row_of(case, args.device, *patience, memory=args.memory)
+            row = row_of(case, args.device, *patience, memory=args.memory, backend=args.backend)
             rows.append(row)
             table.writerow(of_machine | row)
             file.flush()

@@ -115,11 +115,12 @@ def test_settings(nvcc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RNNFAST_CUDA", "yes")
     with pytest.raises(SystemExit, match="RNNFAST_CUDA has to be 0, 1 or unset, not 'yes'"):
         setup.wants_cuda()
-    assert setup.cuda_archs() == ["80", "90a"]
-    monkeypatch.setenv("RNNFAST_CUDA_ARCHS", "86 100a")
-    assert setup.cuda_archs() == ["86", "100a"]
+    assert setup.cuda_archs() == ["80", "90a", "90+PTX"]
+    monkeypatch.setenv("RNNFAST_CUDA_ARCHS", "86+PTX 100a")
+    assert setup.cuda_archs() == ["86+PTX", "100a"]
     text = setup.ninja_file(cuda=Path("/there/_cuda.so"))
-    assert f"nvcc = {nvcc} " in text and "-gencode=arch=compute_100a,code=sm_100a" in text and "cpu/" not in text
+    assert f"nvcc = {nvcc} " in text and "-gencode=arch=compute_100a,code=sm_100a" in text
+    assert "-gencode=arch=compute_86,code=compute_86" in text and "cpu/" not in text
     other = shutil.copytree(nvcc.parent, nvcc.parents[1] / "home" / "bin") / "nvcc"
     monkeypatch.setenv("CUDA_HOME", str(other.parents[1]))
     assert setup.find_nvcc() == str(other)

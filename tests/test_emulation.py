@@ -5,7 +5,9 @@ The cases, and the seeds that each runs with, are in emulation/selftest.cpp.
 
 from __future__ import annotations
 
+import os
 import subprocess
+import sys
 
 import pytest
 from emulation import build
@@ -48,3 +50,33 @@ def test_with_address_sanitizer() -> None:
     assert run("exception", sanitize=True).stdout == "thrown by a thread\n"
     report = run("beyond_shared_memory", sanitize=True).stderr
     assert "0 bytes to the right of 1024-byte region" in report or "0 bytes after 1024-byte region" in report
+
+
+KERNELS = """
+import sys, torch, rnnfast
+torch.ops.load_library(sys.argv[1])
+torch.backends.cudnn.rnn.fp32_precision = sys.argv[2]
+runs = 0
+for cell, hidden, dtype in ((c, h, d) for c in ("RNN", "LSTM", "GRU") for h in (5, 40, 67) for d in sys.argv[3:]):
+    layer = getattr(rnnfast, cell)(3, hidden, bidirectional=True, dtype=getattr(torch, dtype))
+    x = torch.randn(3, 11, 3, dtype=getattr(torch, dtype), requires_grad=True)
+    for regime in range(5):
+        torch.ops.rnnfast.cuda_regime(regime)
+        with rnnfast.use_backend("cuda"):
+            y, _ = layer(x, lengths=torch.randint(0, 4, (11,)))
+            y.backward(y.detach())
+        runs += 1
+print(runs)
+"""
+
+
+def test_kernels_with_address_sanitizer() -> None:
+    """None reads or writes beyond its block's shared memory, or the tensors."""
+    if not build.has_sanitizer():
+        pytest.skip("this compiler has no AddressSanitizer")
+    library = build.library(sanitize=True)
+    # Python never frees all that it has, and neither does the emulation its fibres.
+    environment = os.environ | {"LD_PRELOAD": build.preload(), "ASAN_OPTIONS": "detect_leaks=0"}
+    command = [sys.executable, "-c", KERNELS, library, "ieee", "float32", "bfloat16"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    assert done.stdout == f"{3 * 3 * 2 * 5}\n", done.stderr

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import copy
 import itertools
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import MODES, PERSISTENT, REGIMES, regime, serves
 from helpers import LAYERS, error_of, flatten, pair
 from test_recurrence import CASES, CELLS, FLOOR, FORMS, Case, Problem
 from torch import Tensor, nn
@@ -17,13 +23,14 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import rnnfast
+from rnnfast.recurrence import choose_backend
 
 pytestmark = pytest.mark.gpu
 DEVICE, ELSEWHERE = "cuda", "cpu"
 
-MODES = {"tanh": "RNN_TANH", "relu": "RNN_RELU", "lstm": "LSTM", "projection": "LSTM", "gru": "GRU"}
-# Of float32 without TF32, where test_explanation_names_the_kernel holds them to it.
-HIDDEN = {"fused": 40, "stepwise": 300}
+# Of float32 without TF32 the one is held by a multiprocessor, the other is not: test_explanation_names_the_kernel.
+HIDDEN = {"small": 40, "large": 300}
+on_cuda = pytest.mark.parametrize("kernels", ["cuda"], indirect=True)
 
 
 @contextmanager
@@ -38,10 +45,14 @@ def tf32(allowed: bool) -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32 = before
 
 
-@pytest.fixture(autouse=True)
-def _on_triton() -> Iterator[None]:
-    with rnnfast.use_backend("triton"), tf32(False):
-        yield
+@pytest.fixture(params=("triton", "cuda"), autouse=True)
+def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The backend."""
+    found = rnnfast.backends()[request.param]
+    if not found.available:
+        pytest.skip(f"{request.param}: {found.detail}")
+    with rnnfast.use_backend(request.param), tf32(False):
+        yield request.param
     torch._dynamo.reset()
 
 
@@ -150,17 +161,19 @@ def test_error_is_at_most_twice_torchs(case: str, cell: str, form: str, precisio
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("cell", CELLS)
-def test_those_cases_meet_both_kernels(cell: str, precision: str) -> None:
-    from rnnfast.triton import plan_on  # not where Triton is missing
-
+def test_those_cases_meet_small_and_large_layers(cell: str, precision: str, kernels: str) -> None:
     dtype, allowed_tf32, _ = PRECISIONS[precision]
-    cases = {case for case, of_cell, _ in PARITY if of_cell == cell}
+    found = set()
     with tf32(allowed_tf32):
-        fused = {
-            plan_on(torch.device(DEVICE), MODES[cell], dtype, GPU_CASES[case].hidden, cell == "projection").fused
-            for case in cases
-        }
-    assert fused == ({False} if cell == "projection" else {False, True})
+        for case in {case for case, of_cell, _ in PARITY if of_cell == cell}:
+            sizes = GPU_CASES[case].hidden, GPU_CASES[case].batch, GPU_CASES[case].bidirectional, cell == "projection"
+            found.add(choose_backend(MODES[cell], torch.device(DEVICE), dtype, *sizes)[1].partition(":")[0])
+    if cell == "projection" or (kernels == "cuda" and dtype == torch.float64):
+        assert found == {"stepwise"}
+    elif kernels == "cuda":
+        assert {"multiprocessor"} < found <= set(REGIMES)
+    else:
+        assert found == {"fused", "stepwise"}
 
 
 @pytest.mark.parametrize("cell", ("lstm", "gru"))
@@ -173,6 +186,107 @@ def test_every_hidden_size(cell: str) -> None:
         for k, (a, e) in enumerate(zip(actual, expected, strict=True)):
             error = (a - e).abs().max().item()
             assert error <= 1e-5 * e.abs().max().item(), f"H {hidden}: tensor {k} is off by {error:.1e}"
+
+
+# The CUDA kernels' regimes, each forced, and by the table over the sizes
+
+
+# Of a few steps, relative to the largest value.
+ROUNDING = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+@on_cuda
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("hidden", (5, 40, 300))
+@pytest.mark.parametrize("cell", ("tanh", "lstm", "gru"))
+@pytest.mark.parametrize("name", REGIMES[1:])
+def test_every_regime(name: str, cell: str, hidden: int, dtype: torch.dtype, form: str) -> None:
+    """Against the reference in float64; and again, which gives equal bits."""
+    if not serves(name, cell, dtype, 5, hidden, True):
+        assert name in PERSISTENT and hidden > 40
+        pytest.skip("it cannot serve this layer")
+    module, (x, extra) = layer(cell, hidden, dtype, bidirectional=True), sequence(form, dtype)
+    with regime(name):
+        actual = computed(module, x, **extra)
+        for _ in range(3):
+            assert_equal(computed(module, x, **extra), actual)
+    wide = x._replace(data=x.data.detach().double().requires_grad_()) if form == "packed" else x.detach().double()
+    with rnnfast.use_backend("reference"):
+        expected = computed(module.double(), wide if form == "packed" else wide.requires_grad_(), **extra)
+    assert_close(actual, expected, ROUNDING[dtype])
+
+
+ALL_H = (1, 2, 15, 16, 17, 31, 63, 64, 65, 127, 128, 129, 200, 256, 300, 512, 640, 777, 1024, 1536, 2048)
+ALL_N = (1, 2, 7, 8, 9, 16, 17, 64, 100, 512)
+SIZES = sorted({*((hidden, 9) for hidden in ALL_H), *itertools.product((128, 300), ALL_N)})
+
+
+@on_cuda
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("hidden, batch", SIZES)
+@pytest.mark.parametrize("cell", ("tanh", "lstm", "gru"))
+def test_sizes(cell: str, hidden: int, batch: int, dtype: torch.dtype) -> None:
+    module, x = layer(cell, hidden, dtype), torch.randn(3, batch, 4, device=DEVICE, dtype=dtype, requires_grad=True)
+    actual = computed(module, x)
+    with rnnfast.use_backend("reference"):
+        expected = computed(module.double(), x.detach().double().requires_grad_())
+    assert_close(actual, expected, ROUNDING[dtype])
+
+
+@on_cuda
+@pytest.mark.parametrize("name", REGIMES[1:])
+def test_every_regime_in_a_graph(name: str) -> None:
+    with regime(name):
+        test_graph_capture(True, "lstm", "small", "lengths")
+
+
+@on_cuda
+@pytest.mark.parametrize("name", REGIMES[1:])
+def test_every_regime_on_two_streams_at_once(name: str) -> None:
+    layers = [layer("gru", 40, bidirectional=True) for _ in range(2)]
+    x = torch.randn(200, 64, 4, device=DEVICE, requires_grad=True)
+    streams = [torch.cuda.Stream() for _ in layers]
+    with regime(name):
+        expected = [computed(module, x) for module in layers]
+        torch.cuda.synchronize()
+        for _ in range(5):
+            found = []
+            for module, stream in zip(layers, streams):
+                with torch.cuda.stream(stream):
+                    found.append(computed(module, x))
+            torch.cuda.synchronize()
+            for actual, e in zip(found, expected):
+                assert_equal(actual, e)
+
+
+SANITIZED = """
+import sys, torch, rnnfast
+torch.backends.cudnn.rnn.fp32_precision = "ieee"
+resets, lengths = torch.rand(3, 9, device="cuda") < 0.4, torch.tensor([3, 0, 1, 2, 3, 3, 1, 2, 3], device="cuda")
+x = torch.randn(3, 9, 4, device="cuda")
+with rnnfast.use_backend("cuda"):
+    torch.ops.rnnfast.cuda_regime(int(sys.argv[1]))
+    for dtype in (torch.float32, torch.bfloat16):
+        for cell in (rnnfast.RNN, rnnfast.LSTM, rnnfast.GRU):
+            module = cell(4, 37, bidirectional=True, device="cuda", dtype=dtype)
+            for form in ({}, {"lengths": lengths}, {"resets": resets}):
+                module(x.to(dtype), **form)[0].sum().backward()
+torch.cuda.synchronize()
+"""
+
+
+@on_cuda
+@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="compute-sanitizer is not on PATH")
+@pytest.mark.parametrize("tool", ("memcheck", "racecheck"))
+@pytest.mark.parametrize("name", REGIMES[1:])
+def test_compute_sanitizer_finds_nothing(name: str, tool: str) -> None:
+    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", SANITIZED]
+    root = str(Path(rnnfast.__file__).parents[1])
+    # Without torch's cache every tensor has bounds of its own.
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": root}
+    done = subprocess.run([*command, str(REGIMES.index(name))], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
 
 
 # Memory
@@ -363,7 +477,7 @@ def test_runs_give_equal_bits(cell: str, kernel: str, dtype: torch.dtype) -> Non
 @pytest.mark.parametrize("cell", CELLS)
 def test_backward_in_eval_mode(cell: str) -> None:
     """cuDNN refuses it."""
-    module, (x, _) = layer(cell, HIDDEN["fused"]), sequence("rectangular")
+    module, (x, _) = layer(cell, HIDDEN["small"]), sequence("rectangular")
     expected = computed(module, x)
     assert_equal(computed(module.eval(), x), expected)
 
@@ -400,18 +514,18 @@ def test_gradients_of_each_sample(cell: str) -> None:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("cell", CELLS)
 def test_compiled_is_eager(cell: str, form: str) -> None:
-    module, (x, extra) = layer(cell, HIDDEN["fused"], num_layers=2, bidirectional=True), sequence(form)
+    module, (x, extra) = layer(cell, HIDDEN["small"], num_layers=2, bidirectional=True), sequence(form)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     assert_equal(computed(compiled, x, **extra), computed(module, x, **extra))
 
 
 @pytest.mark.parametrize("mode", sorted(set(MODES.values())))
-def test_opcheck(mode: str) -> None:
+def test_opcheck(mode: str, kernels: str) -> None:
     """What the compiler is told of the outputs is what they are."""
     module = layer({mode: cell for cell, mode in reversed(MODES.items())}[mode], 5, bidirectional=True)
     weights, x = [p.detach() for p in module.parameters()], torch.randn(3, 2, 4, device=DEVICE)
     form = None, torch.tensor([1, 3], device=DEVICE), torch.rand(3, 2, device=DEVICE) < 0.5, True
-    forward, backward = (getattr(torch.ops.rnnfast, f"triton_{way}").default for way in ("forward", "backward"))
+    forward, backward = (getattr(torch.ops.rnnfast, f"{kernels}_{way}").default for way in ("forward", "backward"))
     y, _, _, c, gates = forward(mode, x, None, None, weights, *form, True, True)
     torch.library.opcheck(forward, (mode, x, None, None, weights, *form, True, True))
     given = mode, torch.randn_like(y), None, None, None, x, None, None, weights, *form, y, c, gates
@@ -419,11 +533,26 @@ def test_opcheck(mode: str) -> None:
         torch.library.opcheck(backward, (*given, need_dx, need_dw))
 
 
-def test_explanation_names_the_kernel() -> None:
-    for cell, (kernel, hidden) in itertools.product(CELLS, HIDDEN.items()):
+def test_explanation_names_the_kernel(kernels: str) -> None:
+    small = {"triton": "fused", "cuda": "multiprocessor"}[kernels]
+    for cell, (size, hidden) in itertools.product(CELLS, HIDDEN.items()):
         (choice,) = rnnfast.explain(layer(cell, hidden), torch.randn(3, 2, 4, device=DEVICE))
-        expected = "stepwise" if cell == "projection" else kernel
-        assert choice.backend == "triton" and choice.reason.startswith(f"{expected}: "), choice
+        found = choice.reason.partition(":")[0]
+        assert choice.backend == kernels
+        if cell == "projection":
+            assert found == "stepwise"
+        elif size == "small":
+            assert found == small
+        else:
+            assert found in ({"stepwise"} if kernels == "triton" else {"cluster", "chip"}), choice
+
+
+def test_the_choice_is_cuda_where_it_is_built(kernels: str) -> None:
+    expected = "cuda" if rnnfast.backends()["cuda"].available else "triton"
+    device = torch.device(DEVICE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rnnfast.recurrence, "_forced", None)
+        assert choose_backend("LSTM", device, torch.float32)[0] == expected
 
 
 # Refusals, in the words that torch.nn has for them here
