@@ -65,6 +65,6 @@ def test_columns_of_a_gpu(tmp_path):
             float(row["torch_tf32_ms"]) / float(row["ours_tf32_ms"]), rel=2e-3
         )
         assert row["best_peer"] == "torch"
-        assert row["ours_ran"] == row["ours_tf32_ran"] == "fused"
+        assert row["ours_ran"] == row["ours_tf32_ran"] in ("cuda multiprocessor", "triton fused")
         for kernels in (row["torch_ran"], row["torch_tf32_ran"]):
             assert kernels and not set("<( ") & set(kernels)

@@ -53,14 +53,21 @@ struct Products {
   }
 
  private:
-  static RNNFAST_DEVICE uint32_t rest(uint32_t x, uint32_t part) { return to_tf32(from_bits(x) - from_bits(part)); }
+  static RNNFAST_DEVICE uint32_t if_finite(uint32_t x, uint32_t value) {
+    constexpr uint32_t kInfinity = 0x7f800000;
+    return (x & kInfinity) == kInfinity ? 0 : value;
+  }
+  static RNNFAST_DEVICE uint32_t rest(uint32_t x, uint32_t part) {
+    return if_finite(part, to_tf32(from_bits(x) - from_bits(part)));
+  }
 
   static RNNFAST_DEVICE void half(float (&sum)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
                                   uint32_t b1) {
     if constexpr (kExact) {
       const uint32_t c0 = to_tf32(from_bits(a0)), c1 = to_tf32(from_bits(a1)), c2 = to_tf32(from_bits(a2)),
                      c3 = to_tf32(from_bits(a3)), d0 = to_tf32(from_bits(b0)), d1 = to_tf32(from_bits(b1));
-      mma(sum, rest(a0, c0), rest(a1, c1), rest(a2, c2), rest(a3, c3), d0, d1, T());
+      // An infinite state times the rest of a weight, whose sign may be the other one, would make a NaN.
+      mma(sum, rest(a0, c0), rest(a1, c1), rest(a2, c2), rest(a3, c3), if_finite(d0, d0), if_finite(d1, d1), T());
       mma(sum, c0, c1, c2, c3, rest(b0, d0), rest(b1, d1), T());
       mma(sum, c0, c1, c2, c3, d0, d1, T());
     } else {

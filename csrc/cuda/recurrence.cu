@@ -274,7 +274,9 @@ void forward_steps(std::string mode, Tensor x_gates, std::vector<Tensor> w_hh, s
   void* p_cs = lstm ? check("cs", cs, {R, D * H}, acc) : nullptr;
   void* p_gates = call.saved ? check("gates", gates, {D, R, call.saved * H}, dtype) : nullptr;
   const void* p_b[2] = {};
-  for (size_t d = 0; d < b_hh.size() && d < 2; d++) p_b[d] = check("bias_hh", b_hh[d], {G * H}, dtype);
+  STD_TORCH_CHECK(b_hh.empty() || int64_t(b_hh.size()) == D, "rnnfast: got ", b_hh.size(), " bias_hh for ", D,
+                  " direction(s)");
+  for (size_t d = 0; d < b_hh.size(); d++) p_b[d] = check("bias_hh", b_hh[d], {G * H}, dtype);
 
   const Plan plan = plan_of<ForwardArguments>(call.layer(), dtype, call.projected);
   if (plan.regime == kStepwise) {
