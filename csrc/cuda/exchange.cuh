@@ -26,7 +26,6 @@ struct Geometry {
   int gates;             // of a vector: 1, or of gradients all
   int vector_bytes;      // of 8 rows
   int pairs;             // a warp's share of the vector
-  int split;             // warps that share a tile
   int threads;
   size_t vectors, partials, states, biases, lengths, matrix, shared;  // offsets; the last one is the size
   size_t matrix_of_warp;

@@ -5,27 +5,22 @@
 namespace rnnfast {
 namespace {
 
-template <class Cell, class P, class Exchange>
-constexpr Persistent<ForwardArguments> forward_kernel() {
-  constexpr int kM = Cell::kGates;
-  return {forward<Cell, P, Exchange>,
-          kM,
-          kKeptPairs<Cell, P, Exchange, kM>,
-          1,
-          2,
-          kThreads<Cell, Exchange>,
+template <class Arguments, class Cell, class P, class Exchange, int kTiles, int kGates, int kStates>
+constexpr Persistent<Arguments> describe(void (*kernel)(Arguments)) {
+  return {kernel,          kTiles, kKeptPairs<Cell, P, Exchange, kTiles>, kGates, kStates, kThreads<Cell, Exchange>,
           Exchange::kSplit};
 }
 
+// Of the forward W_hh has a tile for each gate, and h is exchanged; each element keeps h and c.
 template <class Cell, class P, class Exchange>
-constexpr Persistent<BackwardArguments> backward_kernel() {
-  return {backward<Cell, P, Exchange>,
-          1,
-          kKeptPairs<Cell, P, Exchange, 1>,
-          Cell::kGates,
-          3,
-          kThreads<Cell, Exchange>,
-          Exchange::kSplit};
+constexpr auto forward_kernel() {
+  return describe<ForwardArguments, Cell, P, Exchange, Cell::kGates, 1, 2>(forward<Cell, P, Exchange>);
+}
+
+// Of the backward W_hh^T has one, and the gradients of all gates are exchanged; each element keeps dh, dc and c.
+template <class Cell, class P, class Exchange>
+constexpr auto backward_kernel() {
+  return describe<BackwardArguments, Cell, P, Exchange, 1, Cell::kGates, 3>(backward<Cell, P, Exchange>);
 }
 
 #define RNNFAST_REGIMES(kernel, P) {{}, kernel<Cell, P, Local>(), kernel<Cell, P, Cluster>(), kernel<Cell, P, Grid>()}

@@ -50,7 +50,6 @@ std::optional<Plan> cut(Regime regime, const Persistent<Arguments>& k, const Lay
   g.gates = k.gates;
   g.gate_bytes = round_up(int64_t(g.members) * tiles * kTile * layer.value_bytes, kPairBytes);
   g.vector_bytes = g.gates * g.gate_bytes * kRows;
-  g.split = k.split;
   g.pairs = divide_up(int64_t(g.gates) * g.gate_bytes / kPairBytes, k.split);
   g.threads = warps * kWarp;
   g.matrix_of_warp = size_t(std::max(g.pairs - k.kept, 0)) * k.tiles * kTileBytes;

@@ -31,7 +31,6 @@ struct Fragment {
   uint4 low, high;
 };
 
-RNNFAST_DEVICE uint32_t bits(float x) { return __builtin_bit_cast(uint32_t, x); }
 RNNFAST_DEVICE float from_bits(uint32_t x) { return __builtin_bit_cast(float, x); }
 
 // How values are multiplied. kExact, for float32: as three TF32 products, which hold 22 bits of each value.

@@ -37,9 +37,6 @@ struct uint2 {
 struct uint4 {
   unsigned x, y, z, w;
 } __attribute__((aligned(16)));
-struct ulonglong2 {
-  unsigned long long x, y;
-} __attribute__((aligned(16)));
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
@@ -64,8 +61,6 @@ inline uint32_t to_tf32(float x) {
 
 inline float fast_exp(float x) { return std::exp(x); }
 inline float fast_divide(float x, float y) { return x / y; }
-
-inline void prefetch(const void*) {}
 
 int cluster_rank();
 void sync_cluster();
