@@ -233,7 +233,9 @@ def test_states_of_a_projected_bidirectional_stack() -> None:
         assert error_of(ours, R(3, 2, 4), hx) == error_of(theirs, R(3, 2, 4), hx)
 
 
-@pytest.mark.parametrize("info", [i for i in module_db if i.name in ("nn." + n for n in LAYERS + CELLS)], ids=str)
+@pytest.mark.parametrize(
+    "info", [i for i in module_db if i.name in ("nn." + n for n in LAYERS + CELLS)], ids=lambda info: info.name
+)
 def test_torchs_own_error_inputs(info: Any) -> None:
     name = info.name.removeprefix("nn.")
     samples = info.module_error_inputs_func(
