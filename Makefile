@@ -1,5 +1,5 @@
 # make demo    train a sentiment classifier with torch.nn and with rnnfast, side by side
-# make test    run the tests; ARGS="-k lstm" goes to pytest
+# make test    run the tests on all cores; ARGS="-k lstm" goes to pytest
 # make cuda    build rnnfast/_cuda.so, which needs nvcc, but neither a GPU nor a torch that can use one
 # make lint    check style
 # make clean   remove what these made
@@ -24,7 +24,7 @@ demo: $(VENV)/installed
 	$(BIN)/python examples/sentiment.py $(ARGS)
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto $(ARGS)
 
 cuda: $(VENV)/torch
 	RNNFAST_CUDA=1 $(BIN)/python setup.py --quiet build_ext --inplace
