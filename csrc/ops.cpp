@@ -10,6 +10,8 @@ std::string describe(const Shape& shape) {
   return text + "]";
 }
 
+}  // namespace
+
 CellKind parse_cell(const std::string& cell) {
   if (cell == "RNN_TANH") return kTanh;
   if (cell == "RNN_RELU") return kRelu;
@@ -17,8 +19,6 @@ CellKind parse_cell(const std::string& cell) {
   STD_TORCH_CHECK(cell == "GRU", "rnnfast: no cell is called '", cell, "'");
   return kGru;
 }
-
-}  // namespace
 
 void check_tensor(const char* name, const Tensor& tensor, const Shape& shape, ScalarType dtype) {
   auto sizes = tensor.sizes();

@@ -31,6 +31,9 @@ struct Dimensions {
   Shape state(int64_t features) const { return {D, N, features}; }
 };
 
+// By torch's name of the cell.
+CellKind parse_cell(const std::string& cell);
+
 // Checks the arguments of a layer's forward, and returns what they say.
 Dimensions check_layer(const std::string& cell, const Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
                        const std::vector<Tensor>& weights, const OptionalTensor& batch_sizes,

@@ -5,9 +5,8 @@
 // dh = W_hh^T da needs the columns of W_hh, so a block keeps those of its units: one tile of 16 for 16 units, over all
 // G H gate rows. Where what lies:
 //   registers      fragments of W_hh^T as far as they go; the sums of a step; what was saved of the next one
-//   shared memory  the rest of W_hh^T; da, the gradients at W_hh h, of this step and the next, [8 rows] of all gates;
-//   dh,
-//                  dc and c of the own elements
+//   shared memory  the rest of W_hh^T; da, the gradients at W_hh h, of this step and the next, [8 rows] of all gates
+//                  (dh, dc and c of the own elements, too)
 //   L2             da on its way to other blocks (Grid only)
 // Floors of a step of a block with U units and 8 rows: the multiply-adds and the bytes of W_hh are those of the
 // forward; G H values of da a row are read, and G U are sent to each of the others, both G times the forward's.

@@ -74,14 +74,6 @@ Plan plan_of(const Layer& layer, ScalarType dtype, bool projected) {
 
 // ---- arguments
 
-CellKind parse_cell(const std::string& mode) {
-  const char* names[] = {"RNN_TANH", "RNN_RELU", "LSTM", "GRU"};
-  for (int cell = 0; cell < kCellKinds; cell++) {
-    if (mode == names[cell]) return CellKind(cell);
-  }
-  STD_TORCH_CHECK(false, "rnnfast: no cell is called '", mode, "'");
-}
-
 struct Call {
   CellKind cell;
   ScalarType dtype, acc_dtype;
@@ -117,6 +109,16 @@ class Checker {
   int32_t device_;
 };
 
+Sequence checked_sequence(const Checker& check, int64_t T, int64_t N, int64_t R, const OptionalTensor& offsets,
+                          const OptionalTensor& lengths, const OptionalTensor& resets) {
+  return {T,
+          N,
+          R,
+          static_cast<const int64_t*>(check("offsets", offsets, {T}, ScalarType::Long)),
+          static_cast<const int64_t*>(check("lengths", lengths, {N}, ScalarType::Long)),
+          static_cast<const uint8_t*>(check("resets", resets, {T, N}, ScalarType::Byte))};
+}
+
 Call make_call(const Checker& check, const std::string& mode, const Tensor& like, int64_t T, int64_t N, int64_t R,
                int64_t P, const std::vector<Tensor>& w_hh, const std::vector<Tensor>& w_hr,
                const OptionalTensor& offsets, const OptionalTensor& lengths, const OptionalTensor& resets, bool tf32,
@@ -142,12 +144,7 @@ Call make_call(const Checker& check, const std::string& mode, const Tensor& like
                   " steps, ", N, " rows and ", c.H, " units");
   for (const Tensor& w : w_hh) check("weight_hh", w, {c.G * c.H, c.P}, c.dtype);
   for (const Tensor& w : w_hr) check("weight_hr", w, {c.P, c.H}, c.dtype);
-  c.sequence = {T,
-                N,
-                R,
-                static_cast<const int64_t*>(check("offsets", offsets, {T}, ScalarType::Long)),
-                static_cast<const int64_t*>(check("lengths", lengths, {N}, ScalarType::Long)),
-                static_cast<const uint8_t*>(check("resets", resets, {T, N}, ScalarType::Byte))};
+  c.sequence = checked_sequence(check, T, N, R, offsets, lengths, resets);
   STD_TORCH_CHECK(offsets ? lengths && !resets : R == T * N, "rnnfast: ", R, " rows are not ", T, " steps of ", N);
   return c;
 }
@@ -339,12 +336,7 @@ void states_before(Tensor y, OptionalTensor h0, Tensor out, OptionalTensor offse
   c.dtype = out.scalar_type(), c.device = out.get_device_index(), c.stream = stream;
   c.D = out.size(0), c.R = out.size(1), c.P = out.size(2), c.T = steps;
   c.N = offsets ? lengths.value().size(0) : c.R / std::max<int64_t>(steps, 1);
-  c.sequence = {c.T,
-                c.N,
-                c.R,
-                static_cast<const int64_t*>(check("offsets", offsets, {c.T}, ScalarType::Long)),
-                static_cast<const int64_t*>(check("lengths", lengths, {c.N}, ScalarType::Long)),
-                static_cast<const uint8_t*>(check("resets", resets, {c.T, c.N}, ScalarType::Byte))};
+  c.sequence = checked_sequence(check, c.T, c.N, c.R, offsets, lengths, resets);
   StatesBefore s{};
   set(s, c);
   s.y = check("y", y, {c.R, c.D * c.P}, c.dtype);
