@@ -1,8 +1,9 @@
-# make demo    train a sentiment classifier with torch.nn and with rnnfast, side by side
-# make test    run the tests on all cores; ARGS="-k lstm" goes to pytest
-# make cuda    build rnnfast/_cuda.so, which needs nvcc, but neither a GPU nor a torch that can use one
-# make lint    check style
-# make clean   remove what these made
+# make demo      train a sentiment classifier with torch.nn and with rnnfast, side by side
+# make examples  run all examples in their short form; ARGS="--compare" also times torch.nn
+# make test      run the tests on all cores; ARGS="-k lstm" goes to pytest
+# make cuda      build rnnfast/_cuda.so, which needs nvcc, but neither a GPU nor a torch that can use one
+# make lint      check style
+# make clean     remove what these made
 #
 # All of them work in .venv, which the first one makes: it needs Python 3.10 or newer, a C++ compiler and a network.
 # PyPI's torch for Linux brings CUDA along (several GB). A machine without a GPU is better served by a CPU build, from
@@ -18,10 +19,13 @@ PIP  := $(BIN)/python -m pip install --quiet --disable-pip-version-check --const
 
 sources := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test cuda lint clean
+.PHONY: demo examples test cuda lint clean
 
 demo: $(VENV)/installed
-	$(BIN)/python examples/sentiment.py $(ARGS)
+	$(BIN)/python examples/demo.py $(ARGS)
+
+examples: $(VENV)/installed
+	$(BIN)/python examples/run_all.py --short $(ARGS)
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n auto $(ARGS)
@@ -35,7 +39,7 @@ lint: $(VENV)/linters
 	$(BIN)/clang-format --dry-run -Werror $(sources)
 
 clean:
-	rm -rf $(VENV) build *.egg-info rnnfast/*.so sentiment.png
+	rm -rf $(VENV) build *.egg-info rnnfast/*.so *.png *.gif
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Each file below is a stamp: what it names was done after everything it depends on last changed.
