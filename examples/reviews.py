@@ -82,7 +82,8 @@ def read_glove(path, vocabulary):
             except ValueError:
                 values = []
             if len(values) != max(width, 2) or not all(map(math.isfinite, values)) or re.search(r" -?\d[\d.]*$", word):
-                raise BadInput(f"Line {number} of {path} is not a word and as many numbers as in line 1.")
+                numbers = "its numbers" if number == 1 else f"{width} numbers, as line 1 is"
+                raise BadInput(f"Line {number} of {path} is not a word and {numbers}.")
             if word in index:
                 vectors[index[word]] = torch.tensor(values)
     if not width:

@@ -25,6 +25,9 @@ def run(name):
     return name, *metric.groups(), seconds, *(times.groups() if times else ("", ""))
 
 
+if shared := {"--save", "--load", "--plot"} & {argument.split("=")[0] for argument in sys.argv}:
+    print(f"run_all.py: All examples would share the file of {shared.pop()}.", file=sys.stderr)
+    sys.exit(2)
 rows = [HEADER, *map(run, NAMES)]
 widths = [max(map(len, column)) for column in zip(*rows)]
 print()

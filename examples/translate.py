@@ -119,7 +119,7 @@ def main(args):
     model, done = Translator(args.cell, args.hidden).to(args.device), 0
     optimizer = torch.optim.Adam(model.parameters(), args.lr)
     if args.load:
-        checkpoint = Checkpoint(args.load, "optimizer", "epoch")
+        checkpoint = Checkpoint(args.load, "epoch")
         checkpoint.restore(model, optimizer)
         done = checkpoint.metadata["epoch"]
     if args.translate is not None:
@@ -145,11 +145,10 @@ def main(args):
 
 
 if __name__ == "__main__":
-    parser = make_parser(__doc__, epochs=2)
+    parser = make_parser(__doc__, epochs=2, lr=3e-3)
     add = parser.add_argument
     add("--cell", choices=CELLS, default="gru", help="recurrent cell (gru)")
     add("--hidden", type=positive, default=64, help="units of a direction of the encoder, half of the decoder's (64)")
     add("--days", type=positive, help="to learn from (the nine tenths of a hundred years that are not held out)")
-    add("--lr", type=float, default=3e-3, help="learning rate of Adam (0.003)")
     add("--translate", metavar="TEXT", help="translate this date with the model of --load")
     run(parser, main)

@@ -19,6 +19,7 @@ from datetime import date
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 
@@ -144,9 +145,10 @@ def test_sentiment_learns_saves_goes_on_and_predicts(reviews: Path) -> None:
     assert Path("sentiment.png").read_bytes().startswith(b"\x89PNG")
     metric(run("sentiment", *data, "--epochs", 2, "--save", "half"))
     both = run("sentiment", *data, "--epochs", 4, "--load", "half", "--save", "both")
-    judged = run("sentiment", *data, "--epochs", 4, "--load", "whole", "--plot", "again.png")
+    judged = run("sentiment", *data, "--epochs", 4, "--load", "whole", "--save", "again")
     assert metric(judged) == metric(both) == metric(whole)
     assert same("whole", "both")
+    assert same("whole", "again")
     for words, answer in (("the film was great", "kind"), ("the film was awful", "unkind")):
         done = run("sentiment", *SMALL, "--load", "whole", "--predict", words)
         assert re.fullmatch(answer + r" with probability [01]\.\d{3}\n", done.stdout), done
@@ -186,6 +188,8 @@ def test_generate_learns_saves_goes_on_and_writes(text: Path) -> None:
     metric(run(*options, "--epochs", 2, "--save", "half"))
     assert metric(run(*options, "--epochs", 4, "--load", "half", "--save", "both")) == metric(whole)
     assert same("whole", "both")
+    metric(run(*options, "--epochs", 4, "--load", "half", "--lr", 0.1, "--save", "faster"))
+    assert not same("whole", "faster")
     written = [
         run(*options, "--epochs", 4, "--load", "whole", "--prompt", "the same", "--seed", seed) for seed in (0, 0, 1)
     ]
@@ -215,12 +219,20 @@ def test_compares(reviews: Path, text: Path, name: str) -> None:
         ("--data aclImdb --plot a.jpeg", "must name a .png file"),
         ("--load nowhere --predict fine", "nowhere: No such file"),
         ("--predict fine", "--predict needs a trained model"),
+        ("--load nowhere --glove nowhere", "--glove is where a training begins"),
         ("--load nowhere --predict ...", "The review is empty"),
     ],
 )
 def test_sentiment_refuses(reviews: Path, options: str, why: str) -> None:
     Path("bad.txt").write_text("no tensors")
     assert why in refusal("sentiment", *options.split())
+
+
+@pytest.mark.parametrize("option", ["--lr 0", "--lr nan", "--seed -1", "--epochs 0"])
+def test_numbers_out_of_range(option: str) -> None:
+    done = run("sentiment", *option.split())
+    assert done.returncode == 2
+    assert f"argument {option.split()[0]}: invalid" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -258,8 +270,14 @@ def test_data_package_missing(monkeypatch: pytest.MonkeyPatch, name: str) -> Non
 
 @pytest.mark.parametrize(
     "content, why",
-    [(None, "No such file"), (b"\xff\xfe\x00", "is not UTF-8 text"), (b"too short", "too few for 32 streams")],
-    ids=["missing", "bytes", "short"],
+    [
+        (None, "No such file"),
+        (b"\xff\xfe\x00", "is not UTF-8 text"),
+        (b"too short", "too few for 32 streams"),
+        (b"It is longer, but not long enough. " * 30, "too few for 32 streams"),
+        ("".join(map(chr, range(0x4E00, 0x5800))).encode(), "no character that occurs ten times"),
+    ],
+    ids=["missing", "bytes", "short", "longer", "rare"],
 )
 def test_generate_refuses(content: bytes | None, why: str) -> None:
     if content is not None:
@@ -328,8 +346,10 @@ def test_bptt_is_what_the_library_computes() -> None:
 
 def test_bptt_notices_a_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
     bptt = importlib.import_module("bptt")
-    monkeypatch.setattr(bptt, "backward", lambda *args, right=bptt.backward: [1.001 * d for d in right(*args)])
-    assert bptt.largest_difference(bptt.Echo(32).rnn, "cpu") > 1e-6
+    right = bptt.backward
+    for wrong in (lambda *args: [1.001 * d for d in right(*args)], lambda *args: [*right(*args)[:-1], np.nan]):
+        monkeypatch.setattr(bptt, "backward", wrong)
+        assert not bptt.largest_difference(bptt.Echo(32).rnn, "cpu") < 1e-6
 
 
 def test_convert_gives_equal_outputs() -> None:
@@ -346,11 +366,14 @@ def test_convert_gives_equal_outputs() -> None:
         ("forecast --load nowhere", "nowhere: No such file"),
         ("forecast --load sentences.txt", "sentences.txt is no checkpoint"),
         ("sine --load nowhere", "nowhere: No such file"),
+        ("sine --show", "--show needs a screen"),
+        ("sine --save .", ". cannot be written"),
+        ("generate --temperature 0.001", "--temperature must be at least 0.01"),
         ("sine --device nonsense", "The device nonsense cannot be used"),
         ("translate --translate 3.5.1979", "--translate needs a trained model"),
         ("translate --load sentences.txt", "sentences.txt is no checkpoint"),
         ("bptt --load sentences.txt", "sentences.txt is no checkpoint"),
-        ("bptt --backend nonsense", "The backend nonsense cannot be used here"),
+        ("bptt --backend nonsense", "The backend nonsense cannot be used"),
         ("convert --text nowhere", "nowhere: No such file"),
         ("convert --text short.txt", "short.txt has 9 characters, too few"),
         ("convert --text sentences.txt --load sentences.txt", "sentences.txt is no checkpoint"),
@@ -391,6 +414,11 @@ def test_demo_trains_both_alike(reviews: Path) -> None:
         2, "", "demo.py: --plot must name a .png file, and demo.jpeg does not.\n"
     )
     assert run("demo", "--data", "nowhere").stderr == "demo.py: nowhere/train/neg: No such file or directory.\n"
+
+
+def test_run_all_refuses_to_share_a_file() -> None:
+    done = run_process("run_all", "--short", "--save=model")
+    assert done == Run(2, "", "run_all.py: All examples would share the file of --save.\n")
 
 
 def test_as_a_process(text: Path) -> None:
