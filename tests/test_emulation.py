@@ -55,17 +55,20 @@ def test_with_address_sanitizer() -> None:
 KERNELS = """
 import sys, torch, rnnfast
 torch.ops.load_library(sys.argv[1])
+torch.manual_seed(0)
 torch.backends.cudnn.rnn.fp32_precision = sys.argv[2]
 runs = 0
 for cell, hidden, dtype in ((c, h, d) for c in ("RNN", "LSTM", "GRU") for h in (5, 40, 67) for d in sys.argv[3:]):
     layer = getattr(rnnfast, cell)(3, hidden, bidirectional=True, dtype=getattr(torch, dtype))
     x = torch.randn(3, 11, 3, dtype=getattr(torch, dtype), requires_grad=True)
+    lengths = torch.randint(0, 4, (11,))
     for regime in range(5):
         torch.ops.rnnfast.cuda_regime(regime)
-        with rnnfast.use_backend("cuda"):
-            y, _ = layer(x, lengths=torch.randint(0, 4, (11,)))
-            y.backward(y.detach())
-        runs += 1
+        for beyond in (11, 8, 0):  # all rows, all but a block's, and none at all have steps
+            with rnnfast.use_backend("cuda"):
+                y, _ = layer(x, lengths=torch.where(torch.arange(11) < beyond, lengths, 0))
+                y.backward(y.detach())
+            runs += 1
 print(runs)
 """
 
@@ -79,4 +82,4 @@ def test_kernels_with_address_sanitizer() -> None:
     environment = os.environ | {"LD_PRELOAD": build.preload(), "ASAN_OPTIONS": "detect_leaks=0"}
     command = [sys.executable, "-c", KERNELS, library, "ieee", "float32", "bfloat16"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
-    assert done.stdout == f"{3 * 3 * 2 * 5}\n", done.stderr
+    assert done.stdout == f"{3 * 3 * 2 * 5 * 3}\n", done.stderr

@@ -80,7 +80,8 @@ __global__ void __launch_bounds__(kThreads<Cell, Exchange>, 1) backward(const __
       if (Cell::kHasCell) {
         const int last = block.time(steps - 1);
         block.state(kDc, b, i) = inside ? p.dc[at] : 0;
-        block.state(kC, b, i) = inside && last < block.length(b, i) ? p.cs[place_of(last, n) + block.unit(i)] : 0;
+        const bool valid = inside && steps > 0 && last < block.length(b, i);
+        block.state(kC, b, i) = valid ? p.cs[place_of(last, n) + block.unit(i)] : 0;
       }
     }
   }
