@@ -1,6 +1,7 @@
 # make demo      train a sentiment classifier with torch.nn and with rnnfast, side by side
 # make examples  run all examples in their short form; ARGS="--compare" also times torch.nn
-# make test      run the tests on all cores; ARGS="-k lstm" goes to pytest
+# make test      run the tests on all cores, in a few minutes; ARGS="-k lstm" goes to pytest
+# make test-full run every combination, what takes long, and the core tests as on lesser processors
 # make cuda      build rnnfast/_cuda.so, which needs nvcc, but neither a GPU nor a torch that can use one
 # make lint      check style
 # make clean     remove what these made
@@ -15,11 +16,16 @@ ARGS   ?=
 
 VENV := .venv
 BIN  := $(VENV)/bin
+TEST := $(BIN)/python -m pytest -n auto
 PIP  := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 sources := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo examples test cuda lint clean
+# The tests of the numbers, on the CPU kernels.
+core := $(addprefix tests/test_,recurrence.py modules.py module_db.py errors.py properties.py threads.py)
+core += -m "not full" -k "not (reference or triton or cuda)"
+
+.PHONY: demo examples test test-full test-lesser cuda lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/demo.py $(ARGS)
@@ -28,7 +34,17 @@ examples: $(VENV)/installed
 	$(BIN)/python examples/run_all.py --short $(ARGS)
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n auto $(ARGS)
+	$(TEST) -m "not full" $(ARGS)
+
+test-full: $(VENV)/installed
+	$(TEST) $(ARGS)
+	$(MAKE) test-lesser
+
+# As on a processor with AVX2, and on one with SSE4: the kernels, and what torch's libraries choose there.
+test-lesser: $(VENV)/installed
+	ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 RNNFAST_TEST_ISA=avx2 $(TEST) $(core)
+	ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 ONEDNN_MAX_CPU_ISA=SSE41 RNNFAST_TEST_ISA=portable \
+		$(TEST) $(core)
 
 cuda: $(VENV)/torch
 	RNNFAST_CUDA=1 $(BIN)/python setup.py --quiet build_ext --inplace

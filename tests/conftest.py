@@ -1,138 +1,116 @@
-"""The backends that this machine can run, as one fixture."""
+"""Fixtures, and which tests run: what the markers in pyproject.toml mean."""
 
 from __future__ import annotations
 
-import itertools
+import inspect
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from types import SimpleNamespace
 
-import interpreter  # before Triton's kernels
 import pytest
 import torch
+from backends import BACKENDS, PERSISTENT, Size, serves, use
+from covering import covering
 
-import rnnfast
 from rnnfast import recurrence
-from rnnfast.recurrence import INSTRUCTION_SETS, Backend
+from rnnfast.recurrence import Backend
 
-REGIMES = ("by the table", "multiprocessor", "cluster", "chip", "stepwise")  # as rnnfast::cuda_regime numbers them
-PERSISTENT = REGIMES[1:4]  # in one launch
-MODES = {"tanh": "RNN_TANH", "relu": "RNN_RELU", "lstm": "LSTM", "projection": "LSTM", "gru": "GRU"}
-MODES |= {"RNN": "RNN_TANH", "LSTM": "LSTM", "GRU": "GRU"}
+# Tests by the reason why they are left out; of several workers each counts all.
+_LEFT_OUT = pytest.StashKey[Counter]()
 
 
-def _emulation() -> Path | None:
-    """The CUDA kernels for a CPU, where there is no GPU for them. Without them tests are worth little: no skips."""
-    if torch.cuda.is_available():
-        return None
-    from emulation.build import library
-
-    path = library()
-    torch.ops.load_library(path)
-    return path
-
-
-def _instruction_sets() -> list[str]:
-    if not rnnfast.backends()["cpu"].available:
-        return []
-    best = torch.ops.rnnfast.cpu_isa(None)  # a processor that has one has those before it
-    return list(INSTRUCTION_SETS[best::-1])
-
-
-EMULATION = _emulation()
-BACKENDS = ["reference", *(f"cpu-{name}" for name in _instruction_sets())]
-if interpreter.ENABLED:
-    BACKENDS.append("triton")
-if EMULATION:
-    BACKENDS += [f"cuda-{regime}" for regime in REGIMES[1:]]
-
-
-@contextmanager
-def regime(name: str, precision: str = "ieee") -> Iterator[None]:
-    """The CUDA kernels of one regime, and the precision of their float32 products."""
-    before = torch.backends.cudnn.rnn.fp32_precision
-    torch.ops.rnnfast.cuda_regime(REGIMES.index(name))
-    torch.backends.cudnn.rnn.fp32_precision = precision
-    try:
-        yield
-    finally:
-        torch.ops.rnnfast.cuda_regime(0)
-        torch.backends.cudnn.rnn.fp32_precision = before
-
-
-def serves(name: str, cell: str, dtype: torch.dtype, batch: int, hidden: int, bidirectional: bool) -> bool:
-    """Whether a regime has kernels, forward and backward, for such a layer."""
-    layer = MODES[cell], dtype, batch, hidden, bidirectional, cell == "projection", False
-    with regime(name):
-        try:
-            return all(torch.ops.rnnfast.cuda_plan(*layer, backward, 0) for backward in (False, True))
-        except RuntimeError:
-            return False
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_LEFT_OUT] = Counter()
 
 
 def pytest_report_header() -> str:
-    return f"rnnfast backends: {', '.join(BACKENDS)}"
+    return f"rnnfast backends: {', '.join(BACKENDS)}; torch: {torch.backends.cpu.get_cpu_capability()}"
 
 
-def _is_too_large(item: pytest.Item, parameters: dict) -> bool:
-    """For Triton's interpreter."""
-    large = {"wide": True, "H63": parameters.get("dtype") == torch.float64}
-    large["H130-no-bias"] = large["H63"]
-    many_runs = item.originalname == "test_function_transforms" and parameters["cell"] != "lstm"
-    return many_runs or large.get(parameters.get("case"), False)
+def _parameters(item: pytest.Item) -> dict:
+    return item.callspec.params if hasattr(item, "callspec") else {}
 
 
-# Tests of layers in float32, and N, H and whether both directions. All others with a backend are in float64.
-IN_FLOAT32 = {
-    "test_runs_and_thread_counts_give_equal_bits": (7, 40, True),
-    "test_recompute_keeps_outputs_only": (13, 63, True),
-    "test_not_finite_in_a_wide_layer": (20, 200, False),
-}
+def _size(item: pytest.Item) -> Size:
+    """The largest layer that a test runs on its backend, from its marker."""
+    marker = item.get_closest_marker("runs")
+    if marker is None:
+        raise pytest.UsageError(f"{item.nodeid} has a backend, so it needs a marker `runs`: see pyproject.toml")
+    if not callable(marker.args[0]):
+        return Size(*marker.args, **marker.kwargs)
+    of, parameters = marker.args[0], _parameters(item)
+    return Size(*of(*(parameters[name] for name in inspect.signature(of).parameters)))
 
 
-def _has_no_kernel(item: pytest.Item, parameters: dict) -> bool:
-    """In a persistent regime: that of float64 and projections is stepwise, and W_hh has to fit."""
-    dtype, sizes = parameters.get("dtype", torch.float32), IN_FLOAT32.get(item.originalname)
-    if item.originalname == "test_error_is_at_most_twice_torchs":
-        case = item.module.CASES[parameters["case"]]
-        sizes = case.batch, case.hidden, case.bidirectional
-    name = parameters["backend"].partition("-")[2]
-    return sizes is None or not serves(name, parameters.get("cell") or parameters["name"], dtype, *sizes)
+def _why_left_out(item: pytest.Item) -> str | None:
+    """What a backend has no kernels for, and what would take minutes in Triton's interpreter."""
+    parameters = _parameters(item)
+    if "backend" not in item.fixturenames:
+        return None
+    size, backend = _size(item), parameters["backend"]
+    if backend == "triton" and size.hidden > (60 if size.dtype == torch.float64 else 200):
+        return "too large for Triton's interpreter"
+    regime = backend.partition("-")[2]
+    cell = parameters.get("cell") or parameters.get("name", "lstm")
+    if regime in PERSISTENT and not serves(regime, cell, size):
+        return f"the CUDA regime {regime} has no kernels for such a layer"
+    return None
 
 
-def _is_left_out(item: pytest.Item) -> bool:
-    parameters = item.callspec.params if hasattr(item, "callspec") else {}
-    backend, _, name = parameters.get("backend", "").partition("-")
-    if backend == "triton":
-        return _is_too_large(item, parameters)
-    return backend == "cuda" and name in PERSISTENT and _has_no_kernel(item, parameters)
+def _thin(items: list[pytest.Item]) -> None:
+    """Marks as `full` what `full_on` and `few` leave out."""
+    tests = defaultdict(list)
+    for item in items:
+        slow = item.get_closest_marker("full_on")
+        if slow and _parameters(item)["backend"] in slow.args:
+            item.add_marker("full")
+        elif item.get_closest_marker("few"):
+            tests[item.nodeid.partition("[")[0]].append(item)
+    for of_test in tests.values():
+        strength, *names = of_test[0].get_closest_marker("few").args
+        chosen = covering([[str(_parameters(item)[name]) for name in names] for item in of_test], strength)
+        for index, item in enumerate(of_test):
+            if index not in chosen:
+                item.add_marker("full")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by markers
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    config.hook.pytest_deselected(items=list(filter(_is_left_out, items)))
-    items[:] = itertools.filterfalse(_is_left_out, items)
+    kept, left_out = [], []
+    for item in items:
+        why = _why_left_out(item)
+        (left_out if why else kept).append(item)
+        if why:
+            config.stash[_LEFT_OUT][why] += 1
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = kept
+    _thin(items)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):  # a worker of pytest-xdist, which tells the one that reports
+        session.config.workeroutput["left_out"] = dict(session.config.stash[_LEFT_OUT])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: SimpleNamespace) -> None:
+    node.config.stash[_LEFT_OUT] = Counter(getattr(node, "workeroutput", {}).get("left_out", {}))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    for why, count in config.stash[_LEFT_OUT].items():
+        terminalreporter.write_line(f"left out: {count} tests: {why}")
+
+
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every backend of this machine in turn: CPU kernels for each instruction set, CUDA kernels in each regime."""
-    name, _, kind = request.param.partition("-")
-    with rnnfast.use_backend(name):
-        if name == "cuda":
-            with regime(kind):
-                yield request.param
-        elif name == "cpu":
-            best = torch.ops.rnnfast.cpu_isa(None)
-            torch.ops.rnnfast.cpu_isa(INSTRUCTION_SETS.index(kind))
-            yield request.param
-            torch.ops.rnnfast.cpu_isa(best)
-        else:
-            yield request.param
+    with use(request.param):
+        yield request.param
 
 
 @pytest.fixture
@@ -155,3 +133,12 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _poisoned_outputs() -> Iterator[None]:
+    """What torch.empty gives is full of NaN, so that a test sees what a kernel has not written."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(9).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -1,19 +1,32 @@
-"""Pairs of torch.nn's module and ours with equal weights, and the comparison of all they compute."""
+"""The layers and cases of the tests, pairs of torch.nn's module and ours, and the comparison of all they compute."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import rnnfast
 
 LAYERS = ("RNN", "LSTM", "GRU")
-CELLS = ("RNNCell", "LSTMCell", "GRUCell")
+CELL_MODULES = ("RNNCell", "LSTMCell", "GRUCell")
+CELLS = {  # the class of a layer, and its options
+    "tanh": ("RNN", {"nonlinearity": "tanh"}),
+    "relu": ("RNN", {"nonlinearity": "relu"}),
+    "lstm": ("LSTM", {}),
+    "projection": ("LSTM", {"proj_size": 1}),  # of which layer() makes a third of H
+    "gru": ("GRU", {}),
+}
+FORMS = ("rectangular", "packed", "lengths", "resets")
+
+# The floor of assert_off_by_twice_at_most, relative to the largest value: a few roundings of the dtype (2 of a half
+# type, 8 of float32; in float64 the exact result is itself a float64 run, so the floor is all there is: 45).
+FLOOR = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
 LIBRARIES = {"torch": nn, "rnnfast": rnnfast}
 ROUNDING = {
     torch.float64: {"rtol": 1e-10, "atol": 1e-12},
@@ -21,6 +34,31 @@ ROUNDING = {
     torch.float32: {"rtol": 1e-5, "atol": 1e-5},
     torch.bfloat16: {"rtol": 2e-2, "atol": 2e-2},
     torch.float16: {"rtol": 3e-3, "atol": 3e-3},
+}
+
+
+class Case(NamedTuple):
+    """Sizes and options of a layer. Odd on purpose: tails of vectors, of row tiles and of thread shares."""
+
+    steps: int
+    batch: int
+    inputs: int
+    hidden: int
+    bias: bool = True
+    bidirectional: bool = False
+    given_hx: bool = True
+    layers: int = 1
+
+
+CASES = {
+    "one-step": Case(1, 3, 5, 35, bidirectional=True),
+    "one-row": Case(6, 1, 9, 33),
+    "one-unit": Case(5, 4, 1, 2, bias=False, given_hx=False),
+    "H63": Case(7, 13, 70, 63, bidirectional=True, given_hx=False),
+    "H130-no-bias": Case(3, 5, 17, 130, bias=False),
+    "stack": Case(5, 6, 3, 4, bidirectional=True, layers=3),
+    "many-rows": Case(2, 150, 3, 5, bidirectional=True),  # beyond what a thread takes at once
+    "wide": Case(3, 37, 210, 330),  # beyond what one block of the kernels holds, in every direction
 }
 
 
@@ -37,6 +75,27 @@ def states(name: str, *h: int, c: tuple[int, ...] | None = None, dtype: torch.dt
     return (make(*h), make(*(c or h))) if name.startswith("LSTM") else make(*h)
 
 
+def layer(
+    cell: str,
+    hidden: int = 5,
+    inputs: int = 4,
+    dtype: torch.dtype = torch.float64,
+    device: str | None = None,
+    library: ModuleType = rnnfast,
+    **options: Any,
+) -> nn.Module:
+    """A layer with one of CELLS."""
+    cls, own = CELLS[cell]
+    own = {"proj_size": max(hidden // 3, 1)} if cell == "projection" else own
+    return getattr(library, cls)(inputs, hidden, dtype=dtype, device=device, **own, **options)
+
+
+def states_of(module: nn.Module, batch: int) -> Any:
+    """A random hx for a layer."""
+    count, h = module.num_layers * (1 + module.bidirectional), module.proj_size or module.hidden_size
+    return states(module.mode, count, batch, h, c=(count, batch, module.hidden_size))
+
+
 def flatten(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
     """Every tensor within tuples, lists and PackedSequences, with its place."""
     if isinstance(value, PackedSequence):
@@ -49,6 +108,10 @@ def flatten(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
     elif isinstance(value, (tuple, list)):
         for i, item in enumerate(value):
             yield from flatten(item, f"{path}[{i}]")
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    return [t for _, t in flatten(value)]
 
 
 def leaves(value: Any) -> Any:
@@ -70,6 +133,13 @@ def loss_of(outputs: Any) -> Tensor:
             weight = torch.linspace(-1, 1 + k, t.numel(), dtype=torch.float64).reshape(t.shape)
             total = total + ((t.real + 2 * t.imag if t.is_complex() else t).double() * weight).sum()
     return total
+
+
+def computed(module: nn.Module, x: Tensor | PackedSequence, *args: Any, **kwargs: Any) -> list[Tensor]:
+    """Every output, and the gradients of the input and the weights."""
+    outputs = [t for t in tensors_of(module(x, *args, **kwargs)) if t.is_floating_point()]
+    asked = [t for t in tensors_of((x, list(module.parameters()))) if t.requires_grad]
+    return [t.detach() for t in outputs] + list(torch.autograd.grad(outputs, asked, [t.detach() for t in outputs]))
 
 
 def values_and_grads(module: nn.Module, *inputs: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -121,3 +191,81 @@ def error_of(call: Any, *args: Any) -> tuple[type, str]:
 
 def library_of(module: nn.Module) -> ModuleType:
     return rnnfast if type(module).__module__.startswith("rnnfast") else nn
+
+
+class Problem:
+    """Inputs of a case in float64, and what a module makes of them: outputs, and gradients of a random projection."""
+
+    def __init__(self, case: Case, cell: str, form: str, dtype: torch.dtype = torch.float64) -> None:
+        """Weights and inputs are of values that ``dtype`` has, so that all see the same problem."""
+        self.case, self.form, self.is_lstm = case, form, CELLS[cell][0] == "LSTM"
+        options = {"num_layers": case.layers, "bias": case.bias, "bidirectional": case.bidirectional}
+        self.make = functools.partial(layer, cell, case.hidden, case.inputs, **options)
+        self.exact_module = self.make()
+        if cell == "relu" and case.bias:
+            # Units that are clearly on or off: at relu's kink rounding picks the gradient, for torch as for us.
+            for name, parameter in self.exact_module.named_parameters():
+                if name.startswith("bias_ih"):
+                    parameter.data.copy_(torch.tensor([3.0, -4.0]).repeat(case.hidden)[: case.hidden])
+        self.x = torch.randn(case.steps, case.batch, case.inputs, dtype=torch.float64)
+        hx = tensors_of(states_of(self.exact_module, case.batch)) if case.given_hx else []
+        self.lengths = torch.randint(0, case.steps + 1, (case.batch,))
+        self.lengths[0] = case.steps
+        self.resets = torch.rand(case.steps, case.batch) < 0.4
+        self.x, *self.hx = (t.to(dtype).double() for t in (self.x, *hx))
+        self.exact_module.to(dtype).double()
+
+    def module(self, library: ModuleType, dtype: torch.dtype) -> nn.Module:
+        module = self.make(library=library)
+        module.load_state_dict(self.exact_module.state_dict())
+        return module.to(dtype)
+
+    def exact(self) -> dict[str, Tensor]:
+        with rnnfast.use_backend("reference"):
+            return self.run(self.exact_module, torch.float64)
+
+    def baseline(self, dtype: torch.dtype, place: Callable = lambda module: module) -> dict[str, Tensor]:
+        """What torch makes of it. It knows neither lengths nor resets; the plain-torch loop is what it would do."""
+        if self.form in ("rectangular", "packed"):
+            return self.run(place(self.module(nn, dtype)), dtype)
+        with rnnfast.use_backend("reference"):
+            return self.run(place(self.module(rnnfast, dtype)), dtype)
+
+    def run(self, module: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Every output and every gradient by name."""
+        x = self.x.to(dtype).requires_grad_()
+        hx = [h.to(dtype).requires_grad_() for h in self.hx]
+        extra, inputs = {}, x
+        if self.form == "packed":
+            inputs = pack_padded_sequence(x, self.lengths.clamp(min=1), enforce_sorted=False)
+        elif self.form != "rectangular":
+            extra = {self.form: getattr(self, self.form)}
+        states = None if not hx else tuple(hx) if self.is_lstm else hx[0]
+        output, hidden = module(inputs, states, **extra)
+        output = output.data if isinstance(output, PackedSequence) else output
+        outputs = {"output": output, "h_n": hidden} if not self.is_lstm else {"output": output}
+        if self.is_lstm:
+            outputs["h_n"], outputs["c_n"] = hidden
+        generator = torch.Generator().manual_seed(1)
+        loss = sum(
+            (t * torch.randn(t.shape, dtype=torch.float64, generator=generator).to(dtype)).sum()
+            for t in outputs.values()
+        )
+        leaves = {"x": x, **{f"hx[{k}]": h for k, h in enumerate(hx)}, **dict(module.named_parameters())}
+        grads = torch.autograd.grad(loss, list(leaves.values()))
+        return {**outputs, **{f"d {name}": g for name, g in zip(leaves, grads)}}
+
+
+def assert_off_by_twice_at_most(
+    actual: dict[str, Tensor], baseline: dict[str, Tensor], exact: dict[str, Tensor], dtype: torch.dtype, floor: float
+) -> None:
+    """Against float64, ours may be off by twice what torch is in the same dtype, plus the floor."""
+    assert actual.keys() == exact.keys() == baseline.keys()
+    for name, e in exact.items():
+        assert actual[name].dtype == dtype and actual[name].shape == e.shape, name
+        if not e.numel():
+            continue
+        error, of_torch = ((t[name].to("cpu", torch.float64) - e).abs().max().item() for t in (actual, baseline))
+        scale = e.abs().max().item()
+        allowed = 2 * of_torch + floor * scale
+        assert error <= allowed, f"{name}: off by {error:.2e}, torch by {of_torch:.2e}, of {scale:.2e}"

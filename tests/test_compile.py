@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import CELLS, LAYERS, assert_same, flatten, states, values_and_grads
+from helpers import CELL_MODULES, LAYERS, assert_same, flatten, states, values_and_grads
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
@@ -53,6 +53,7 @@ RESETS = torch.zeros(6, 3, dtype=torch.bool)
 RESETS[2, 0] = RESETS[5, 1] = RESETS[0, 2] = RESETS[3, 2] = True
 
 
+@pytest.mark.few(1, "name", "case")
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize(
     "case",
@@ -78,7 +79,7 @@ def test_compile_layer(name: str, case: str) -> None:
     _assert_compiled_is_eager(model, *args, **kwargs)
 
 
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", CELL_MODULES)
 def test_compile_cell(name: str) -> None:
     for shape in ((3,), ()):
         _assert_compiled_is_eager(Around(name), torch.randn(*shape, 3, dtype=DOUBLE))
@@ -90,7 +91,7 @@ def test_compile_everything_at_once() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.layers = nn.ModuleList(getattr(rnnfast, name)(4, 4, dtype=DOUBLE) for name in LAYERS)
-            self.cells = nn.ModuleList(getattr(rnnfast, name)(4, 4, dtype=DOUBLE) for name in CELLS)
+            self.cells = nn.ModuleList(getattr(rnnfast, name)(4, 4, dtype=DOUBLE) for name in CELL_MODULES)
 
         def forward(self, x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
             for layer in self.layers:
@@ -186,7 +187,7 @@ def test_export_with_dynamic_sizes(name: str, extension: str) -> None:
         assert_same(dict(flatten(program.module()(*args))), dict(flatten(Batch()(*args))))
 
 
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", CELL_MODULES)
 def test_export_cell(name: str) -> None:
     model, hx = Around(name), states(name, 3, 5)
     rows = torch.export.Dim("rows")

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import EMULATION
-from helpers import CELLS, LAYERS, assert_same, flatten, states, train, values_and_grads
+from backends import EMULATION
+from helpers import CELL_MODULES, LAYERS, assert_same, flatten, states, train, values_and_grads
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import pack_padded_sequence
@@ -111,7 +111,7 @@ def test_convert_and_revert(model: Tagger, x: torch.Tensor, training: bool) -> N
     assert_same(values_and_grads(rnnfast.revert(model), x), expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", LAYERS + CELLS)
+@pytest.mark.parametrize("name", LAYERS + CELL_MODULES)
 def test_the_model_itself(name: str) -> None:
     module = getattr(nn, name)(4, 5, dtype=DOUBLE)
     x = torch.randn(*((7, 3, 4) if name in LAYERS else (3, 4)), dtype=DOUBLE)
@@ -202,7 +202,7 @@ def test_a_model_without_recurrent_modules() -> None:
     assert rnnfast.explain(model, torch.randn(2, 4)) == []
 
 
-@pytest.mark.parametrize("name", LAYERS + CELLS)
+@pytest.mark.parametrize("name", LAYERS + CELL_MODULES)
 def test_parametrized_module(name: str) -> None:
     class Halved(nn.Module):
         def forward(self, weight: torch.Tensor) -> torch.Tensor:

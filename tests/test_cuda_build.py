@@ -46,6 +46,7 @@ def built() -> Path:
         return resources.compile()
 
 
+@pytest.mark.full
 @needs_nvcc
 def test_persistent_kernels_do_not_spill(built: Path) -> None:
     kernels = resources.kernels(built)
@@ -58,6 +59,7 @@ def test_persistent_kernels_do_not_spill(built: Path) -> None:
     assert not resources.warnings(built)
 
 
+@pytest.mark.full
 @needs_nvcc
 def test_library_needs_no_cuda(built: Path) -> None:
     """It brings its runtime along, for itself alone: torch may have another one, or none."""
@@ -67,6 +69,7 @@ def test_library_needs_no_cuda(built: Path) -> None:
     assert "cuda" not in output("nm", "--dynamic", "--defined-only", built / "_cuda.so")
 
 
+@pytest.mark.full
 @needs_nvcc
 def test_library_loads(built: Path, tmp_path: Path) -> None:
     """Into a package that has no other."""

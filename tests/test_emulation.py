@@ -42,6 +42,7 @@ def test_reports(case: str) -> None:
     assert sorted(run(case).stdout.splitlines()) == MISTAKES[case]
 
 
+@pytest.mark.full
 def test_with_address_sanitizer() -> None:
     """It finds a byte beyond a block's shared memory, and nothing wrong with the fibres."""
     if not build.has_sanitizer():
@@ -73,6 +74,7 @@ print(runs)
 """
 
 
+@pytest.mark.full
 def test_kernels_with_address_sanitizer() -> None:
     """None reads or writes beyond its block's shared memory, or the tensors."""
     if not build.has_sanitizer():

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import (
-    CELLS,
+    CELL_MODULES,
     LAYERS,
     assert_equal_modules,
     assert_same,
@@ -65,7 +65,7 @@ CONSTRUCTIONS: dict[str, tuple[tuple, dict]] = {
 }
 
 
-@pytest.mark.parametrize("name", LAYERS + CELLS)
+@pytest.mark.parametrize("name", LAYERS + CELL_MODULES)
 @pytest.mark.parametrize("construction", CONSTRUCTIONS)
 def test_construction(construction: str, name: str) -> None:
     args, kwargs = CONSTRUCTIONS[construction]
@@ -207,7 +207,7 @@ def test_layer(case: str, name: str) -> None:
     _assert_refuses_alike(theirs, ours, case, call, good)
 
 
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", CELL_MODULES)
 @pytest.mark.parametrize("case", CELL_CALLS)
 def test_cell(case: str, name: str) -> None:
     if case.startswith("cell-state") and name != "LSTMCell":
@@ -234,7 +234,7 @@ def test_states_of_a_projected_bidirectional_stack() -> None:
 
 
 @pytest.mark.parametrize(
-    "info", [i for i in module_db if i.name in ("nn." + n for n in LAYERS + CELLS)], ids=lambda info: info.name
+    "info", [i for i in module_db if i.name in ("nn." + n for n in LAYERS + CELL_MODULES)], ids=lambda info: info.name
 )
 def test_torchs_own_error_inputs(info: Any) -> None:
     name = info.name.removeprefix("nn.")
@@ -346,9 +346,17 @@ def test_use_backend() -> None:
     with pytest.raises(ZeroDivisionError), rnnfast.use_backend("reference"):
         raise ZeroDivisionError
     torch.testing.assert_close(module(x)[0], expected, rtol=0, atol=0)  # the choice ended with the context
+    before = rnnfast.explain(module)[0].backend
+    with rnnfast.use_backend("reference"):
+        for name, backend in rnnfast.backends().items():
+            if backend.available:
+                with rnnfast.use_backend(name):
+                    assert rnnfast.explain(module)[0].backend == name
+            assert rnnfast.explain(module)[0].backend == "reference"
+    assert rnnfast.explain(module)[0].backend == before
 
 
-@pytest.mark.parametrize("name", LAYERS + CELLS)
+@pytest.mark.parametrize("name", LAYERS + CELL_MODULES)
 def test_a_backend_refuses_what_it_cannot_serve(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module = getattr(rnnfast, name)(4, 5, dtype=torch.complex64)
     x = R(*((3, 2, 4) if name in LAYERS else (2, 4)), dtype=torch.complex64)
@@ -380,14 +388,16 @@ def _change_before_backward(module: nn.Module, changed: str, inputs: tuple) -> C
     return lambda: dict(zip(asked, torch.autograd.grad(loss, list(asked.values()))))
 
 
-@pytest.mark.parametrize("name", LAYERS + CELLS)
+@pytest.mark.few(2, "backend", "name", "changed")
+@pytest.mark.runs(DOUBLE)
+@pytest.mark.parametrize("name", LAYERS + CELL_MODULES)
 @pytest.mark.parametrize("changed", ["input", "hx", "w_ih", "w_hh", "output"])
 def test_change_in_place_before_backward(name: str, changed: str, backend: str) -> None:
     shape, h_shape = ((3, 2, 4), (1, 2, 5)) if name in LAYERS else ((2, 4), (2, 5))
     inputs = R(shape, dtype=DOUBLE), states(name, *h_shape)
     theirs, ours = pair(name, 4, 5, dtype=DOUBLE)
     backward = _change_before_backward(ours, changed, inputs)
-    if changed == "output" and name in CELLS:  # the backward does not need it, so it may change
+    if changed == "output" and name in CELL_MODULES:  # the backward does not need it, so it may change
         assert_same(backward(), _change_before_backward(theirs, "nothing", inputs)())
         return
     error, text = error_of(backward)
@@ -397,7 +407,9 @@ def test_change_in_place_before_backward(name: str, changed: str, backend: str) 
         assert error_of(_change_before_backward(theirs, changed, inputs))[0] is RuntimeError
 
 
-@pytest.mark.parametrize("name", LAYERS + CELLS)
+@pytest.mark.few(1, "backend", "name")
+@pytest.mark.runs(torch.float32, 2, 5)
+@pytest.mark.parametrize("name", LAYERS + CELL_MODULES)
 def test_second_backward_through_a_freed_graph(name: str, backend: str) -> None:
     x = R(3, 2, 4) if name in LAYERS else R(2, 4)
     texts = []
@@ -411,8 +423,10 @@ def test_second_backward_through_a_freed_graph(name: str, backend: str) -> None:
 # NaN and infinity.
 
 
+@pytest.mark.few(2, "backend", "name", "value", "where")
+@pytest.mark.runs(DOUBLE)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30], ids=str)
-@pytest.mark.parametrize("name", [*LAYERS, *CELLS, "relu"])
+@pytest.mark.parametrize("name", [*LAYERS, *CELL_MODULES, "relu"])
 @pytest.mark.parametrize("where", ["input", "hx", "cx", "weight"])
 def test_not_finite(name: str, value: float, where: str, backend: str) -> None:
     kwargs = {"nonlinearity": "relu"} if name == "relu" else {}
@@ -435,6 +449,21 @@ def test_not_finite(name: str, value: float, where: str, backend: str) -> None:
             assert any(t.isnan().any() for t in expected.values())
 
 
+@pytest.mark.runs(DOUBLE)
+@pytest.mark.parametrize("name", ["relu", *LAYERS])
+def test_gradients_of_a_row_with_nan(name: str, backend: str) -> None:
+    """NaN where torch has it: relu lets a gradient through at NaN, so those of the biases are numbers."""
+    kwargs = {"nonlinearity": "relu"} if name == "relu" else {}
+    theirs, ours = pair("RNN" if name == "relu" else name, 4, 5, **kwargs, dtype=DOUBLE)
+    x = R(1, 3, 4, dtype=DOUBLE)
+    x[0, 1, 2] = float("nan")
+    expected = values_and_grads(theirs, x)
+    assert_same(values_and_grads(ours, x), expected)
+    assert expected["output[0]"][0, 1].isnan().all()
+
+
+@pytest.mark.few(2, "backend", "name", "value", "where")
+@pytest.mark.runs(torch.float32, 20, 200)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 3.4e38], ids=str)
 @pytest.mark.parametrize("name", [*LAYERS, "relu"])
 @pytest.mark.parametrize("where", ["input", "hx"])

@@ -9,15 +9,29 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import helpers
 import pytest
 import torch
-from conftest import MODES, PERSISTENT, REGIMES, regime, serves
-from helpers import LAYERS, error_of, flatten, pair
-from test_recurrence import CASES, CELLS, FLOOR, FORMS, Case, Problem
+from backends import MODES, PERSISTENT, REGIMES, Size, regime, serves
+from helpers import (
+    CASES,
+    CELLS,
+    FLOOR,
+    FORMS,
+    LAYERS,
+    Case,
+    Problem,
+    assert_off_by_twice_at_most,
+    computed,
+    error_of,
+    flatten,
+    pair,
+    tensors_of,
+)
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
@@ -57,9 +71,7 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def layer(cell: str, hidden: int, dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
-    cls, own = CELLS[cell]
-    own = {"proj_size": max(hidden // 3, 1)} if cell == "projection" else own
-    return getattr(rnnfast, cls)(4, hidden, device=DEVICE, dtype=dtype, **own, **options)
+    return helpers.layer(cell, hidden, dtype=dtype, device=DEVICE, **options)
 
 
 def sequence(form: str, dtype: torch.dtype = torch.float32) -> tuple[Tensor | PackedSequence, dict[str, Tensor]]:
@@ -71,13 +83,6 @@ def sequence(form: str, dtype: torch.dtype = torch.float32) -> tuple[Tensor | Pa
         return packed._replace(data=packed.data.requires_grad_()), {}
     extra = {"lengths": lengths.to(DEVICE), "resets": torch.rand(6, 5, device=DEVICE) < 0.4}
     return x.requires_grad_(), {form: extra[form]} if form in extra else {}
-
-
-def computed(module: nn.Module, x: Tensor | PackedSequence, *args: Any, **kwargs: Any) -> list[Tensor]:
-    """Every output, and the gradients of the input and the weights."""
-    outputs = [t for _, t in flatten(module(x, *args, **kwargs)) if t.is_floating_point()]
-    leaves = [t for _, t in flatten((x, list(module.parameters()))) if t.requires_grad]
-    return [t.detach() for t in outputs] + list(torch.autograd.grad(outputs, leaves, [t.detach() for t in outputs]))
 
 
 def assert_close(actual: list[Tensor], expected: list[Tensor], scale: float = 1e-5) -> None:
@@ -137,26 +142,11 @@ def _moved(value: Any, device: str) -> Any:
 def test_error_is_at_most_twice_torchs(case: str, cell: str, form: str, precision: str) -> None:
     """Against float64 ours may be off by twice what cuDNN is in the same precision, plus the floor."""
     dtype, allowed_tf32, floor = PRECISIONS[precision]
-    problem = Problem(GPU_CASES[case], cell, form)
-    problem.x, problem.hx = problem.x.to(dtype).double(), [h.to(dtype).double() for h in problem.hx]
-    problem.exact_module.to(dtype).double()
-    with rnnfast.use_backend("reference"):
-        exact = problem.run(problem.exact_module, torch.float64)
-    # torch.nn knows neither lengths nor resets; the plain-torch loop is what it would do.
-    known = form in ("rectangular", "packed")
+    problem = Problem(GPU_CASES[case], cell, form, dtype)
     with tf32(allowed_tf32):
-        with nullcontext() if known else rnnfast.use_backend("reference"):
-            baseline = problem.run(OnDevice(problem.module(nn if known else rnnfast, dtype)), dtype)
+        baseline = problem.baseline(dtype, OnDevice)
         actual = problem.run(OnDevice(problem.module(rnnfast, dtype)), dtype)
-    assert actual.keys() == exact.keys() == baseline.keys()
-    for name, value in actual.items():
-        assert value.dtype == dtype and value.shape == exact[name].shape, name
-        error, of_torch = (
-            (t[name].to("cpu", torch.float64) - exact[name]).abs().max().item() for t in (actual, baseline)
-        )
-        scale = exact[name].abs().max().item()
-        allowed = 2 * of_torch + floor * scale
-        assert error <= allowed, f"{name}: off by {error:.2e}, torch by {of_torch:.2e}, of {scale:.2e}"
+    assert_off_by_twice_at_most(actual, baseline, problem.exact(), dtype, floor)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -203,7 +193,7 @@ ROUNDING = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 @pytest.mark.parametrize("name", REGIMES[1:])
 def test_every_regime(name: str, cell: str, hidden: int, dtype: torch.dtype, form: str) -> None:
     """Against the reference in float64; and again, which gives equal bits."""
-    if not serves(name, cell, dtype, 5, hidden, True):
+    if not serves(name, cell, Size(dtype, 5, hidden, True)):
         assert name in PERSISTENT and hidden > 40
         pytest.skip("it cannot serve this layer")
     module, (x, extra) = layer(cell, hidden, dtype, bidirectional=True), sequence(form, dtype)
@@ -297,15 +287,11 @@ def test_compute_sanitizer_finds_nothing(name: str, tool: str) -> None:
 @pytest.mark.parametrize("cell", CELLS)
 def test_what_memory_held_before_does_not_matter(cell: str, kernel: str, form: str) -> None:
     module, (x, extra) = layer(cell, HIDDEN[kernel], bidirectional=True), sequence(form)
-    expected = computed(module, x, **extra)
-    try:
-        # torch.empty then gives NaN. Only warned of, for cuBLAS would ask for an environment variable.
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        assert torch.empty(9, device=DEVICE).isnan().all()
-        actual = computed(module, x, **extra)
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert_equal(actual, expected)
+    poisoned = computed(module, x, **extra)
+    assert torch.empty(9, device=DEVICE).isnan().all()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+        assert_equal(computed(module, x, **extra), poisoned)
 
 
 @pytest.mark.parametrize("kernel", HIDDEN)
@@ -325,7 +311,7 @@ def test_layouts_do_not_matter(cell: str, kernel: str) -> None:
         states = leaves[1 : 1 + len(hx)]
         values = dict(zip(names, leaves[1 + len(hx) :]))
         y, h_n = functional_call(module, values, (leaves[0], tuple(states) if len(hx) == 2 else states[0]))
-        tensors = [y, *(t for _, t in flatten(h_n))]
+        tensors = [y, *tensors_of(h_n)]
         return tensors + list(torch.autograd.grad(y, leaves, as_given(cotangent.expand_as(y))))
 
     for x in (random(3, 6, 8)[:, :, ::2].transpose(0, 1), random(6, 1, 4).expand(-1, 3, -1)):

@@ -6,16 +6,18 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import CELLS, LAYERS, assert_equal_modules, pair
+from helpers import CELL_MODULES, LAYERS, assert_equal_modules, pair
 from torch.testing._internal.common_modules import module_db
 
-INFOS = [info for info in module_db if info.name in {f"nn.{name}" for name in LAYERS + CELLS}]
+INFOS = [info for info in module_db if info.name in {f"nn.{name}" for name in LAYERS + CELL_MODULES}]
 
 
 def test_all_six_modules_are_there() -> None:
     assert len(INFOS) == 6
 
 
+@pytest.mark.few(2, "backend", "info", "dtype", "training")
+@pytest.mark.runs(torch.float64)
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("info", INFOS, ids=lambda info: info.name[3:])

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import (
-    CELLS,
+    CELL_MODULES,
     LAYERS,
     assert_equal_modules,
     assert_same,
@@ -265,7 +265,7 @@ TREATMENTS = {
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
-@pytest.mark.parametrize("name", LAYERS + CELLS)
+@pytest.mark.parametrize("name", LAYERS + CELL_MODULES)
 @pytest.mark.parametrize("treatment", TREATMENTS)
 def test_treated_module_computes_and_trains_as_torchs(treatment: str, name: str) -> None:
     layer = name in LAYERS
@@ -287,7 +287,7 @@ def test_treated_module_computes_and_trains_as_torchs(treatment: str, name: str)
     assert_equal_modules(theirs, ours, x)
 
 
-@pytest.mark.parametrize("name", LAYERS + CELLS)
+@pytest.mark.parametrize("name", LAYERS + CELL_MODULES)
 def test_parametrization_is_computed_once_a_forward(name: str) -> None:
     # torch.nn's layers read a weight several times, so a random or an iterated parametrization moves on each time.
     class Counted(nn.Module):
@@ -304,7 +304,7 @@ def test_parametrization_is_computed_once_a_forward(name: str) -> None:
     assert counted.calls == 1
 
 
-@pytest.mark.parametrize("name", LAYERS + CELLS)
+@pytest.mark.parametrize("name", LAYERS + CELL_MODULES)
 def test_functional_call_in_another_dtype(name: str) -> None:
     theirs, ours = pair(name, 4, 5)
     x = torch.randn(3, 2, 4) if name in LAYERS else torch.randn(2, 4)
@@ -315,7 +315,7 @@ def test_functional_call_in_another_dtype(name: str) -> None:
         assert {t.dtype for _, t in flatten(module(x))} == {torch.float32}  # and it is itself again
 
 
-@pytest.mark.parametrize("name", LAYERS + CELLS)
+@pytest.mark.parametrize("name", LAYERS + CELL_MODULES)
 def test_meta(name: str) -> None:
     layer = name in LAYERS
     kwargs = {"num_layers": 2, "bidirectional": True} if layer else {}
@@ -345,6 +345,8 @@ FORWARDS = {
 }
 
 
+@pytest.mark.few(2, "backend", "name", "form")
+@pytest.mark.runs(DOUBLE)
 @pytest.mark.parametrize("form", [*FORWARDS, "plain-eval", "dropout-bidirectional-eval"])
 @pytest.mark.parametrize("name", [*LAYERS, "relu", "projected"])
 def test_forward(name: str, form: str, backend: str) -> None:
@@ -365,6 +367,7 @@ def test_forward(name: str, form: str, backend: str) -> None:
         assert_same(dict(flatten(ours(x, hx))), expected)
 
 
+@pytest.mark.runs(DOUBLE)
 @pytest.mark.parametrize("name", LAYERS)
 def test_strides(name: str, backend: str) -> None:
     theirs, ours = pair(name, 4, 5, num_layers=2, bidirectional=True, dtype=DOUBLE)
@@ -396,7 +399,7 @@ def test_states_of_an_lstm_as_a_list() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Complex modules are a new feature")
-@pytest.mark.parametrize("name", LAYERS + CELLS)
+@pytest.mark.parametrize("name", LAYERS + CELL_MODULES)
 @pytest.mark.parametrize(
     "dtype", [torch.float16, torch.bfloat16, torch.float32, DOUBLE, torch.complex64], ids=lambda d: str(d)[6:]
 )
@@ -419,7 +422,7 @@ def test_dtypes(name: str, dtype: torch.dtype) -> None:
         assert off <= 2 * allowed + 4 * torch.finfo(dtype).eps, key
 
 
-@pytest.mark.parametrize("name", LAYERS + CELLS)
+@pytest.mark.parametrize("name", LAYERS + CELL_MODULES)
 def test_autocast_runs_in_the_low_dtype(name: str) -> None:
     layer = name in LAYERS
     module = getattr(rnnfast, name)(4, 5, **({"num_layers": 2, "bidirectional": True} if layer else {}))
@@ -451,7 +454,7 @@ class _Called(nn.Module):
         return self.call(*inputs)
 
 
-@pytest.mark.parametrize("name", LAYERS + CELLS)
+@pytest.mark.parametrize("name", LAYERS + CELL_MODULES)
 def test_double_backward(name: str) -> None:
     layer = name in LAYERS
     found = []
@@ -479,6 +482,8 @@ PACKED = {
 }
 
 
+@pytest.mark.few(2, "backend", "name", "lengths", "kwargs")
+@pytest.mark.runs(DOUBLE)
 @pytest.mark.parametrize("lengths", PACKED)
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize(
@@ -511,7 +516,9 @@ def test_packed_sequence(name: str, kwargs: dict, lengths: str, backend: str) ->
 # Cells.
 
 
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.few(2, "backend", "name", "bias", "shape")
+@pytest.mark.runs(DOUBLE)
+@pytest.mark.parametrize("name", CELL_MODULES)
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
 @pytest.mark.parametrize("shape", [(3,), (1,), (), (0,)], ids=["batch", "one-row", "unbatched", "empty-batch"])
 def test_cell(name: str, bias: bool, shape: tuple[int, ...], backend: str) -> None:
@@ -526,7 +533,7 @@ def test_cell(name: str, bias: bool, shape: tuple[int, ...], backend: str) -> No
         assert_equal_modules(theirs, ours, x, list(hx))
 
 
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", CELL_MODULES)
 def test_cell_as_a_loop_trains(name: str) -> None:
     class Loop(nn.Module):
         def __init__(self, cell: nn.Module) -> None:

@@ -3,143 +3,63 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
-from conftest import BACKENDS
+from backends import BACKENDS
+from helpers import (
+    CASES,
+    CELLS,
+    FLOOR,
+    FORMS,
+    Problem,
+    assert_off_by_twice_at_most,
+    layer,
+    states_of,
+    tensors_of,
+)
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jacfwd, jacrev, jvp, stack_module_state, vmap
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import rnnfast
 from rnnfast import reference
 from rnnfast.recurrence import INSTRUCTION_SETS
 
-CELLS = {
-    "tanh": ("RNN", {"nonlinearity": "tanh"}),
-    "relu": ("RNN", {"nonlinearity": "relu"}),
-    "lstm": ("LSTM", {}),
-    "projection": ("LSTM", {"proj_size": 1}),  # scaled to the case: a third of H
-    "gru": ("GRU", {}),
-}
-FORMS = ("rectangular", "packed", "lengths", "resets")
-
-# The floor of the rule below, relative to the largest value: a few roundings of the dtype (2 of a half type, 8 of
-# float32; in float64 the exact result is itself a float64 run, so the floor is all there is: 45).
-FLOOR = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
+DOUBLE = torch.float64
+CPU_BACKENDS = [backend for backend in BACKENDS if backend.startswith("cpu")]
+DTYPES = pytest.mark.parametrize("dtype", FLOOR, ids=lambda dtype: str(dtype)[6:])
 
 
-class Case(NamedTuple):
-    """Sizes and options of a layer. Odd on purpose: tails of vectors, of row tiles and of thread shares."""
-
-    steps: int
-    batch: int
-    inputs: int
-    hidden: int
-    bias: bool = True
-    bidirectional: bool = False
-    given_hx: bool = True
-    layers: int = 1
+def assert_same(actual: Any, expected: Any) -> None:
+    torch.testing.assert_close(tensors_of(actual), tensors_of(expected), rtol=1e-11, atol=1e-13)
 
 
-CASES = {
-    "one-step": Case(1, 3, 5, 7, bidirectional=True),
-    "one-row": Case(6, 1, 9, 33),
-    "one-unit": Case(5, 4, 1, 2, bias=False, given_hx=False),
-    "H63": Case(7, 13, 70, 63, bidirectional=True, given_hx=False),
-    "H130-no-bias": Case(3, 5, 17, 130, bias=False),
-    "stack": Case(5, 6, 3, 4, bidirectional=True, layers=3),
-    "wide": Case(3, 37, 210, 330),  # beyond what one block of the kernels holds, in every direction
-}
-
-
-class Problem:
-    """Inputs of a case in float64, and what a module makes of them: outputs, and gradients of a random projection."""
-
-    def __init__(self, case: Case, cell: str, form: str) -> None:
-        self.case, self.form = case, form
-        self.cls, options = CELLS[cell]
-        self.options = dict(
-            options, num_layers=case.layers, bias=case.bias, bidirectional=case.bidirectional, dtype=torch.float64
-        )
-        if cell == "projection":
-            self.options["proj_size"] = max(case.hidden // 3, 1)
-        self.exact_module = getattr(rnnfast, self.cls)(case.inputs, case.hidden, **self.options)
-        if cell == "relu" and case.bias:
-            # Units that are clearly on or off: at relu's kink rounding picks the gradient, for torch as for us.
-            for name, parameter in self.exact_module.named_parameters():
-                if name.startswith("bias_ih"):
-                    parameter.data.copy_(torch.tensor([3.0, -4.0]).repeat(case.hidden)[: case.hidden])
-        self.x = torch.randn(case.steps, case.batch, case.inputs, dtype=torch.float64)
-        states = case.layers * (1 + case.bidirectional)
-        out = self.options.get("proj_size", 0) or case.hidden
-        widths = (out, case.hidden) if self.cls == "LSTM" else (out,)
-        self.hx = [torch.randn(states, case.batch, w, dtype=torch.float64) for w in widths] if case.given_hx else []
-        self.lengths = torch.randint(0, case.steps + 1, (case.batch,))
-        self.lengths[0] = case.steps
-        self.resets = torch.rand(case.steps, case.batch) < 0.4
-
-    def module(self, package, dtype: torch.dtype) -> nn.Module:
-        module = getattr(package, self.cls)(self.case.inputs, self.case.hidden, **self.options)
-        module.load_state_dict(self.exact_module.state_dict())
-        return module.to(dtype)
-
-    def run(self, module: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Every output and every gradient by name. Values are the dtype's, so that all see the same problem."""
-        x = self.x.to(dtype).requires_grad_()
-        hx = [h.to(dtype).requires_grad_() for h in self.hx]
-        extra, inputs = {}, x
-        if self.form == "packed":
-            inputs = pack_padded_sequence(x, self.lengths.clamp(min=1), enforce_sorted=False)
-        elif self.form != "rectangular":
-            extra = {self.form: getattr(self, self.form)}
-        states = None if not hx else tuple(hx) if self.cls == "LSTM" else hx[0]
-        output, hidden = module(inputs, states, **extra)
-        output = output.data if isinstance(output, PackedSequence) else output
-        outputs = {"output": output, "h_n": hidden} if self.cls != "LSTM" else {"output": output}
-        if self.cls == "LSTM":
-            outputs["h_n"], outputs["c_n"] = hidden
-        generator = torch.Generator().manual_seed(1)
-        loss = sum(
-            (t * torch.randn(t.shape, dtype=torch.float64, generator=generator).to(dtype)).sum()
-            for t in outputs.values()
-        )
-        leaves = {"x": x, **{f"hx[{k}]": h for k, h in enumerate(hx)}, **dict(module.named_parameters())}
-        grads = torch.autograd.grad(loss, list(leaves.values()))
-        return {**outputs, **{f"d {name}": g for name, g in zip(leaves, grads)}}
+def row(hidden: Any, n: int) -> Any:
+    """The state of one row, as a batch of its own."""
+    return tuple(h[:, n : n + 1] for h in hidden) if isinstance(hidden, tuple) else hidden[:, n : n + 1]
 
 
 @functools.cache
 def solved(case: str, cell: str, form: str, dtype: torch.dtype) -> tuple[Problem, dict[str, Tensor], dict[str, Tensor]]:
     """A problem, its exact result in float64 and torch's in the dtype, once for all backends."""
     torch.manual_seed(0)
-    problem = Problem(CASES[case], cell, form)
-    problem.x, problem.hx = problem.x.to(dtype).double(), [h.to(dtype).double() for h in problem.hx]
-    problem.exact_module.to(dtype).double()
-    with rnnfast.use_backend("reference"):
-        exact = problem.run(problem.exact_module, torch.float64)
-        # torch.nn knows neither lengths nor resets; the plain-torch loop is what it would do.
-        known = form in ("rectangular", "packed")
-        baseline = problem.run(problem.module(nn if known else rnnfast, dtype), dtype)
-    return problem, exact, baseline
+    problem = Problem(CASES[case], cell, form, dtype)
+    return problem, problem.exact(), problem.baseline(dtype)
 
 
-@pytest.mark.parametrize("dtype", FLOOR, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.runs(lambda case, dtype: (dtype, CASES[case].batch, CASES[case].hidden, CASES[case].bidirectional))
+@pytest.mark.few(3, "backend", "case", "cell", "form", "dtype")
+@DTYPES
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("case", CASES)
 def test_error_is_at_most_twice_torchs(backend: str, case: str, cell: str, form: str, dtype: torch.dtype) -> None:
-    """Against float64, ours may be off by twice what torch is in the same dtype, plus the floor."""
     problem, exact, baseline = solved(case, cell, form, dtype)
     actual = problem.run(problem.module(rnnfast, dtype), dtype)
-    assert actual.keys() == exact.keys() == baseline.keys()
-    for name, value in actual.items():
-        assert value.dtype == dtype and value.shape == exact[name].shape, name
-        scale = exact[name].abs().max().item() if exact[name].numel() else 0
-        error = (value.double() - exact[name]).abs().max().item()
-        allowed = 2 * (baseline[name].double() - exact[name]).abs().max().item() + FLOOR[dtype] * scale
-        assert error <= allowed, f"{name}: off by {error:.2e}, allowed {allowed:.2e}, of {scale:.2e}"
+    assert_off_by_twice_at_most(actual, baseline, exact, dtype, FLOOR[dtype])
 
 
 @pytest.mark.parametrize("form", ("rectangular", "packed"))
@@ -148,43 +68,17 @@ def test_error_is_at_most_twice_torchs(backend: str, case: str, cell: str, form:
 def test_reference_is_torchs(case: str, cell: str, form: str) -> None:
     """The definition, tied to torch.nn in float64: the oracle of every other test here."""
     problem = Problem(CASES[case], cell, form)
-    with rnnfast.use_backend("reference"):
-        actual = problem.run(problem.exact_module, torch.float64)
-    expected = problem.run(problem.module(nn, torch.float64), torch.float64)
+    actual = problem.exact()
+    expected = problem.run(problem.module(nn, DOUBLE), DOUBLE)
     for name, value in actual.items():
         torch.testing.assert_close(value, expected[name], rtol=1e-12, atol=1e-13, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def layer(cell: str, inputs: int = 4, hidden: int = 5, **options) -> nn.Module:
-    cls, own = CELLS[cell]
-    own = {"proj_size": 3} if cell == "projection" else own
-    return getattr(rnnfast, cls)(inputs, hidden, dtype=torch.float64, **own, **options)
-
-
-def states_of(module: nn.Module, batch: int) -> Tensor | tuple[Tensor, Tensor]:
-    states = module.num_layers * (1 + module.bidirectional)
-    h = torch.randn(states, batch, module.proj_size or module.hidden_size, dtype=torch.float64)
-    c = torch.randn(states, batch, module.hidden_size, dtype=torch.float64)
-    return (h, c) if module.mode == "LSTM" else h
-
-
-def tensors_of(result) -> list[Tensor]:
-    return [t for item in result for t in (item if isinstance(item, tuple) else (item,))]
-
-
-def assert_same(actual, expected) -> None:
-    for a, e in zip(tensors_of(actual), tensors_of(expected), strict=True):
-        torch.testing.assert_close(a, e, rtol=1e-11, atol=1e-13)
-
-
-def row(hidden, n: int):
-    return tuple(h[:, n : n + 1] for h in hidden) if isinstance(hidden, tuple) else hidden[:, n : n + 1]
-
-
+@pytest.mark.runs(DOUBLE)
 @pytest.mark.parametrize("cell", CELLS)
 def test_lengths_are_each_row_alone(backend: str, cell: str) -> None:
     module = layer(cell, num_layers=2, bidirectional=True)
-    lengths, x, hx = torch.tensor([3, 0, 7, 1, 7, 4]), torch.randn(7, 6, 4, dtype=torch.float64), states_of(module, 6)
+    lengths, x, hx = torch.tensor([3, 0, 7, 1, 7, 4]), torch.randn(7, 6, 4, dtype=DOUBLE), states_of(module, 6)
     y, hidden, states = module(x, hx, lengths=lengths, return_states=True)
     for n, length in enumerate(lengths.tolist()):
         if length == 0:  # an empty row yields zeros and keeps its state
@@ -197,11 +91,12 @@ def test_lengths_are_each_row_alone(backend: str, cell: str) -> None:
         assert not any(s[:, length:, n].any() for s in tensors_of([states]))
 
 
+@pytest.mark.runs(DOUBLE)
 @pytest.mark.parametrize("cell", CELLS)
 def test_resets_are_each_episode_alone(backend: str, cell: str) -> None:
     """In a bidirectional stack; hx enters the forward direction at the start and the reverse one at the end."""
     module = layer(cell, num_layers=2, bidirectional=True)
-    x, hx = torch.randn(8, 3, 4, dtype=torch.float64, requires_grad=True), states_of(module, 3)
+    x, hx = torch.randn(8, 3, 4, dtype=DOUBLE, requires_grad=True), states_of(module, 3)
     borders = [(3, 4), (), (0, 7)]
     resets = torch.zeros(8, 3, dtype=torch.bool)
     for n, starts in enumerate(borders):
@@ -228,24 +123,27 @@ def test_resets_are_each_episode_alone(backend: str, cell: str) -> None:
             assert dx[start:end, n].any() and not dx[:start].any() and not dx[end:].any()
 
 
+@pytest.mark.runs(DOUBLE)
 @pytest.mark.parametrize("cell", CELLS)
 def test_resets_with_lengths(backend: str, cell: str) -> None:
     module = layer(cell, bidirectional=True)
-    x, lengths, resets = torch.randn(6, 4, 4, dtype=torch.float64), torch.tensor([6, 2, 0, 4]), torch.rand(6, 4) < 0.5
-    y, hidden = module(x, lengths=lengths, resets=resets)
+    x, lengths, resets = torch.randn(6, 4, 4, dtype=DOUBLE), torch.tensor([6, 2, 0, 4]), torch.rand(6, 4) < 0.5
+    hx = states_of(module, 4)
+    y, hidden = module(x, hx, lengths=lengths, resets=resets)
     for n, length in enumerate(lengths.tolist()):
         if length:
-            y_n, hidden_n = module(x[:length, n : n + 1], resets=resets[:length, n : n + 1])
+            y_n, hidden_n = module(x[:length, n : n + 1], row(hx, n), resets=resets[:length, n : n + 1])
             assert_same([y[:length, n : n + 1], row(hidden, n)], [y_n, hidden_n])
         assert not y[length:, n].any()
 
 
+@pytest.mark.runs(DOUBLE)
 @pytest.mark.parametrize("batch_first", (False, True), ids=("time-major", "batch-first"))
 @pytest.mark.parametrize("cell", CELLS)
 def test_return_states(backend: str, cell: str, batch_first: bool) -> None:
     """The states are those of each step's own run, and gradients flow through them."""
     module = layer(cell, num_layers=2, bidirectional=True, batch_first=batch_first)
-    x = torch.randn(5, 3, 4, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(5, 3, 4, dtype=DOUBLE, requires_grad=True)
     inputs = x.transpose(0, 1) if batch_first else x
     output, _, states = module(inputs, return_states=True)
     h, c = states if module.mode == "LSTM" else (states, None)
@@ -260,6 +158,8 @@ def test_return_states(backend: str, cell: str, batch_first: bool) -> None:
         torch.testing.assert_close(h[0][at][..., :out], h_n[0], rtol=1e-11, atol=1e-13)
         if c is not None:
             torch.testing.assert_close(c[0][at][..., :hidden], c_n[0], rtol=1e-11, atol=1e-13)
+    with torch.no_grad():
+        assert_same(module(inputs, return_states=True)[2], states)
     cotangents = [torch.randn_like(s) for s in tensors_of([states])]
     leaves = [x, *module.parameters()]
     actual = torch.autograd.grad(tensors_of([states]), leaves, cotangents)
@@ -268,9 +168,10 @@ def test_return_states(backend: str, cell: str, batch_first: bool) -> None:
         assert_same(actual, torch.autograd.grad(tensors_of([states]), leaves, cotangents))
 
 
+@pytest.mark.runs(DOUBLE)
 def test_return_states_packed_and_unbatched(backend: str) -> None:
     module = layer("lstm", num_layers=2)
-    x = torch.randn(5, 3, 4, dtype=torch.float64)
+    x = torch.randn(5, 3, 4, dtype=DOUBLE)
     lengths = torch.tensor([5, 3, 2])
     output, _, (h, c) = module(pack_padded_sequence(x, lengths), return_states=True)
     assert h.shape == c.shape == (2, 10, 5)
@@ -283,49 +184,55 @@ def test_return_states_packed_and_unbatched(backend: str) -> None:
     assert h.shape == c.shape == (2, 5, 5)
 
 
+@pytest.mark.runs(DOUBLE)
 def test_lengths_zero_steps(backend: str) -> None:
     module = layer("lstm", bidirectional=True)
     hx = states_of(module, 2)
-    y, hidden = module(torch.randn(0, 2, 4, dtype=torch.float64), hx, lengths=torch.tensor([0, 0]))
+    y, hidden = module(torch.randn(0, 2, 4, dtype=DOUBLE), hx, lengths=torch.tensor([0, 0]))
     assert y.shape == (0, 2, 10)
     assert_same([hidden], [hx])
 
 
+@pytest.mark.runs(DOUBLE)
 @pytest.mark.parametrize("cell", CELLS)
 def test_empty_batch(backend: str, cell: str) -> None:
     module = layer(cell, bidirectional=True)
-    x = torch.randn(3, 0, 4, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(3, 0, 4, dtype=DOUBLE, requires_grad=True)
     y, _ = module(x)
     y.sum().backward()
     assert y.shape[:2] == (3, 0) and x.grad.shape == x.shape
     assert all(not p.grad.any() for p in module.parameters())
 
 
+@pytest.mark.runs(DOUBLE)
 @pytest.mark.parametrize("cell", CELLS)
 def test_layouts_do_not_matter(backend: str, cell: str) -> None:
     """Transposed, sliced and expanded operands and gradients give the numbers of contiguous ones."""
     module = layer(cell, bidirectional=True)
-    x = torch.randn(3, 6, 8, dtype=torch.float64)[:, :, ::2].transpose(0, 1)
+    x = torch.randn(3, 6, 8, dtype=DOUBLE)[:, :, ::2].transpose(0, 1)
     hx = tuple(h[:, :1].expand(-1, 3, -1) for h in tensors_of([states_of(module, 3)]))
     hx = hx if module.mode == "LSTM" else hx[0]
-    strided = {name: torch.randn(*p.shape, 2, dtype=torch.float64)[..., 0] for name, p in module.named_parameters()}
+    strided = {name: torch.randn(*p.shape, 2, dtype=DOUBLE)[..., 0] for name, p in module.named_parameters()}
 
     def run(as_given):
         leaves = [as_given(t).requires_grad_() for t in (x, *tensors_of([hx]), *strided.values())]
         states = tuple(leaves[1:3]) if module.mode == "LSTM" else leaves[1]
         values = dict(zip(strided, leaves[len(leaves) - len(strided) :]))
         y, h_n = functional_call(module, values, (leaves[0], states))
-        cotangent = torch.randn(y.shape[-1], dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+        cotangent = torch.randn(y.shape[-1], dtype=DOUBLE, generator=torch.Generator().manual_seed(2))
         return [y, *tensors_of([h_n]), *torch.autograd.grad(y, leaves, as_given(cotangent.expand_as(y)))]
 
     assert_same(run(lambda t: t.detach()), run(lambda t: t.detach().clone(memory_format=torch.contiguous_format)))
 
 
+@pytest.mark.few(2, "backend", "cell", "form")
+@pytest.mark.full_on("triton")  # a hundred runs
+@pytest.mark.runs(DOUBLE)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("cell", CELLS)
 def test_first_and_second_derivatives(backend: str, cell: str, form: str) -> None:
-    module = layer(cell, 2, 4, bidirectional=True)
-    x = torch.randn(3, 2, 2, dtype=torch.float64)
+    module = layer(cell, 4, 2, bidirectional=True)
+    x = torch.randn(3, 2, 2, dtype=DOUBLE)
     hx = tensors_of([states_of(module, 2)])
     extra = {"lengths": torch.tensor([3, 1])} if form == "lengths" else {}
     extra |= {"resets": torch.tensor([[0, 0], [1, 0], [0, 1]], dtype=torch.bool)} if form == "resets" else {}
@@ -343,12 +250,13 @@ def test_first_and_second_derivatives(backend: str, cell: str, form: str) -> Non
         assert torch.autograd.gradgradcheck(run, leaves, fast_mode=True)
 
 
+@pytest.mark.runs(DOUBLE)
 @pytest.mark.parametrize("cell", CELLS)
 def test_function_transforms(backend: str, cell: str) -> None:
     """grad, per-sample vmap(grad), ensembles and jacrev: each against a loop, or against plain torch."""
-    module = layer(cell, 3, 4, bidirectional=True)
+    module = layer(cell, 4, 3, bidirectional=True)
     weights = {name: p.detach() for name, p in module.named_parameters()}
-    x = torch.randn(5, 3, 3, dtype=torch.float64)
+    x = torch.randn(5, 3, 3, dtype=DOUBLE)
 
     def loss(weights: dict[str, Tensor], x: Tensor) -> Tensor:
         return functional_call(module, weights, (x,))[0].square().sum()
@@ -358,26 +266,28 @@ def test_function_transforms(backend: str, cell: str) -> None:
         module(x)[0].square().sum().backward()
         return [p.grad.clone() for p in module.parameters()]
 
-    assert_same(grad(loss)(weights, x).values(), by_autograd(x))
+    assert_same(list(grad(loss)(weights, x).values()), by_autograd(x))
     samples = vmap(grad(loss), in_dims=(None, 1))(weights, x)
     for n in range(3):
         assert_same([g[n] for g in samples.values()], by_autograd(x[:, n]))
-    others = [layer(cell, 3, 4, bidirectional=True) for _ in range(2)]
+    others = [layer(cell, 4, 3, bidirectional=True) for _ in range(2)]
     stacked, _ = stack_module_state(others)
     ensemble = vmap(lambda w: functional_call(module, w, (x,))[0])(stacked)
     for k, other in enumerate(others):
         torch.testing.assert_close(ensemble[k], other(x)[0])
-    jacobian = jacrev(lambda x: module(x)[0])(x)
+    output, little = lambda x: module(x)[0], x[:2, :1]
+    jacobian = jacrev(output)(little)
     with rnnfast.use_backend("reference"):
-        torch.testing.assert_close(jacobian, jacrev(lambda x: module(x)[0])(x))
-        torch.testing.assert_close(jacobian, jacfwd(lambda x: module(x)[0])(x))
+        torch.testing.assert_close(jacobian, jacrev(output)(little))
+        torch.testing.assert_close(jacobian, jacfwd(output)(little))
 
 
+@pytest.mark.runs(DOUBLE)
 @pytest.mark.parametrize("cell", CELLS)
 def test_forward_mode(backend: str, cell: str) -> None:
     """Forward-mode derivatives are right beside every backend, and never silently zero."""
-    module = layer(cell, 3, 4, bidirectional=True)
-    x, tangent = torch.randn(2, 5, 2, 3, dtype=torch.float64)
+    module = layer(cell, 4, 3, bidirectional=True)
+    x, tangent = torch.randn(2, 5, 2, 3, dtype=DOUBLE)
     _, derivative = jvp(lambda x: module(x)[0], (x,), (tangent,))
     epsilon = 1e-6
     difference = (module(x + epsilon * tangent)[0] - module(x - epsilon * tangent)[0]) / (2 * epsilon)
@@ -385,32 +295,104 @@ def test_forward_mode(backend: str, cell: str) -> None:
     assert derivative.abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("cell", CELLS)
-def test_runs_and_thread_counts_give_equal_bits(backend: str, cell: str) -> None:
-    module = layer(cell, 9, 40, bidirectional=True).float()
-    x = torch.randn(11, 7, 9)
-    threads = torch.get_num_threads()
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """Sets the number of threads, for one test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
-    def run() -> list[Tensor]:
-        module.zero_grad()
+
+def _assert_equal_bits(
+    cell: str, threads: Callable[[int], None], counts: tuple[int, ...], rows: int = 7, hidden: int = 40
+) -> None:
+    module, x = layer(cell, hidden, 9, torch.float32, bidirectional=True), torch.randn(11, rows, 9)
+    found = []
+    for count in counts:
+        threads(count)
         inputs = x.clone().requires_grad_()
-        y, h_n = module(inputs)
-        y.square().sum().backward()
-        return [y, *tensors_of([h_n]), inputs.grad, *(p.grad for p in module.parameters())]
-
-    try:
-        expected = run()
-        # Plain torch's products may differ by thread count; ours never split a sum over threads.
-        for count in (threads,) if backend == "reference" else (threads, 1, 2, 5):
-            torch.set_num_threads(count)
-            assert all(torch.equal(a, e) for a, e in zip(run(), expected, strict=True))
-    finally:
-        torch.set_num_threads(threads)
+        outputs = tensors_of(module(inputs))
+        found.append([*outputs, *torch.autograd.grad(outputs[0].square().sum(), [inputs, *module.parameters()])])
+        assert all(map(torch.equal, found[0], found[-1]))
 
 
+@pytest.mark.runs(torch.float32, 7, 40, True)
+@pytest.mark.parametrize("cell", CELLS)
+def test_runs_give_equal_bits(backend: str, cell: str, threads: Callable[[int], None]) -> None:
+    """On one thread: but for `cpu` the products over the whole sequence are torch's, whose sums are its own affair."""
+    _assert_equal_bits(cell, threads, (1, 1, 1))
+
+
+@pytest.mark.runs(torch.float32, 7, 40, True)
+@pytest.mark.parametrize("backend", CPU_BACKENDS, indirect=True)
+@pytest.mark.parametrize("rows, hidden", [(7, 40), (2, 160)], ids=["rows-shared", "units-shared"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_thread_counts_give_equal_bits(
+    backend: str, cell: str, rows: int, hidden: int, threads: Callable[[int], None]
+) -> None:
+    """These kernels never split a sum over threads."""
+    _assert_equal_bits(cell, threads, (1, 2, 3, 4, 5, 1), rows, hidden)
+
+
+@pytest.mark.runs(DOUBLE)
+@pytest.mark.parametrize("cell", CELLS)
+def test_each_gradient_alone(backend: str, cell: str) -> None:
+    """Of whichever input asks for one, and of no other."""
+    module, x = layer(cell), torch.randn(3, 2, 4, dtype=DOUBLE)
+    names = [name for name, _ in module.named_parameters()]
+    values = [x, *tensors_of(states_of(module, 2)), *(p.detach() for p in module.parameters())]
+
+    def outputs(*values: Tensor) -> Tensor:
+        x, *hx = values[: len(values) - len(names)]
+        weights = dict(zip(names, values[-len(names) :]))
+        return functional_call(module, weights, (x, tuple(hx) if module.mode == "LSTM" else hx[0]))[0]
+
+    leaves = [t.clone().requires_grad_() for t in values]
+    expected = torch.autograd.grad(outputs(*leaves).square().sum(), leaves)
+    for k, leaf in enumerate(leaves):
+        (alone,) = torch.autograd.grad(outputs(*values[:k], leaf, *values[k + 1 :]).square().sum(), leaf)
+        assert_same(alone, expected[k])
+
+
+@pytest.mark.parametrize("cell", ("lstm", "projection"))
+def test_second_derivatives_through_states(cell: str) -> None:
+    module = layer(cell, 3, 2, bidirectional=True)
+    x = torch.randn(3, 2, 2, dtype=DOUBLE, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x: module(x, return_states=True)[2], x, fast_mode=True)
+
+
+@pytest.mark.runs(lambda dtype: (dtype,))
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=("bfloat16", "float16"))
+def test_half_types_round_to_nearest(backend: str, dtype: torch.dtype) -> None:
+    """Ties to even; of sums whose terms lie 0, 1/4, 1/2, 3/4 and 3/2 of a last place above 1."""
+    module = layer("relu", 1, 2, dtype, bias=False)
+    last = torch.finfo(dtype).eps
+    with torch.no_grad():
+        for weight in module.parameters():
+            weight.copy_(torch.tensor([1, last / 4]) if weight.numel() == 2 else torch.zeros(1))
+        above = torch.tensor([0, 1, 2, 3, 6], dtype=dtype)
+        y, _ = module(torch.stack([torch.ones_like(above), above], 1).unsqueeze(0))
+    assert y.flatten().tolist() == [1, 1, 1, 1 + last, 1 + 2 * last]
+
+
+@pytest.mark.runs(lambda dtype: (dtype,))
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=("bfloat16", "float16"))
+def test_the_cell_state_of_a_half_type_is_float32(backend: str, dtype: torch.dtype) -> None:
+    """Sixteen times an eighth of what it has room for beside 1."""
+    module, eighth = layer("lstm", 1, 1, dtype), torch.finfo(dtype).eps / 8
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            open_gates = torch.tensor([20, 20, eighth, 20])  # c + tanh(eighth), a step
+            parameter.copy_(open_gates if name == "bias_ih_l0" else torch.zeros_like(parameter))
+        zero, one = torch.zeros(1, 1, 1, dtype=dtype), torch.ones(1, 1, 1, dtype=dtype)
+        _, (_, c_n) = module(torch.zeros(16, 1, 1, dtype=dtype), (zero, one))
+    assert c_n.item() == 1 + 16 * eighth
+
+
+@pytest.mark.runs(DOUBLE)
 @pytest.mark.parametrize("change", ("input", "weight", "output"))
 def test_changing_a_saved_tensor_raises(backend: str, change: str) -> None:
-    module, x = layer("lstm"), torch.randn(3, 2, 4, dtype=torch.float64)
+    module, x = layer("lstm"), torch.randn(3, 2, 4, dtype=DOUBLE)
     y, _ = module(x)
     with torch.no_grad():
         {"input": x, "weight": module.weight_hh_l0, "output": y}[change].mul_(2)
@@ -418,10 +400,11 @@ def test_changing_a_saved_tensor_raises(backend: str, change: str) -> None:
         y.sum().backward()
 
 
-@pytest.mark.parametrize("backend", [b for b in BACKENDS if b.startswith("cpu")], indirect=True)  # others take minutes
+@pytest.mark.runs(torch.float32)
+@pytest.mark.parametrize("backend", CPU_BACKENDS, indirect=True)  # others take minutes
 def test_long_sequences(backend: str) -> None:
     """70,000 steps: beyond 16-bit step counts; in two halves the state carries over bit by bit."""
-    module = layer("gru", 1, 2).float()
+    module = layer("gru", 2, 1, torch.float32)
     x = torch.randn(70_000, 1, 1)
     y, h_n = module(x)
     first, h = module(x[:40_000])
@@ -431,13 +414,15 @@ def test_long_sequences(backend: str) -> None:
     assert all(p.grad.isfinite().all() for p in module.parameters())
 
 
+@pytest.mark.few(2, "name", "cell", "form", "dtype")
+@pytest.mark.parametrize("dtype", (DOUBLE, torch.bfloat16), ids=("float64", "bfloat16"))
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("name", sorted({backend.partition("-")[0] for backend in BACKENDS}))
-def test_opcheck(name: str, cell: str, form: str) -> None:
-    module = layer(cell, bidirectional=True)
-    x = torch.randn(3, 2, 4, dtype=torch.float64)
-    hx = [h.detach() for h in tensors_of([states_of(module, 2)])]
+def test_opcheck(name: str, cell: str, form: str, dtype: torch.dtype) -> None:
+    module = layer(cell, dtype=dtype, bidirectional=True)
+    x = torch.randn(3, 2, 4, dtype=dtype)
+    hx = [h.to(dtype) for h in tensors_of(states_of(module, 2))]
     h0, c0 = hx if module.mode == "LSTM" else (hx[0], None)
     weights = [p.detach() for p in module.parameters()]
     batch_sizes = lengths = resets = None
@@ -461,15 +446,16 @@ def test_opcheck(name: str, cell: str, form: str) -> None:
         )
 
 
+@pytest.mark.runs(DOUBLE)
 @pytest.mark.parametrize("mode", reference.GATES)
 def test_no_input_features(backend: str, mode: str) -> None:
     """The biases alone: weight_ih has no columns, yet every gradient is there."""
     rows = reference.GATES[mode] * 5
     shapes = ((rows, 0), (rows, 5), (rows,), (rows,))
-    weights = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    weights = [torch.randn(shape, dtype=DOUBLE, requires_grad=True) for shape in shapes]
 
     def gradients() -> tuple[Tensor, ...]:
-        y, *_ = rnnfast.functional.rnn(mode, torch.randn(4, 3, 0, dtype=torch.float64), None, weights)
+        y, *_ = rnnfast.functional.rnn(mode, torch.randn(4, 3, 0, dtype=DOUBLE), None, weights)
         return torch.autograd.grad(y.square().sum(), weights)
 
     actual = gradients()
@@ -494,14 +480,14 @@ def test_instruction_sets() -> None:
 
 def test_reference_cell_is_torchs() -> None:
     """One step of each cell against torch.nn's cells, from the same products."""
-    h, c = torch.randn(2, 3, 5, dtype=torch.float64)
+    h, c = torch.randn(2, 3, 5, dtype=DOUBLE)
     for mode, cls, options in (
         ("RNN_TANH", nn.RNNCell, {}),
         ("RNN_RELU", nn.RNNCell, {"nonlinearity": "relu"}),
         ("GRU", nn.GRUCell, {}),
         ("LSTM", nn.LSTMCell, {}),
     ):
-        module, x = cls(4, 5, dtype=torch.float64, **options), torch.randn(3, 4, dtype=torch.float64)
+        module, x = cls(4, 5, dtype=DOUBLE, **options), torch.randn(3, 4, dtype=DOUBLE)
         expected = module(x, (h, c) if mode == "LSTM" else h)
         products = (
             torch.nn.functional.linear(x, module.weight_ih, module.bias_ih),
@@ -511,6 +497,8 @@ def test_reference_cell_is_torchs() -> None:
         torch.testing.assert_close(actual, expected if mode == "LSTM" else (expected, None))
 
 
+@pytest.mark.few(2, "backend", "cell", "form")
+@pytest.mark.runs(torch.float32, CASES["H63"].batch, 63, True)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("cell", CELLS)
 def test_recompute_keeps_outputs_only(backend: str, cell: str, form: str) -> None:
@@ -535,11 +523,11 @@ def test_recompute_keeps_outputs_only(backend: str, cell: str, form: str) -> Non
         assert torch.equal(value, results[False][name]), name
     y = results[True]["output"]
     rows, directions = y.numel() // y.size(-1), 2
-    c = rows * directions * problem.case.hidden * 4 if problem.cls == "LSTM" else 0
+    c = rows * directions * problem.case.hidden * 4 if problem.is_lstm else 0
     inputs = sum(results[True][name].numel() * 4 for name in results[True] if name.startswith("d x"))
     weights_of_the_loss = 3 * y.numel() * 4  # of this test's projection of the outputs, and lengths and resets
     assert kept[True] <= y.numel() * 4 + c + inputs + weights_of_the_loss
-    saves_gates = backend != "reference" and problem.cls != "RNN"
+    saves_gates = backend != "reference" and cell not in ("tanh", "relu")
     gates = rows * directions * 4 * problem.case.hidden * 4 if saves_gates else 0
     assert kept[False] - kept[True] == gates
 

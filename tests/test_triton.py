@@ -62,6 +62,8 @@ def test_plan(mode: str, dtype: torch.dtype, largest: int, tf32: bool) -> None:
             how = plan(mode, dtype, hidden, batch, False, tf32, H200)
             assert how.fused == (hidden <= largest)
             assert how.reason.startswith("fused: " if how.fused else "stepwise: ")
+            exact = "ieee" if dtype != torch.float32 else "tf32x3"
+            assert how.precision == ("tf32" if tf32 and dtype == torch.float32 else exact)
             assert not how.fused or (hidden <= how.units < max(2 * hidden, 17))
     assert not plan(mode, dtype, 8, 1, True, tf32, H200).fused
     small = Chip(shared_memory=48 * 1024, processors=16, generation=8)

@@ -1,0 +1,513 @@
+"""Proof that the tests miss nothing: small mistakes, put into a copy of the tree one at a time, each to be caught.
+
+    python tests/mutants.py --jobs 2 --table build/mutants.md
+
+A mistake that no test catches is a missing test, and one that does not build a mistake of the table: either makes the
+exit status 1. Every mistake changes a result or a refusal; one that only changes the speed, or that nothing can reach,
+would be no mistake. Instruction sets are those of this machine: mistakes in the code for AVX-512 or AMX alone are not
+in the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import queue
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Mutant(NamedTuple):
+    """A text that stands once in a file, and what it becomes."""
+
+    file: str
+    name: str
+    first: str  # arguments of pytest: the tests to run first, so that most mutants need no others
+    old: str
+    new: str
+
+
+# Where a mistake is likely to be caught, {} being the backend.
+NUMBERS = "test_recurrence.py -k 'error_is_at_most and {}'"
+LENGTHS = "test_recurrence.py -k '(lengths or error_is_at_most) and {}'"
+RESETS = "test_recurrence.py -k '(resets or error_is_at_most) and {}'"
+STATES = "test_recurrence.py -k 'return_states and {}'"
+DERIVATIVES = "test_recurrence.py -k '(derivatives or transforms or forward_mode) and {}'"
+THREADS = "test_threads.py test_recurrence.py -k 'threads or error_is_at_most and {}'"
+OPERATORS = "test_cuda.py test_errors.py test_border.py"
+REGIMES = "test_cuda.py -k 'order or chip'"
+FINITE = "test_cuda.py test_errors.py -k 'finite and {}'"
+# What is caught means little if these fail without a mistake.
+SMOKE = "test_recurrence.py test_triton.py -k 'opcheck or plan'"
+
+# By file: a name, the tests to run first, the text, and what it becomes.
+TABLE: dict[str, list[tuple[str, str, str, str]]] = {
+    "csrc/cells.h": [
+        ("forget gate of another product", NUMBERS, "sigmoid(x[1] + a[1]);\n    F g", "sigmoid(x[1] + a[0]);\n    F g"),
+        ("LSTM backward swaps i and f", NUMBERS, "F i = s[0], f = s[1], g", "F i = s[1], f = s[0], g"),
+        ("GRU z the other way round", NUMBERS, "h = n + z * (h - n);", "h = h + z * (n - h);"),
+        ("GRU reset of x, too", NUMBERS, "tanh(x[2] + r * q)", "tanh(r * (x[2] + q))"),
+        ("GRU dn for dn r", NUMBERS, "d[3] = d[2] * r;", "d[3] = d[2];"),
+    ],
+    "csrc/cpu/forward.h": [
+        ("b_ih for b_hh", NUMBERS, "f.weights[d].b_hh)", "f.weights[d].b_ih)"),
+        ("GRU reads h of the step before", NUMBERS, "old_h(g.h[s & 1])", "old_h(g.h[(s + 1) & 1])"),
+        ("reset leaves c", RESETS, "memset(g.c +", "if (false) memset(g.c +"),
+        ("h_n of a reverse row at the wrong end", LENGTHS, "steps = g.d ? f.steps.T : f.steps", "steps = f.steps"),
+        (
+            "x of a later stretch of steps",
+            "test_recurrence.py -k long",
+            "projection(g, p, g.base[s] - g.base[s0])",
+            "projection(g, p, s0 ? 0 : g.base[s])",
+        ),
+        ("x of later rows of a block", NUMBERS, "x + (i0 * V + b) * U", "x + b * U"),
+    ],
+    "csrc/cpu/kernels.h": [
+        ("border of the reverse direction", RESETS, "resets[(t + d) * N", "resets[t * N"),
+        ("border beyond a row's end", RESETS, "j < active[t + d] && resets", "t + d < T && j < active[t] && resets"),
+    ],
+    "csrc/cpu/backward.h": [
+        ("no b_hh gradient", NUMBERS, "f.dw[d].w_hh, f.dw[d].b_hh}", "f.dw[d].w_hh, nullptr}"),
+        ("dx of one direction", NUMBERS, "true, d ? sum : kZeros<A>, d ? V * U : 0, sum", "true, kZeros<A>, 0, sum"),
+        ("dc crosses a border", RESETS, "cut ? Vec<A>(0) : dc", "dc"),
+        ("dW_hh of the state across a border", RESETS, "if (f.steps.cut(d, t, rank)) return nullptr;", ""),
+        ("dW of the last stretch of rows", THREADS, "q ? sum : kZeros<A>, q ? kSide : 0, sum", "kZeros<A>, 0, sum"),
+    ],
+    "csrc/cpu/sweep.h": [
+        ("batch rows in the order of their ranks", LENGTHS, "return steps.order[rank(i)];", "return rank(i);"),
+        ("fro from the end of all panels", NUMBERS, "panels.begin + panels.end - 1 - p", "panels.end - 1 - p"),
+        (
+            "units shared in one direction only",
+            NUMBERS,
+            "stage(task / parts, task % parts, parts)",
+            "stage(0, task % parts, parts)",
+        ),
+        ("no barrier between stages", THREADS, "          barrier();\n", ""),
+    ],
+    "csrc/cpu/parallel.h": [
+        ("shares lose what is left over", NUMBERS, "n * (part + 1) / parts}", "n / parts * (part + 1)}"),
+        ("one of a crew alone does its share", "test_threads.py", "if (next == kAlone) begin = 0, end = tasks_;", ""),
+    ],
+    "csrc/cpu/gemm.h": [
+        ("GRU's direct part of the first rows", NUMBERS, "init + i * is, is, out", "init, is, out"),
+        ("few rows without a bias", NUMBERS, "Vec<T> total = load(init + v * U);", "Vec<T> total(0);"),
+    ],
+    "csrc/cpu/operands.h": [
+        ("bias of the first gate", NUMBERS, "load(vector + panels.column(p, v)", "load(vector + panels.unit(p, v)"),
+    ],
+    "csrc/cpu/simd.h": [
+        ("relu of NaN is 0", FINITE, "x.v < 0 ? Vec<T>(0).v : x.v;", "x.v > 0 ? x.v : Vec<T>(0).v;"),
+        ("relu's gradient at NaN is 0", FINITE, "h.v <= 0 ? Vec<T>(0).v : dh.v", "h.v > 0 ? dh.v : Vec<T>(0).v"),
+        (
+            "bfloat16 is cut off",
+            NUMBERS,
+            "UBits rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;",
+            "UBits rounded = u >> 16;",
+        ),
+    ],
+    "csrc/cpu/recurrence.cpp": [
+        ("dx past a row's end", LENGTHS, "table.steps.start[n.T] < n.R", "false"),
+        ("a packed row is a step shorter", LENGTHS, "length[j] = t;", "length[j] = t - 1;"),
+        (
+            "strides are not looked at",
+            "test_recurrence.py test_modules.py -k 'layouts or strides'",
+            "if (tensor.is_contiguous()) return",
+            "return",
+        ),
+        ("a fork is not noticed", "test_threads.py", "if (forked) return body(context, 0, tasks);", ""),
+    ],
+    "csrc/ops.cpp": [
+        ("shape of weight_hh", OPERATORS, 'check_tensor("weight_hh", *w++, {n.G * n.H, n.P}, n.dtype);', "w++;"),
+        ("dtypes of tensors", OPERATORS, "RNNFAST_CHECK(tensor.scalar_type() == dtype,", "RNNFAST_CHECK(true,"),
+        ("batch_sizes that increase", OPERATORS, "size > 0 && size <= sizes", "size > 0 && 0 <= sizes"),
+    ],
+    "csrc/cuda/forward.cuh": [
+        ("b_hh by the block's units", NUMBERS, "b[i / units * H + unit]", "b[i / units * units + unit]"),
+        (
+            "others hear of steps that a row has not",
+            LENGTHS,
+            "P::operand(block.state(kH, b, i));\n      }",
+            "P::operand(h[i]);\n      }",
+        ),
+        ("forward sends before all have written", REGIMES, "      sync_block();\n      if (s + 1", "      if (s + 1"),
+        (
+            "x of another row block",
+            REGIMES,
+            "if (s + last < block.steps) load_x(s + last,",
+            "if (s + 1 < block.steps) load_x(s + 1,",
+        ),
+    ],
+    "csrc/cuda/backward.cuh": [
+        ("dh crosses a border", RESETS, "da = now[i].keeps ?", "da = now[i].valid ?"),
+        (
+            "state before a reverse row's last step",
+            LENGTHS,
+            "before >= 0 && before < length",
+            "before >= 0 && before < steps",
+        ),
+        (
+            "sums of the next row block come early",
+            REGIMES,
+            "sync_block();  // the next row block's",
+            "// the next row block's",
+        ),
+    ],
+    "csrc/cuda/exchange.cuh": [
+        ("cluster expects no second step", REGIMES, "if (threadIdx.x == 0) expect(g, m, step + kSets, b);", ""),
+        ("grid takes half a pair", REGIMES, "two[j][0] >> 32 != uint32_t(step) || two[j][1] >> 32", "two[j][0] >> 32"),
+    ],
+    "csrc/cuda/block.cuh": [
+        (
+            "lengths of the first row block",
+            "test_cuda.py test_recurrence.py",
+            "return lengths_[b * kRows + row(i)];",
+            "return lengths_[row(i)];",
+        ),
+    ],
+    "csrc/cuda/products.cuh": [
+        (
+            "float32 of two products",
+            "test_cuda.py -k tf32",
+            "      mma(sum, c0, c1, c2, c3, rest(b0, d0), rest(b1, d1), T());\n",
+            "",
+        ),
+        ("infinity times a rest", FINITE, "if_finite(d0, d0), if_finite(d1, d1)", "d0, d1"),
+    ],
+    "csrc/cuda/real.cuh": [
+        ("relu's gradient at 0", NUMBERS, "h.value <= 0 ? 0 : dh.value", "h.value < 0 ? 0 : dh.value"),
+    ],
+    "csrc/cuda/stepwise.cu": [
+        ("dh crosses a border", RESETS, "keeps ? T(grads", "e.valid ? T(grads"),
+        ("projection loses dh_n of short rows", LENGTHS, "e.valid ? A(0) : dh)", "A(0))"),
+        (
+            "dW_hh of states before a reset",
+            RESETS,
+            "if (e.valid && e.keeps(p)) {\n    const int64_t before",
+            "if (e.valid) {\n    const int64_t before",
+        ),
+    ],
+    "csrc/cuda/sequence.cuh": [
+        ("border of the reverse direction", RESETS, "border = t + direction;", "border = t;"),
+        ("border beyond a row's end", RESETS, "border >= length ||", "border >= T ||"),
+    ],
+    "csrc/cuda/recurrence.cu": [
+        ("TF32 is not asked for", "test_cuda.py -k tf32", "tf32 ? kOfTf32 : kOfExact", "kOfExact"),
+        (
+            "h_n over an h_0 that is still read",
+            "test_cuda.py test_recurrence.py",
+            "plan.regime == kChip ? torch::stable::clone(h) : h",
+            "h",
+        ),
+        ("layout of operands", OPERATORS, "tensor.is_contiguous() && tensor", "tensor"),
+    ],
+    "csrc/cuda/plan.h": [
+        ("states of one row block", REGIMES, "k.states * row_blocks * (4 / k.split)", "k.states * (4 / k.split)"),
+    ],
+    "rnnfast/triton/cells.py": [
+        ("df of the new c", NUMBERS, "df = dc * old_c *", "df = dc * c *"),
+    ],
+    "rnnfast/triton/kernels.py": [
+        ("reverse rows start at T", LENGTHS, "s, steps - 1 - s)", "s, at.T - 1 - s)"),
+        ("border beyond a row's end", RESETS, "mask=border < at.length", "mask=(border < at.T) & at.is_row"),
+        ("NaN of padded units", FINITE, "tl.where(at.inside, new_h, 0.0).to(dtype)", "new_h.to(dtype)"),
+        ("dh crosses a border", RESETS, "        through = through & is_kept\n", ""),
+        ("dW_hh of states before a reset", RESETS, "tl.where(valid & keep(at, t), before", "tl.where(valid, before"),
+    ],
+    "rnnfast/triton/layer.py": [
+        ("stale h", NUMBERS, "(h, m) if step % 2 == 0 else (m, h)", "(h, m)"),
+        ("h_n of an even T", NUMBERS, "if T % 2 and not self.projected:", "if not self.projected:"),
+        ("dh_0 of the step after", NUMBERS, "(other if T % 2 and not self.projected else da)[d]", "da[d]"),
+    ],
+    "rnnfast/triton/plan.py": [
+        ("float32 is TF32", "test_triton.py", '"tf32" if tf32 else "tf32x3"', '"tf32"'),
+    ],
+    "rnnfast/gpu.py": [
+        ("a packed row is a step shorter", NUMBERS, "torch.arange(1, len(ends) + 1)", "torch.arange(len(ends))"),
+        ("b_hh for b_ih", NUMBERS, "torch.addmm(w.b_ih,", "torch.addmm(w.b_hh,"),
+        ("GRU dW_hh of dn", NUMBERS, "(2, 3, 1)", "(2, 2, 1)"),
+        ("c in the low dtype", NUMBERS, "k.state(c0, k.H, k.acc)", "k.state(c0, k.H)"),
+    ],
+    "rnnfast/cuda.py": [
+        ("h_0 for c_0", NUMBERS, "gates, y, cs, h0, c0, w_hh", "gates, y, cs, c0, h0, w_hh"),
+    ],
+    "rnnfast/functional.py": [
+        (
+            "dropout of the input",
+            "test_modules.py -k dropout",
+            "if k and dropout and training:",
+            "if dropout and training:",
+        ),
+        ("dropout in eval", "test_modules.py -k dropout", "if k and dropout and training:", "if k and dropout:"),
+        ("hx of another layer", NUMBERS, "slice(k * directions, (k + 1) * directions)", "slice(k, k + directions)"),
+        ("c of every step without autograd", STATES, "keep_c=return_states", "keep_c=False"),
+        ("resets of another dtype", "test_errors.py", "if resets.dtype != torch.bool:", "if False:"),
+        (
+            "operands of another device",
+            "test_errors.py",
+            "(t.dtype != dtype or t.device != device)",
+            "t.dtype != dtype",
+        ),
+    ],
+    "rnnfast/modules.py": [
+        (
+            "h_n of a packed sequence sorted twice",
+            "test_modules.py -k packed",
+            "self.permute_hidden(hidden, unsorted_indices)",
+            "self.permute_hidden(hidden, sorted_indices if packed else None)",
+        ),
+        (
+            "resets are not batch first",
+            "test_errors.py",
+            "if resets is not None and resets.dim() == 2 and not time_major:",
+            "if False:",
+        ),
+    ],
+    "rnnfast/convert.py": [
+        ("revert leaves the report", "test_convert.py", 'model.__dict__.pop("rnnfast_report", None)', "pass"),
+    ],
+    "rnnfast/explain.py": [
+        ("explain takes steps for rows", "test_cuda.py -k explain", "0 if module.batch_first else 1", "1"),
+    ],
+    "rnnfast/recurrence.py": [
+        ("dx if h_0 asks for it", NUMBERS, "needs[7], any(needs[10:])", "needs[8], any(needs[10:])"),
+        ("no dW for W_ih alone", "test_modules.py -k frozen", "any(needs[10:])", "any(needs[11:])"),
+        (
+            "h_0 and c_0 swapped in backward",
+            NUMBERS,
+            "x, h0, c0, y, c, gates, *weights = ctx",
+            "x, c0, h0, y, c, gates, *weights = ctx",
+        ),
+        (
+            "recompute keeps the gates",
+            "test_recurrence.py -k recompute",
+            "bidirectional, True, not recompute",
+            "bidirectional, True, True",
+        ),
+        (
+            "double backward without dc_n",
+            DERIVATIVES,
+            "enumerate(tensors) if t is not None]",
+            "enumerate(tensors) if t is not None and i != 2]",
+        ),
+        (
+            "double backward without dc",
+            DERIVATIVES,
+            "enumerate(tensors) if t is not None]",
+            "enumerate(tensors) if t is not None and i != 3]",
+        ),
+        ("vmap along the first dimension", DERIVATIVES, "a.select(dim, i)", "a.select(0, i)"),
+        (
+            "forward mode through a backend",
+            DERIVATIVES,
+            "if forward_ad._current_level >= 0:\n        return reference.layer",
+            "if False:\n        return reference.layer",
+        ),
+        (
+            "h_0 alone asks for no gradient",
+            "test_recurrence.py test_modules.py",
+            "for t in (x, h0, c0, *weights))",
+            "for t in (x, *weights))",
+        ),
+        (
+            "fake c in a half type",
+            "test_compile.py test_recurrence.py -k 'opcheck or compile'",
+            "directions * hidden, dtype=acc) if",
+            "directions * hidden) if",
+        ),
+        (
+            "use_backend forgets the one around it",
+            "test_errors.py -k backend",
+            "        _forced = before\n",
+            "        _forced = None\n",
+        ),
+    ],
+    "rnnfast/reference.py": [
+        ("border of the reverse direction", RESETS, "at = t + 1 if self.reverse else t", "at = t"),
+        ("border beyond a row's end", RESETS, "border if self.valid is None else border & self.valid[at]", "border"),
+        ("complex without a conjugate", "test_modules.py -k dtypes", "t if t is None else t.conj() for", "t for"),
+        ("c in a half type", NUMBERS, "    acc = torch.promote_types(x.dtype, torch.float32)\n", "    acc = x.dtype\n"),
+    ],
+}
+
+
+def _backend(file: str) -> str:
+    """Whose tests are the quickest to see a file's mistakes."""
+    named = [name for name in ("cuda", "triton", "reference") if name in file]
+    return named[0] if named else "cuda" if file == "rnnfast/gpu.py" else "cpu"
+
+
+MUTANTS = [
+    Mutant(file, name, first.format(_backend(file)), old, new)
+    for file, rows in TABLE.items()
+    for name, first, old, new in rows
+]
+
+
+def mutated(text: str, mutant: Mutant) -> str:
+    """The text of a mutant's file with the mistake in it."""
+    if text.count(mutant.old) != 1:
+        raise ValueError(f"{mutant.file}: {mutant.name}: {mutant.old!r} stands there {text.count(mutant.old)} times")
+    return text.replace(mutant.old, mutant.new)
+
+
+class Outcome(NamedTuple):
+    verdict: str  # caught, survived, does not build, does not run
+    by: str = ""  # a test's id
+    reason: str = ""
+
+
+# Run within a copy: the libraries of the CPU's kernels and of the emulation. Of the instruction sets only the first, as
+# many as this machine has; for the kernels of the others, which nothing will call, stand the portable ones.
+BUILD = """
+import os, sys
+from pathlib import Path
+sys.path[:0] = [".", "tests"]
+import setup
+from emulation import build
+missing = list(setup.INSTRUCTION_SETS)[int(sys.argv[1]):]
+kernels = lambda name: f"_ZN7rnnfast{len(name)}{name}7kernelsE"
+stand_ins = [f"-Wl,--defsym={kernels(name)}={kernels('portable')}" for name in missing]
+os.environ |= {"CXXFLAGS": "-O1", "LDFLAGS": " ".join(stand_ins)}
+for name in missing:
+    del setup.INSTRUCTION_SETS[name]
+setup.build(Path("build/cpu").resolve(), cpu=Path("rnnfast/_cpu.so").resolve())
+build.library()
+"""
+
+
+class Copy:
+    """A copy of the working tree, in which mutants are built and tested one after the other."""
+
+    def __init__(self, folder: Path, instruction_sets: int, timeout: int) -> None:
+        self.folder, self.instruction_sets, self.timeout = folder, instruction_sets, timeout
+        listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+        for name in subprocess.check_output(listed, cwd=ROOT, text=True).split("\0"):
+            if name and (ROOT / name).is_file():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                (folder / name).write_bytes((ROOT / name).read_bytes())
+
+    def run(self, *command: str, timeout: int | None = None) -> tuple[int | None, str]:
+        """The exit status of a Python, None after the timeout, and what it printed. None of its children stays."""
+        environment = os.environ | {"PYTHONPATH": str(self.folder), "PYTHONDONTWRITEBYTECODE": "1"}
+        environment["COLUMNS"] = "400"  # else pytest leaves out the reasons
+        with tempfile.TemporaryFile("w+", errors="replace") as printed:
+            process = subprocess.Popen(
+                [sys.executable, *command], cwd=self.folder, env=environment, stdin=subprocess.DEVNULL,
+                stdout=printed, stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout)
+            status = process.poll()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            printed.seek(0)
+            return status, printed.read()
+
+    def test(self, what: str) -> Outcome:
+        """Of a run of pytest that ends with the first failure, or with a test that takes too long."""
+        # The test of the table would catch every mutant, by its text.
+        fixed = "-m pytest -x -v -m 'not full' -p no:cacheprovider -p no:randomly --ignore=tests/test_mutants.py"
+        fixed += f" -o faulthandler_timeout={self.timeout} -o faulthandler_exit_on_timeout=true"
+        words = [f"tests/{word}" if word.endswith(".py") else word for word in shlex.split(what)]
+        status, printed = self.run(*shlex.split(fixed), *words, timeout=20 * self.timeout)
+        if status in (0, 5):  # 5: nothing was selected
+            return Outcome("survived")
+        last = re.findall(r"^(tests/\S+::.*?)(?: (?:PASSED|SKIPPED|FAILED|ERROR)\b.*)?$", printed, re.MULTILINE)[-1:]
+        if status is None or "\nTimeout (" in printed:
+            return Outcome("caught", *last, "timeout")
+        if failed := re.findall(r"^(?:FAILED|ERROR) (tests/.*?)(?: - (.*))?$", printed, re.MULTILINE):
+            return Outcome("caught", *failed[-1])
+        if last and status not in (3, 4):  # pytest's own troubles
+            return Outcome("caught", *last, f"the process ended with status {status}")
+        return Outcome("does not run", reason=printed[-400:])
+
+    def build(self) -> Outcome | None:
+        """None, or what the compiler says."""
+        status, printed = self.run("-c", BUILD, str(self.instruction_sets))
+        errors = [line for line in printed.splitlines() if "error" in line.lower()]
+        return Outcome("does not build", reason=(errors or [printed[-400:]])[0]) if status else None
+
+    def judge(self, mutant: Mutant) -> Outcome:
+        path = self.folder / mutant.file
+        right = path.read_text()
+        try:
+            path.write_text(mutated(right, mutant))
+            outcome = self.build() or self.test(mutant.first)
+            return self.test("tests") if outcome.verdict == "survived" else outcome
+        finally:
+            path.write_text(right)
+
+
+def table(outcomes: dict[Mutant, tuple[Outcome, float]]) -> str:
+    cell = lambda text: " ".join(text.split()).replace("|", r"\|")[:200]
+    lines = ["| mistake | file | outcome | by | seconds |", "| --- | --- | --- | --- | --- |"]
+    for mutant, (outcome, seconds) in outcomes.items():
+        by = ": ".join(cell(text) for text in outcome[1:] if text)
+        lines.append(f"| {cell(mutant.name)} | {mutant.file} | {outcome.verdict} | {by} | {seconds:.0f} |")
+    return "\n".join([*lines, ""])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument(
+        "--only", nargs="+", default=[""], metavar="TEXT", help="mistakes with such a text in FILE: NAME"
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="mistakes at the same time, each in a copy of its own")
+    parser.add_argument("--table", type=Path, help="where to write the outcomes")
+    parser.add_argument("--timeout", type=int, default=600, help="seconds that one test may take")
+    parser.add_argument("--list", action="store_true", help="print the mistakes, and run nothing")
+    options = parser.parse_args()
+    chosen = [m for m in MUTANTS if any(text in f"{m.file}: {m.name}" for text in options.only)]
+    if options.list:
+        print("\n".join(f"{m.file}: {m.name}" for m in chosen))
+        return 0
+
+    import torch
+
+    import rnnfast  # noqa: F401  its library knows the machine's instruction sets
+
+    instruction_sets = torch.ops.rnnfast.cpu_isa(None) + 1
+    copies: queue.SimpleQueue[Copy] = queue.SimpleQueue()
+    outcomes: dict[Mutant, tuple[Outcome, float]] = {}
+
+    def make(k: int) -> Outcome:
+        """A copy, and whether tests that fail with a mistake pass without: all of them, in one of the copies."""
+        copy = Copy(Path(folder, str(k)), instruction_sets, options.timeout)
+        outcome = copy.build() or copy.test("tests" if k == 0 and len(chosen) == len(MUTANTS) else SMOKE)
+        _, where = copy.run("-c", "import rnnfast; print(rnnfast.__file__)")
+        copies.put(copy)
+        return outcome if where.startswith(str(copy.folder)) else Outcome("does not run", reason=f"imports {where}")
+
+    def judge(mutant: Mutant) -> None:
+        copy, start = copies.get(), time.monotonic()
+        try:
+            outcomes[mutant] = copy.judge(mutant), time.monotonic() - start
+        finally:
+            copies.put(copy)
+        print(*table({mutant: outcomes[mutant]}).splitlines()[2:], flush=True)
+        if options.table:
+            options.table.write_text(table({m: outcomes[m] for m in chosen if m in outcomes}))
+
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.jobs) as pool:
+        for outcome in pool.map(make, range(options.jobs)):
+            if outcome.verdict != "survived":
+                print("without a mistake:", *outcome)
+                return 1
+        list(pool.map(judge, chosen))
+    return int(any(outcome.verdict != "caught" for outcome, _ in outcomes.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
