@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from backends import EMULATION
 from helpers import CELL_MODULES, LAYERS, assert_same, flatten, states, train, values_and_grads
 from torch import nn
 from torch.nn.utils import parametrize
@@ -313,20 +312,16 @@ def test_backends() -> None:
 
 
 def test_command() -> None:
-    root = str(Path(rnnfast.__file__).parents[1])
-    done = subprocess.run(
-        [sys.executable, "-m", "rnnfast"],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": root},
-        check=False,
-    )
+    environment = os.environ | {"PYTHONPATH": str(Path(rnnfast.__file__).parents[1])}
+    environment.pop("TRITON_INTERPRET", None)  # which takes half a minute
+    done = subprocess.run([sys.executable, "-m", "rnnfast"], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == ""
     lines = done.stdout.splitlines()
     assert lines[0].startswith(f"rnnfast {rnnfast.__version__}, torch {torch.__version__}, Python ")
     for name, backend in rnnfast.backends().items():
-        available = backend.available and not (name == "cuda" and EMULATION)  # which this process alone has loaded
+        # This process alone has loaded the emulation, and Triton with the interpreter.
+        available = backend.available and (name in ("reference", "cpu") or torch.cuda.is_available())
         assert any(line.split()[:2] == [name, "yes" if available else "no"] for line in lines)
         checks = [line for line in lines if line.startswith(name) and line.endswith(" ok")]
         assert len(checks) == (3 if available else 0)
@@ -345,6 +340,8 @@ def test_command_fails_without_parity(
         return output * (1.001 if wrong == "off" else float("nan")), hidden
 
     monkeypatch.setattr(rnnfast.LSTM, "forward", spoilt)
+    found = rnnfast.backends()
+    monkeypatch.setattr(rnnfast, "backends", lambda: {name: found[name] for name in ("reference", "cpu")})
     assert command.main() == 1
     printed = capsys.readouterr().out
     assert "LSTM  " in printed

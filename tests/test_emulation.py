@@ -11,6 +11,7 @@ import sys
 
 import pytest
 from emulation import build
+from helpers import HANG
 
 MISTAKES = {
     "barrier_without_expect": [
@@ -28,7 +29,7 @@ MISTAKES = {
 
 
 def run(case: str, sanitize: bool = False) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([build.selftest(sanitize), case], capture_output=True, text=True, timeout=60)
+    return subprocess.run([build.selftest(sanitize), case], capture_output=True, text=True, timeout=HANG)
 
 
 @pytest.mark.parametrize("case", ["grid", "cluster", "neighbours", "mma_bfloat16", "mma_half", "mma_tf32", "launches"])
@@ -83,5 +84,5 @@ def test_kernels_with_address_sanitizer() -> None:
     # Python never frees all that it has, and neither does the emulation its fibres.
     environment = os.environ | {"LD_PRELOAD": build.preload(), "ASAN_OPTIONS": "detect_leaks=0"}
     command = [sys.executable, "-c", KERNELS, library, "ieee", "float32", "bfloat16"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=HANG)
     assert done.stdout == f"{3 * 3 * 2 * 5 * 3}\n", done.stderr

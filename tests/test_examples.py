@@ -22,6 +22,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from helpers import HANG
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
@@ -76,7 +77,7 @@ def run(name: str, *arguments: object) -> Run:
 
 def run_process(name: str, *arguments: object, launcher: tuple[str, ...] = ()) -> Run:
     command = [sys.executable, *launcher, EXAMPLES / f"{name}.py", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=HANG)
     return Run(done.returncode, done.stdout, done.stderr)
 
 

@@ -16,6 +16,7 @@ def test_all_six_modules_are_there() -> None:
     assert len(INFOS) == 6
 
 
+@pytest.mark.full_on("triton")  # some 50 layers each
 @pytest.mark.few(2, "backend", "info", "dtype", "training")
 @pytest.mark.runs(torch.float64)
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])

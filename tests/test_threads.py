@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import HANG
 
 import rnnfast
 
@@ -44,7 +45,7 @@ def test_several_python_threads_at_once() -> None:
     for caller in callers:
         caller.start()
     for caller in callers:
-        caller.join(timeout=120)
+        caller.join(timeout=HANG)
     assert not any(caller.is_alive() for caller in callers)
     assert not wrong
 
@@ -64,7 +65,7 @@ class Outputs(torch.utils.data.Dataset):
 def test_in_workers_of_a_data_loader() -> None:
     data = Outputs()
     expected = [data[i] for i in range(len(data))]
-    loader = torch.utils.data.DataLoader(data, batch_size=None, num_workers=2, timeout=120)
+    loader = torch.utils.data.DataLoader(data, batch_size=None, num_workers=2, timeout=HANG)
     for actual, e in zip(loader, expected, strict=True):
         assert torch.equal(actual, e)
 
@@ -85,4 +86,4 @@ with torch.no_grad():
 def test_in_a_forked_child() -> None:
     """Where an OpenMP pool of the parent's would be waited for in vain."""
     path = os.pathsep.join([str(Path(rnnfast.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    subprocess.run([sys.executable, "-c", FORK], check=True, timeout=120, env=os.environ | {"PYTHONPATH": path})
+    subprocess.run([sys.executable, "-c", FORK], check=True, timeout=HANG, env=os.environ | {"PYTHONPATH": path})
