@@ -23,7 +23,7 @@ sources := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' 
 
 # The tests of the numbers, on the CPU kernels.
 core := $(addprefix tests/test_,recurrence.py modules.py module_db.py errors.py properties.py threads.py)
-core += -m "not full" -k "not (reference or triton or cuda)"
+core += -m "not full" -k "not ([reference or [triton or [cuda)"
 
 .PHONY: demo examples test test-full test-lesser cuda lint clean
 

@@ -8,7 +8,7 @@ from collections.abc import Hashable, Iterator, Sequence
 
 
 def covering(rows: Sequence[Sequence[Hashable]], strength: int) -> set[int]:
-    """The indices of few rows that hold every combination of values of any ``strength`` columns that all rows hold.
+    """The indices of few rows with every combination of values, in any ``strength`` columns, that occurs in some row.
 
     A fault mostly hangs on the values of two or three parameters (Kuhn, Wallace and Gallo, "Software Fault Interactions
     and Implications for Software Testing", 2004), so such rows find what all would. Greedy: the row that adds the most

@@ -1,4 +1,4 @@
-"""Proof that the tests miss nothing: small mistakes, put into a copy of the tree one at a time, each to be caught.
+"""A check of the tests: small mistakes, put into a copy of the tree one at a time, each to be caught.
 
     python tests/mutants.py --jobs 2 --table build/mutants.md
 
@@ -219,7 +219,7 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
     ],
     "rnnfast/triton/kernels.py": [
         ("reverse rows start at T", LENGTHS, "s, steps - 1 - s)", "s, at.T - 1 - s)"),
-        ("border beyond a row's end", RESETS, "mask=border < at.length", "mask=(border < at.T) & at.is_row"),
+        ("border beyond a row's end", RESETS, "mask=border < at.length", "mask=border < tl.where(at.is_row, at.T, 0)"),
         ("NaN of padded units", FINITE, "tl.where(at.inside, new_h, 0.0).to(dtype)", "new_h.to(dtype)"),
         ("dh crosses a border", RESETS, "        through = through & is_kept\n", ""),
         ("dW_hh of states before a reset", RESETS, "tl.where(valid & keep(at, t), before", "tl.where(valid, before"),

@@ -107,7 +107,8 @@ def test_what_is_not_finite_stays_in_its_row(
     """Units and rows that only fill up a tile take none of it."""
     module, x, h0 = layer(cell, 21, dtype=dtype), torch.randn(3, 5, 4), torch.randn(1, 5, 21, dtype=dtype)
     # So few bits that torch's product with x is exact: it may sum up 4 rows in another order than 5.
-    module.weight_ih_l0.data.mul_(64).round_().div_(64)
+    for parameter in (module.weight_ih_l0, module.bias_ih_l0):
+        parameter.data.mul_(64).round_().div_(64)
     x = x.mul(16).round().div(16).to(dtype)
     (x if where == "input" else h0)[0, 2, 3] = value
     others = [0, 1, 3, 4]

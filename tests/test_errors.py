@@ -423,7 +423,7 @@ def test_second_backward_through_a_freed_graph(name: str, backend: str) -> None:
 # NaN and infinity.
 
 
-@pytest.mark.few(2, "backend", "name", "value", "where")
+@pytest.mark.few(3, "backend", "name", "value", "where")
 @pytest.mark.runs(DOUBLE)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30], ids=str)
 @pytest.mark.parametrize("name", [*LAYERS, *CELL_MODULES, "relu"])

@@ -455,9 +455,13 @@ def test_a_device_that_is_not_the_current_one(cell: str, kernel: str, form: str)
 @pytest.mark.parametrize("cell", CELLS)
 def test_runs_give_equal_bits(cell: str, kernel: str, dtype: torch.dtype) -> None:
     module, (x, _) = layer(cell, HIDDEN[kernel], dtype, bidirectional=True), sequence("rectangular", dtype)
-    expected = computed(module, x)
-    for _ in range(3):
-        assert_equal(computed(module, x), expected)
+    torch.use_deterministic_algorithms(False)  # as users have it
+    try:
+        expected = computed(module, x)
+        for _ in range(3):
+            assert_equal(computed(module, x), expected)
+    finally:
+        torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 @pytest.mark.parametrize("cell", CELLS)

@@ -50,10 +50,18 @@ def collect(tmp_path: Path, source: str, *arguments: str) -> subprocess.Complete
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path})
 
 
-def test_a_test_of_a_backend_has_to_say_what_it_runs(tmp_path: Path) -> None:
-    done = collect(tmp_path, "def test_it(backend): pass")
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        ("def test_it(backend): pass", "has a backend, so it needs a marker `runs`"),
+        ("@pytest.mark.few(1, 'a')\ndef test_it(): pass", "its marker `few` does not fit its parameters"),
+    ],
+    ids=["runs", "few"],
+)
+def test_wrong_markers_are_refused(tmp_path: Path, source: str, text: str) -> None:
+    done = collect(tmp_path, source)
     assert done.returncode == pytest.ExitCode.USAGE_ERROR
-    assert "has a backend, so it needs a marker `runs`" in done.stdout + done.stderr
+    assert text in done.stdout + done.stderr
 
 
 MARKED = """
@@ -88,4 +96,4 @@ def test_markers(tmp_path: Path) -> None:
             )
     for backend in persistent:
         name = backend.partition("-")[2]
-        assert f"left out: 2 tests: the CUDA regime {name} has no kernels for such a layer" in quick
+        assert f": 2 tests: the CUDA regime {name} has no kernels for the layer of their marker" in quick
