@@ -1,8 +1,12 @@
-// The one place that checks shapes and dtypes; the kernels assume.
+// The one place that checks shapes and dtypes; the kernels assume. Devices and layouts are the dispatcher's.
 #include "ops.h"
+
+#include <algorithm>
 
 namespace rnnfast {
 namespace {
+
+constexpr int64_t kMostSize = int64_t(1) << 31;  // so that few of them multiplied stay below 2^63
 
 std::string describe(const Shape& shape) {
   std::string text = "[";
@@ -16,16 +20,24 @@ CellKind parse_cell(const std::string& cell) {
   if (cell == "RNN_TANH") return kTanh;
   if (cell == "RNN_RELU") return kRelu;
   if (cell == "LSTM") return kLstm;
-  STD_TORCH_CHECK(cell == "GRU", "rnnfast: no cell is called '", cell, "'");
+  RNNFAST_CHECK(cell == "GRU", "no cell is called '", cell, "'");
   return kGru;
 }
 
+ScalarType accumulated(ScalarType dtype) {
+  RNNFAST_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16 ||
+                    dtype == ScalarType::Half,
+                "no kernel for dtype ", torch::headeronly::toString(dtype));
+  return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
 void check_tensor(const char* name, const Tensor& tensor, const Shape& shape, ScalarType dtype) {
-  auto sizes = tensor.sizes();
-  Shape actual(sizes.begin(), sizes.end());
-  STD_TORCH_CHECK(actual == shape, "rnnfast: ", name, " has shape ", describe(actual), ", expected ", describe(shape));
-  STD_TORCH_CHECK(tensor.scalar_type() == dtype, "rnnfast: ", name, " has dtype ",
-                  torch::headeronly::toString(tensor.scalar_type()), ", expected ", torch::headeronly::toString(dtype));
+  RNNFAST_CHECK(tensor.defined(), name, " is missing");  // a schema without `?` lets None pass
+  const auto sizes = tensor.sizes();
+  RNNFAST_CHECK(std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end()), name, " has shape ",
+                describe(Shape(sizes.begin(), sizes.end())), ", expected ", describe(shape));
+  RNNFAST_CHECK(tensor.scalar_type() == dtype, name, " has dtype ", torch::headeronly::toString(tensor.scalar_type()),
+                ", expected ", torch::headeronly::toString(dtype));
 }
 
 Dimensions check_layer(const std::string& cell, const Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
@@ -33,35 +45,33 @@ Dimensions check_layer(const std::string& cell, const Tensor& x, const OptionalT
                        const OptionalTensor& lengths, const OptionalTensor& resets, bool bidirectional) {
   Dimensions n;
   n.cell = parse_cell(cell);
+  RNNFAST_CHECK(x.defined(), "x is missing");
   n.dtype = x.scalar_type();
-  STD_TORCH_CHECK(n.dtype == ScalarType::Float || n.dtype == ScalarType::Double || n.dtype == ScalarType::BFloat16 ||
-                      n.dtype == ScalarType::Half,
-                  "rnnfast: no kernel for dtype ", torch::headeronly::toString(n.dtype));
-  n.acc_dtype = n.dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  n.acc_dtype = accumulated(n.dtype);
   n.D = bidirectional ? 2 : 1;
   n.G = n.cell == kLstm ? 4 : n.cell == kGru ? 3 : 1;
   n.saved_gates = n.cell == kLstm || n.cell == kGru ? 4 : 0;
   n.packed = batch_sizes.has_value();
 
-  STD_TORCH_CHECK(x.dim() == (n.packed ? 2 : 3), "rnnfast: x has ", x.dim(), " dimensions, expected ",
-                  n.packed ? 2 : 3);
+  RNNFAST_CHECK(x.dim() == (n.packed ? 2 : 3), "x has ", x.dim(), " dimensions, expected ", n.packed ? 2 : 3);
   n.I = x.size(x.dim() - 1);
   if (n.packed) {
-    STD_TORCH_CHECK(!lengths && !resets, "rnnfast: batch_sizes go with neither lengths nor resets");
-    STD_TORCH_CHECK(batch_sizes->dim() == 1 && batch_sizes->size(0) > 0 && batch_sizes->is_cpu() &&
-                        batch_sizes->scalar_type() == ScalarType::Long && batch_sizes->is_contiguous(),
-                    "rnnfast: batch_sizes has to be a vector of int64 on the CPU");
+    RNNFAST_CHECK(!lengths && !resets, "batch_sizes go with neither lengths nor resets");
+    RNNFAST_CHECK(batch_sizes->dim() == 1 && batch_sizes->size(0) > 0 && batch_sizes->scalar_type() == ScalarType::Long,
+                  "batch_sizes has to be a vector of int64 on the CPU");
     n.T = batch_sizes->size(0);
     n.R = x.size(0);
-    const int64_t* sizes = static_cast<const int64_t*>(batch_sizes->data_ptr());
+    const int64_t *sizes = static_cast<const int64_t*>(batch_sizes->data_ptr()), stride = batch_sizes->stride(0);
     n.N = sizes[0];
-    int64_t rows = 0;
+    RNNFAST_CHECK(n.T <= n.R, "batch_sizes do not sum to the ", n.R, " rows of x");  // each is a row or more
+    int64_t left = n.R;  // counted down, since what they sum to may be more than an int64
     for (int64_t t = 0; t < n.T; t++) {
-      STD_TORCH_CHECK(sizes[t] > 0 && sizes[t] <= sizes[t ? t - 1 : 0],
-                      "rnnfast: batch_sizes has to be positive and must not increase");
-      rows += sizes[t];
+      const int64_t size = sizes[t * stride];
+      RNNFAST_CHECK(size > 0 && size <= sizes[(t ? t - 1 : 0) * stride],
+                    "batch_sizes has to be positive and must not increase");
+      left -= std::min(size, left + 1);
     }
-    STD_TORCH_CHECK(rows == n.R, "rnnfast: batch_sizes sum to ", rows, ", but x has ", n.R, " rows");
+    RNNFAST_CHECK(left == 0, "batch_sizes do not sum to the ", n.R, " rows of x");
   } else {
     n.T = x.size(0);
     n.N = x.size(1);
@@ -70,16 +80,21 @@ Dimensions check_layer(const std::string& cell, const Tensor& x, const OptionalT
     check_tensor("resets", resets, {n.T, n.N}, ScalarType::Bool);
   }
 
+  RNNFAST_CHECK(std::max({n.T, n.N, n.I}) < kMostSize, "x has 2^31 or more steps, rows or features");
+
   const int64_t count = weights.size() / n.D;
-  STD_TORCH_CHECK(weights.size() % n.D == 0 && count >= 2 && count <= 5, "rnnfast: got ", weights.size(),
-                  " weights, expected 2 to 5 for each of ", n.D, " direction(s)");
+  RNNFAST_CHECK(weights.size() % n.D == 0 && count >= 2 && count <= 5, "got ", weights.size(),
+                " weights, expected 2 to 5 for each of ", n.D, " direction(s)");
   n.has_bias = count >= 4;
   n.has_projection = count % 2;
-  STD_TORCH_CHECK(!n.has_projection || n.cell == kLstm, "rnnfast: only an LSTM has a projection");
-  STD_TORCH_CHECK(weights[0].dim() == 2 && weights[0].size(0) % n.G == 0, "rnnfast: weight_ih has to be [", n.G,
-                  " * hidden_size, input_size]");
+  RNNFAST_CHECK(!n.has_projection || n.cell == kLstm, "only an LSTM has a projection");
+  RNNFAST_CHECK(weights[0].dim() == 2 && weights[0].size(0) % n.G == 0, "weight_ih has to be [", n.G,
+                " * hidden_size, input_size]");
   n.H = weights[0].size(0) / n.G;
-  n.P = n.has_projection ? weights[count - 1].size(0) : n.H;
+  const Tensor& last = weights[count - 1];
+  RNNFAST_CHECK(!n.has_projection || last.dim() == 2, "weight_hr has to be [proj_size, hidden_size]");
+  n.P = n.has_projection ? last.size(0) : n.H;
+  RNNFAST_CHECK(std::max(n.H, n.P) < kMostSize, "the layer has 2^31 or more units");
   for (int64_t d = 0; d < n.D; d++) {
     const Tensor* w = &weights[d * count];
     check_tensor("weight_ih", *w++, {n.G * n.H, n.I}, n.dtype);
@@ -92,7 +107,7 @@ Dimensions check_layer(const std::string& cell, const Tensor& x, const OptionalT
   }
   check_tensor("h0", h0, n.state(n.P), n.dtype);
   check_tensor("c0", c0, n.state(n.H), n.dtype);
-  STD_TORCH_CHECK(!c0 || n.cell == kLstm, "rnnfast: only an LSTM has a cell state");
+  RNNFAST_CHECK(!c0 || n.cell == kLstm, "only an LSTM has a cell state");
   return n;
 }
 

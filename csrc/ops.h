@@ -5,6 +5,8 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
+#include <sstream>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -16,6 +18,19 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 using Shape = std::vector<int64_t>;
+
+template <class... Parts>
+std::runtime_error refusal(const Parts&... parts) {
+  std::ostringstream text;
+  ((text << "rnnfast: ") << ... << parts);
+  return std::runtime_error(text.str());
+}
+
+// As STD_TORCH_CHECK, but without the line of the source: rnnfast/border.py says the same for the other backends.
+#define RNNFAST_CHECK(condition, ...) \
+  if (condition) {                    \
+  } else                              \
+    throw refusal(__VA_ARGS__)
 
 // T steps, N batch, I input size, H hidden size, P output size, D directions, G gates, R rows of x.
 struct Dimensions {
@@ -33,6 +48,9 @@ struct Dimensions {
 
 // By torch's name of the cell.
 CellKind parse_cell(const std::string& cell);
+
+// The type of sums over values of this one; only a type that has kernels.
+ScalarType accumulated(ScalarType dtype);
 
 // Checks the arguments of a layer's forward, and returns what they say.
 Dimensions check_layer(const std::string& cell, const Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,

@@ -12,16 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import recurrence
-from .reference import GATES
-
-_DTYPE_NAMES = {
-    torch.float32: "Float",
-    torch.float64: "Double",
-    torch.float16: "Half",
-    torch.bfloat16: "BFloat16",
-    torch.complex64: "ComplexFloat",
-    torch.int64: "Long",
-}
+from .border import DTYPE_NAMES
+from .reference import GATES, check_mode
 
 
 def rnn(
@@ -64,12 +56,15 @@ def rnn(
         RuntimeError: dtypes, devices or shapes do not fit, in torch's words; T is 0 and no lengths are given.
         ValueError: lengths or resets have a wrong shape or dtype; lengths on the CPU leave 0..T.
     """
+    check_mode(mode)
     h0, c0 = (None, None) if hx is None else (hx[0], hx[1] if mode == "LSTM" else None)
     input, h0, c0, weights = _operands(input, h0, c0, weights)
     if input.size(-1) != weights[0].size(1):
         raise _products_differ(input.numel() // max(input.size(-1), 1), input.size(-1), weights[0])
     directions = 1 + bidirectional
-    per_layer = len(weights) // num_layers
+    per_layer, beyond = divmod(len(weights), num_layers)
+    if beyond:
+        raise RuntimeError(f"rnnfast: got {len(weights)} weights for {num_layers} layers")
     if hx is not None and not (batch_sizes is not None and torch.compiler.is_compiling()):
         batch = input.size(1) if batch_sizes is None else int(batch_sizes[0])
         _check_states(h0, c0, num_layers * directions, batch, weights[1], weights[1].size(0) // GATES[mode])
@@ -120,6 +115,7 @@ def cell(mode: str, input: Tensor, hx: Sequence[Tensor] | None, weights: Sequenc
     Raises:
         RuntimeError: dtypes, devices or shapes do not fit, in torch's words.
     """
+    check_mode(mode)
     inputs, hidden = weights[0].size(1), weights[1].size(1)
     if input.size(1) != inputs:
         raise RuntimeError(f"input has inconsistent input_size: got {input.size(1)} expected {inputs}")
@@ -161,13 +157,13 @@ def _mismatch(input: Tensor, other: Tensor, kind: str) -> RuntimeError:
             f"found input tensor at {input.device} and {kind} tensor at {other.device}"
         )
     if input.is_cuda:
-        inputs, others = (_DTYPE_NAMES.get(t.dtype, t.dtype) for t in (input, other))
+        inputs, others = (DTYPE_NAMES.get(t.dtype, t.dtype) for t in (input, other))
         return RuntimeError(
             f"Input and {kind} tensors are not the same dtype, "
             f"found input tensor with {inputs} and {kind} tensor with {others}"
         )
     first, second = (other.dtype, input.dtype) if kind == "hidden" else (input.dtype, other.dtype)
-    names = _DTYPE_NAMES.get(first, first), _DTYPE_NAMES.get(second, second)
+    names = DTYPE_NAMES.get(first, first), DTYPE_NAMES.get(second, second)
     return RuntimeError("mat1 and mat2 must have the same dtype, but got {} and {}".format(*names))
 
 

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .recurrence import SAVED_GATES
+from . import border
+from .recurrence import DTYPES, SAVED_GATES
 from .reference import GATES, split_weights
 
 GRADIENTS = {"RNN_TANH": 1, "RNN_RELU": 1, "LSTM": 4, "GRU": 4}  # columns of H, as recurrence.SAVED_GATES
@@ -141,6 +142,7 @@ def forward(
     keep_c: bool,
     keep_gates: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    border.check_layer(mode, x, h0, c0, weights, batch_sizes, lengths, resets, bidirectional, DTYPES)
     with _on(x.device):
         k = backend(mode, x, weights, batch_sizes, lengths, resets, bidirectional)
         is_lstm, R, S = mode == "LSTM", k.form.R, SAVED_GATES[mode]
@@ -184,6 +186,8 @@ def backward(
     need_dx: bool,
     need_dw: bool,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    sizes = border.check_layer(mode, x, h0, c0, weights, batch_sizes, lengths, resets, bidirectional, DTYPES)
+    border.check_backward(sizes, SAVED_GATES[mode], dy, dh_n, dc_n, dc, y, cs, gates)
     with _on(x.device):
         k = backend(mode, x, weights, batch_sizes, lengths, resets, bidirectional)
         dcs = dc if mode == "LSTM" else None  # of an absent c it has shape [0]

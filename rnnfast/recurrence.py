@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import reference
+from . import border, reference
 
 _FORWARD = (
     "(str mode, Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? batch_sizes, Tensor? lengths, "
@@ -62,6 +62,8 @@ _library = torch.library.Library("rnnfast", "DEF")
 def _forward_fake(
     mode, x, h0, c0, weights, batch_sizes, lengths, resets, bidirectional, keep_c, keep_gates, *, saves_gates
 ):
+    reference.check_mode(mode)
+    border.check_devices(x, (h0, c0, *weights, lengths, resets), batch_sizes)
     directions = 1 + bidirectional
     gate_rows, out = weights[1].shape
     hidden = gate_rows // reference.GATES[mode]
@@ -83,8 +85,10 @@ def _forward_fake(
     )
 
 
-def _backward_fake(mode, dy, dh_n, dc_n, dc, x, h0, c0, weights, *args):
-    need_dx, need_dw = args[-2:]
+def _backward_fake(mode, dy, dh_n, dc_n, dc, x, h0, c0, weights, batch_sizes, lengths, resets, bidirectional, *args):
+    y, c, gates, need_dx, need_dw = args
+    reference.check_mode(mode)
+    border.check_devices(x, (dy, dh_n, dc_n, dc, h0, c0, *weights, lengths, resets, y, c, gates), batch_sizes)
 
     def like(tensor: Tensor | None, needed: bool = True) -> Tensor:
         return x.new_empty(tensor.shape if needed and tensor is not None else 0)
@@ -111,6 +115,7 @@ def _define(backend: str, saves_gates: bool) -> None:
 def _reference_forward(
     mode, x, h0, c0, weights, batch_sizes, lengths, resets, bidirectional, keep_c, keep_gates
 ) -> tuple[Tensor, ...]:
+    border.check_layer(mode, x, h0, c0, weights, batch_sizes, lengths, resets, bidirectional)
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         outputs = reference.layer(mode, x, h0, c0, weights, batch_sizes, lengths, resets, bidirectional)
     y, h_n, c_n, c = (t.clone() for t in outputs)  # no output may alias an input or another output
@@ -121,6 +126,8 @@ def _reference_backward(
     mode, dy, dh_n, dc_n, dc, x, h0, c0, weights, batch_sizes, lengths, resets, bidirectional, y, c, gates, *needs
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     need_dx, need_dw = needs
+    sizes = border.check_layer(mode, x, h0, c0, weights, batch_sizes, lengths, resets, bidirectional)
+    border.check_backward(sizes, 0, dy, dh_n, dc_n, dc, y, c, gates)
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         grads = reference.layer_backward(
             mode, dy, dh_n, dc_n, dc, x, h0, c0, weights, batch_sizes, lengths, resets, bidirectional
@@ -131,6 +138,7 @@ def _reference_backward(
 
 def _checked_lengths(lengths: Tensor, steps: int) -> Tensor:
     """A copy of ``lengths``, int64 and within 0..steps: checked where that needs no synchronisation, else clamped."""
+    border.check_lengths(lengths, steps)
     if lengths.device.type == "cpu" and lengths.numel():
         low, high = lengths.min().item(), lengths.max().item()
         if low < 0 or high > steps:
@@ -249,7 +257,7 @@ _BACKENDS = {
 INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 # By the device's type, the fastest first; ROCm's is also called cuda.
 _BACKENDS_OF = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _forced: str | None = None  # by use_backend
 
 
@@ -321,7 +329,7 @@ def choose_backend(
     reasons = []
     if not names:
         reasons.append(f"no fused backend serves device {device.type!r}")
-    elif dtype not in _DTYPES:
+    elif dtype not in DTYPES:
         reasons.append(f"no fused backend serves {dtype}")
     else:
         for name in names:

@@ -17,6 +17,11 @@ from torch.nn import functional as F
 GATES = {"RNN_TANH": 1, "RNN_RELU": 1, "LSTM": 4, "GRU": 3}
 
 
+def check_mode(mode: str) -> None:
+    if mode not in GATES:
+        raise RuntimeError(f"rnnfast: no cell is called '{mode}'")
+
+
 def cell(mode: str, x: Tensor, a: Tensor, h: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """One step of a cell, as ``torch.nn.LSTMCell``, ``GRUCell`` and ``RNNCell`` define it.
 
@@ -38,6 +43,7 @@ def cell(mode: str, x: Tensor, a: Tensor, h: Tensor, c: Tensor | None) -> tuple[
         z = (x_z + a_z).sigmoid()
         n = (x_n + r * a_n).tanh()
         return n + z * (h - n), None
+    check_mode(mode)
     return (x + a).tanh() if mode == "RNN_TANH" else (x + a).relu(), None
 
 
@@ -197,7 +203,7 @@ def layer_backward(
     """The gradients of :func:`layer`'s x, h0, c0 (None where that is None) and weights, from those of its results."""
     if batch_sizes is not None:
         pad, pack, lengths = _packing(batch_sizes, x.device)
-        dy, dc = (None if d is None else pad(d) for d in (dy, dc))
+        dy, dc = (None if d is None else pad(d) for d in (dy, dc if mode == "LSTM" else None))
         dx, *others = layer_backward(
             mode, dy, dh_n, dc_n, dc, pad(x), h0, c0, weights, None, lengths, None, bidirectional
         )

@@ -27,7 +27,7 @@ class BackwardPass {
         hidden(f.H),
         outputs(f.P),
         inputs(f.I),
-        projected(f.weights[0].w_hr != nullptr),
+        projected(f.projected),
         packed(f.R > kUnpackedRows),
         Q(f.steps.start[f.steps.T]),
         padded(round_up(f.H, Grad::kAlign)),

@@ -26,7 +26,7 @@ class ForwardPass {
       : f(f),
         gates(f.H, G),
         outputs(f.P),
-        projected(f.weights[0].w_hr != nullptr),
+        projected(f.projected),
         packed(f.R > kUnpackedRows),
         teams(f, gates, Cost::of<X>()),
         chunk(max(1, min(f.steps.T,
@@ -40,7 +40,7 @@ class ForwardPass {
         projections(group_rows() * chunk * gates.width()),
         hs(group_rows() * 2 * X::row(f.P)),
         ms(projected ? group_rows() * Memory::row(f.H) : 0),
-        cs(Cell::kHasCell ? group_rows() * round_up(f.H, U) : 0),
+        cs(Cell::kHasCell ? group_rows() * Plain<A>::row(f.H) : 0),
         bases(teams.groups() * (f.steps.T + 1)) {}
 
   void run() {
@@ -67,7 +67,7 @@ class ForwardPass {
           projection(p.projections + g * p.teams.rows() * p.chunk * p.gates.width()),
           h{p.hs + 2 * g * p.teams.rows() * X::row(p.f.P), p.hs + (2 * g + 1) * p.teams.rows() * X::row(p.f.P)},
           m(p.ms + (p.projected ? g * p.teams.rows() * Memory::row(p.f.H) : 0)),
-          c(p.cs + (Cell::kHasCell ? g * p.teams.rows() * round_up(p.f.H, U) : 0)),
+          c(p.cs + (Cell::kHasCell ? g * p.teams.rows() * Plain<A>::row(p.f.H) : 0)),
           base(p.bases + g * (p.f.steps.T + 1)) {}
   };
 
@@ -139,7 +139,7 @@ class ForwardPass {
       int64_t n = g.d * f.steps.N + g.batch_row(i);
       for (auto* h : g.h) put_row<X>(h + i * X::row(f.P), row_of<S>(f.h0, n, f.P), f.P);
       if (projected) put_row<Memory>(g.m + i * Memory::row(f.H), static_cast<const S*>(nullptr), f.H);
-      if (Cell::kHasCell) put_row<Plain<A>>(g.c + i * round_up(f.H, U), row_of<S>(f.c0, n, f.H), f.H);
+      if (Cell::kHasCell) put_row<Plain<A>>(g.c + i * Plain<A>::row(f.H), row_of<S>(f.c0, n, f.H), f.H);
     }
   }
 
@@ -152,9 +152,9 @@ class ForwardPass {
       if (f.R != f.steps.T * f.steps.N) continue;  // packed: no row lies past an end
       for (int64_t i = rows; i < g.rows; i++) {
         int64_t row = g.row(t, i), r = row * f.D + g.d, saved = Cell::kSaved * f.H;
-        memset(static_cast<S*>(f.y) + r * f.P, 0, f.P * sizeof(S));
-        if (f.c) memset(static_cast<A*>(f.c) + r * f.H, 0, f.H * sizeof(A));
-        if (f.gates) memset(static_cast<S*>(f.gates) + (g.d * f.R + row) * saved, 0, saved * sizeof(S));
+        clear(static_cast<S*>(f.y) + r * f.P, f.P * sizeof(S));
+        if (f.c) clear(static_cast<A*>(f.c) + r * f.H, f.H * sizeof(A));
+        if (f.gates) clear(static_cast<S*>(f.gates) + (g.d * f.R + row) * saved, saved * sizeof(S));
       }
     }
   }
@@ -175,7 +175,7 @@ class ForwardPass {
     for (int64_t i = 0; i < rows; i++) {
       if (!f.steps.cut(g.d, t, g.rank(i))) continue;
       put_row<X>(g.h[s & 1] + i * X::row(f.P), static_cast<const S*>(nullptr), f.P);
-      if (Cell::kHasCell) memset(g.c + i * round_up(f.H, U), 0, f.H * sizeof(A));
+      if (Cell::kHasCell) memset(g.c + i * Plain<A>::row(f.H), 0, f.H * sizeof(A));
     }
   }
 
@@ -230,7 +230,7 @@ class ForwardPass {
       const Update u = *this;
       const int n = Full::value ? U : lanes;
       const int64_t part = round_up(u.P, X::kAlign), m_part = round_up(u.H, Memory::kAlign);
-      const int64_t state = X::row(u.P), memory = Memory::row(u.H), cells = round_up(u.H, U);
+      const int64_t state = X::row(u.P), memory = Memory::row(u.H), cells = Plain<A>::row(u.H);
       for (int64_t i = range.begin; i < range.end; i++, x += next, a += next) {
         const int64_t r = u.start + u.order[u.rank + i * u.stride];
         Vec<A> xs[G], as[G], saved[Cell::kSaved + 1], h, c;
@@ -292,7 +292,7 @@ class ForwardPass {
     for (int64_t i = 0; i < g.rows; i++) {
       int64_t n = g.d * f.steps.N + g.batch_row(i), steps = g.d ? f.steps.T : f.steps.length[g.rank(i)];
       get_row<X>(static_cast<S*>(f.h_n) + n * f.P, g.h[steps & 1] + i * X::row(f.P), f.P);
-      if (Cell::kHasCell) get_row<Plain<A>>(static_cast<S*>(f.c_n) + n * f.H, g.c + i * round_up(f.H, U), f.H);
+      if (Cell::kHasCell) get_row<Plain<A>>(static_cast<S*>(f.c_n) + n * f.H, g.c + i * Plain<A>::row(f.H), f.H);
     }
   }
 

@@ -23,7 +23,7 @@ struct Steps {
   const int64_t* start;   // [T+1]  first q of step t
   const int64_t* order;   // [N]    batch row of rank j
   const int64_t* length;  // [N]    steps of rank j
-  const bool* resets;     // [T,N]  or null
+  const uint8_t* resets;  // [T,N]  or null; of a bool tensor, whose bytes need not be 0 or 1
 
   // Always inlined, so that no copy built for one instruction set serves another.
   RNNFAST_INLINE int64_t row(int64_t t, int64_t j) const { return offset[t] + order[j]; }
@@ -52,6 +52,7 @@ struct Layer {
   Steps steps;
   int64_t I, H, P, R;
   int D, threads;
+  bool projected;  // w_hr is there, though null where it is empty
   Parameters<const void*> weights[2];
   const void* x;   // [R,I]
   const void* h0;  // [D,N,P]  or null

@@ -48,9 +48,9 @@ struct Plain {
   using Element = T;
   using Acc = T;
   static constexpr int kParts = 1, kAlign = kLanes<T>;
-  static constexpr double kCost = sizeof(T) / 4.0;               // of a product, in multiply-adds of float
-  static int64_t row(int64_t K) { return round_up(K, kAlign); }  // elements of a left row
-  static int64_t column(int64_t K) { return K; }                 // elements of a right column
+  static constexpr double kCost = sizeof(T) / 4.0;                       // of a product, in multiply-adds of float
+  static int64_t row(int64_t K) { return round_up(max(K, 1), kAlign); }  // elements of a left row, a vector at least
+  static int64_t column(int64_t K) { return K; }                         // elements of a right column
 
   // U values of a left row whose parts lie `part` elements apart.
   static RNNFAST_INLINE void put(T* row, int64_t, Vec<T> v) { store(row, v); }
@@ -81,8 +81,8 @@ struct Split {
   static constexpr double kSpeed = 2;
 #endif
   static constexpr double kCost = (kParts == 1 ? 1 : kParts == 2 ? 4 : 6) / kSpeed;
-  static int64_t row(int64_t K) { return kParts * round_up(K, kAlign); }
-  static int64_t column(int64_t K) { return row(K); }
+  static int64_t row(int64_t K) { return column(max(K, 1)); }
+  static int64_t column(int64_t K) { return kParts * round_up(K, kAlign); }
 
   static RNNFAST_INLINE void put(uint16_t* row, int64_t part, Vec<float> v) {
     Bits16 parts[kParts];

@@ -2,7 +2,12 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 
-#if defined(__x86_64__)
+// With RNNFAST_PORTABLE the library has no other instruction set.
+#if defined(__x86_64__) && !defined(RNNFAST_PORTABLE)
+#define RNNFAST_X86
+#endif
+
+#if defined(RNNFAST_X86)
 #include <cpuid.h>
 #endif
 #include <pthread.h>
@@ -109,7 +114,7 @@ struct InstructionSet {
   bool supported;
 };
 
-#if defined(__x86_64__)
+#if defined(RNNFAST_X86)
 
 bool cpuid_bit(unsigned leaf, unsigned subleaf, int reg, int bit) {
   unsigned registers[4];
@@ -134,7 +139,7 @@ bool have_tiles() {
 const std::vector<InstructionSet>& instruction_sets() {
   static const std::vector<InstructionSet> sets = [] {
     std::vector<InstructionSet> sets = {{&portable::kernels, true}};
-#if defined(__x86_64__)
+#if defined(RNNFAST_X86)
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                       __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -165,8 +170,8 @@ const Kernels& kernels() { return *instruction_sets()[chosen()].kernels; }
 int64_t cpu_isa(std::optional<int64_t> use) {
   if (use) {
     const auto& sets = instruction_sets();
-    STD_TORCH_CHECK(*use >= 0 && *use < int64_t(sets.size()) && sets[*use].supported,
-                    "rnnfast: this CPU or build lacks instruction set ", *use);
+    RNNFAST_CHECK(*use >= 0 && *use < int64_t(sets.size()) && sets[*use].supported,
+                  "this CPU or build lacks instruction set ", *use);
     chosen() = *use;
   }
   return chosen();
@@ -178,7 +183,10 @@ Tensor empty(const Shape& shape, ScalarType dtype) {
   static const int32_t types[] = {aoti_torch_dtype_float32(), aoti_torch_dtype_float64(), aoti_torch_dtype_bfloat16(),
                                   aoti_torch_dtype_float16()};
   Shape strides(shape.size(), 1);
-  for (size_t i = shape.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(shape[i], 1);
+  for (size_t i = shape.size(); i-- > 1;) {
+    RNNFAST_CHECK(!__builtin_mul_overflow(strides[i], std::max<int64_t>(shape[i], 1), &strides[i - 1]),
+                  "a result would have 2^63 or more elements");
+  }
   AtenTensorHandle handle;
   int32_t type = types[dtype == ScalarType::Float      ? 0
                        : dtype == ScalarType::Double   ? 1
@@ -211,7 +219,7 @@ class Reader {
 
 class StepTable {
  public:
-  StepTable(const Dimensions& n, const int64_t* batch_sizes, const int64_t* lengths, const bool* resets)
+  StepTable(const Dimensions& n, const int64_t* batch_sizes, const int64_t* lengths, const uint8_t* resets)
       : numbers_(3 * n.T + 2 + 2 * n.N) {
     int64_t *offset = numbers_.data(), *active = offset + n.T, *start = active + n.T + 1;
     int64_t *order = start + n.T + 1, *length = order + n.N;
@@ -221,7 +229,7 @@ class StepTable {
     }
     for (int64_t j = 0; j < n.N; j++) {
       length[j] = lengths ? lengths[order[j]] : n.T;
-      STD_TORCH_CHECK(length[j] >= 0 && length[j] <= n.T, "rnnfast: lengths have to be between 0 and ", n.T);
+      RNNFAST_CHECK(length[j] >= 0 && length[j] <= n.T, "lengths have to be between 0 and ", n.T);
     }
     start[0] = 0;
     for (int64_t t = 0, rank = n.N; t < n.T; t++) {
@@ -259,7 +267,7 @@ Parameters<Pointer> parameters(const Dimensions& n, const Tensor* weights, const
 void fill(Layer& layer, const Dimensions& n, const StepTable& table, Reader& read, const Tensor& x,
           const OptionalTensor& h0, const OptionalTensor& c0, const std::vector<Tensor>& weights) {
   layer.steps = table.steps;
-  layer.I = n.I, layer.H = n.H, layer.P = n.P, layer.R = n.R, layer.D = n.D;
+  layer.I = n.I, layer.H = n.H, layer.P = n.P, layer.R = n.R, layer.D = n.D, layer.projected = n.has_projection;
   layer.threads = torch::stable::get_num_threads();
   layer.x = read(x), layer.h0 = read(h0), layer.c0 = read(c0);
   for (int64_t d = 0; d < n.D; d++) {
@@ -270,7 +278,7 @@ void fill(Layer& layer, const Dimensions& n, const StepTable& table, Reader& rea
 StepTable make_table(const Dimensions& n, Reader& read, const OptionalTensor& batch_sizes,
                      const OptionalTensor& lengths, const OptionalTensor& resets) {
   return StepTable(n, static_cast<const int64_t*>(read(batch_sizes)), static_cast<const int64_t*>(read(lengths)),
-                   static_cast<const bool*>(read(resets)));
+                   static_cast<const uint8_t*>(read(resets)));
 }
 
 // ---- the operators
@@ -305,13 +313,14 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> cpu_backward(
     bool need_dw) {
   const Dimensions n = check_layer(cell, x, h0, c0, weights, batch_sizes, lengths, resets, bidirectional);
   const bool lstm = n.cell == kLstm;
+  const Shape absent{0};
   check_tensor("y", y, n.rows(n.D * n.P), n.dtype);
-  if (lstm) check_tensor("c", c, n.rows(n.D * n.H), n.acc_dtype);
-  if (n.saved_gates) check_tensor("gates", gates, {n.D, n.R, n.saved_gates * n.H}, n.dtype);
+  check_tensor("c", c, lstm ? n.rows(n.D * n.H) : absent, n.acc_dtype);
+  check_tensor("gates", gates, n.saved_gates ? Shape{n.D, n.R, n.saved_gates * n.H} : absent, n.dtype);
   check_tensor("dy", dy, n.rows(n.D * n.P), n.dtype);
   check_tensor("dh_n", dh_n, n.state(n.P), n.dtype);
-  if (lstm) check_tensor("dc_n", dc_n, n.state(n.H), n.dtype);
-  if (lstm) check_tensor("dc", dc, n.rows(n.D * n.H), n.acc_dtype);
+  check_tensor("dc_n", dc_n, lstm ? n.state(n.H) : absent, n.dtype);
+  check_tensor("dc", dc, lstm ? n.rows(n.D * n.H) : absent, n.acc_dtype);
 
   Tensor dx = empty_if(need_dx, n.rows(n.I), n.dtype);
   Tensor dh0 = empty_if(h0.has_value(), n.state(n.P), n.dtype), dc0 = empty_if(c0.has_value(), n.state(n.H), n.dtype);

@@ -87,6 +87,11 @@ struct Group {
   int64_t time(int64_t s) const { return d ? steps.T - 1 - s : s; }
 };
 
+// memset, which wants a pointer even for no bytes.
+inline void clear(void* to, size_t bytes) {
+  if (bytes) memset(to, 0, bytes);
+}
+
 // Writes the n values of a left row.
 template <class E, class S>
 void get_row(S* to, const typename E::Element* from, int64_t n) {

@@ -17,7 +17,7 @@ std::atomic<int64_t> forced_regime{kByTable};
 
 int64_t cuda_regime(std::optional<int64_t> use) {
   if (use) {
-    STD_TORCH_CHECK(*use >= 0 && *use < kRegimes, "rnnfast: no regime has number ", *use);
+    RNNFAST_CHECK(*use >= 0 && *use < kRegimes, "no regime has number ", *use);
     forced_regime = *use;
   }
   return forced_regime;
@@ -52,9 +52,10 @@ Plan plan_of(const Layer& layer, ScalarType dtype, bool projected) {
   Plan plan;
   plan.reason = forced == kStepwise           ? "stepwise: asked for"
                 : projected                   ? "stepwise: a projection makes another product a step"
+                : layer.H == 0                ? "stepwise: there are no units"
                 : dtype == ScalarType::Double ? "stepwise: float64 has no fast products"
                                               : "stepwise: the chip does not hold W_hh, or not for so many rows";
-  if (forced != kStepwise && !projected && dtype != ScalarType::Double) {
+  if (forced != kStepwise && !projected && layer.H > 0 && dtype != ScalarType::Double) {
     using Key = std::array<int64_t, 7>;
     static std::map<Key, Plan> plans;
     static std::mutex mutex;
@@ -68,7 +69,7 @@ Plan plan_of(const Layer& layer, ScalarType dtype, bool projected) {
     }
     plan = found->second;
   }
-  STD_TORCH_CHECK(forced == kByTable || forced == plan.regime, "rnnfast: the regime asked for cannot serve this call");
+  RNNFAST_CHECK(forced == kByTable || forced == plan.regime, "the regime asked for cannot serve this call");
   return plan;
 }
 
@@ -97,12 +98,23 @@ class Checker {
 
   void* operator()(const char* name, const Tensor& tensor, const Shape& shape, ScalarType dtype) const {
     check_tensor(name, tensor, shape, dtype);
-    STD_TORCH_CHECK(tensor.is_contiguous() && tensor.get_device_index() == device_, "rnnfast: ", name,
-                    " has to be contiguous, and on the device of the others");
+    RNNFAST_CHECK(tensor.is_contiguous() && tensor.get_device_index() == device_, name,
+                  " has to be contiguous, and on the device of the others");
     return tensor.data_ptr();
   }
   void* operator()(const char* name, const OptionalTensor& tensor, const Shape& shape, ScalarType dtype) const {
     return tensor ? (*this)(name, *tensor, shape, dtype) : nullptr;
+  }
+  // What a cell may not have: given, even so, it has shape [0].
+  template <class MaybeTensor>
+  void* if_has(bool has, const char* name, const MaybeTensor& tensor, const Shape& shape, ScalarType dtype) const {
+    return (*this)(name, tensor, has ? shape : Shape{0}, dtype);
+  }
+  // What a cell that has it cannot do without.
+  void* required_if(bool has, const char* name, const OptionalTensor& tensor, const Shape& shape,
+                    ScalarType dtype) const {
+    RNNFAST_CHECK(tensor || !has, name, " is missing");
+    return if_has(has, name, tensor, shape, dtype);
   }
 
  private:
@@ -111,12 +123,19 @@ class Checker {
 
 Sequence checked_sequence(const Checker& check, int64_t T, int64_t N, int64_t R, const OptionalTensor& offsets,
                           const OptionalTensor& lengths, const OptionalTensor& resets) {
+  RNNFAST_CHECK(offsets ? lengths && !resets : R == T * N, R, " rows are not ", T, " steps of ", N);
   return {T,
           N,
           R,
           static_cast<const int64_t*>(check("offsets", offsets, {T}, ScalarType::Long)),
           static_cast<const int64_t*>(check("lengths", lengths, {N}, ScalarType::Long)),
           static_cast<const uint8_t*>(check("resets", resets, {T, N}, ScalarType::Byte))};
+}
+
+// Numbers of a block's geometry are ints: the largest counts the bytes of 8 rows' gradients, 128 a unit.
+void check_sizes(int64_t rows, int64_t units) {
+  RNNFAST_CHECK(rows >= 0 && rows < INT32_MAX && units >= 0 && units < INT32_MAX / 256, "no kernel for ", rows,
+                " rows and ", units, " units");
 }
 
 Call make_call(const Checker& check, const std::string& mode, const Tensor& like, int64_t T, int64_t N, int64_t R,
@@ -126,26 +145,24 @@ Call make_call(const Checker& check, const std::string& mode, const Tensor& like
   Call c;
   c.cell = parse_cell(mode);
   c.dtype = like.scalar_type();
-  STD_TORCH_CHECK(c.dtype == ScalarType::Float || c.dtype == ScalarType::Double || c.dtype == ScalarType::BFloat16 ||
-                      c.dtype == ScalarType::Half,
-                  "rnnfast: no kernel for dtype ", torch::headeronly::toString(c.dtype));
-  c.acc_dtype = c.dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  c.acc_dtype = accumulated(c.dtype);
   c.arithmetic = arithmetic_of(c.dtype, tf32);
   c.G = c.cell == kLstm ? 4 : c.cell == kGru ? 3 : 1;
   c.saved = c.G > 1 ? 4 : 0, c.grads = c.G > 1 ? 4 : 1;
   c.D = w_hh.size(), c.device = like.get_device_index(), c.stream = stream;
-  STD_TORCH_CHECK((c.D == 1 || c.D == 2) && w_hh[0].dim() == 2 && w_hh[0].size(0) % c.G == 0,
-                  "rnnfast: weight_hh has to be [", c.G, " * hidden_size, ...], for one direction or two");
+  RNNFAST_CHECK((c.D == 1 || c.D == 2) && w_hh[0].dim() == 2 && w_hh[0].size(0) % c.G == 0, "weight_hh has to be [",
+                c.G, " * hidden_size, ...], for one direction or two");
   c.T = T, c.N = N, c.R = R, c.P = P, c.H = w_hh[0].size(0) / c.G;
   c.projected = !w_hr.empty();
-  STD_TORCH_CHECK(!c.projected || (c.cell == kLstm && int64_t(w_hr.size()) == c.D),
-                  "rnnfast: only an LSTM has a projection, in each direction");
-  STD_TORCH_CHECK(T > 0 && T < INT32_MAX && N > 0 && c.H > 0 && c.H < INT32_MAX / 16, "rnnfast: no kernel for ", T,
-                  " steps, ", N, " rows and ", c.H, " units");
+  RNNFAST_CHECK(!c.projected || (c.cell == kLstm && int64_t(w_hr.size()) == c.D),
+                "only an LSTM has a projection, in each direction");
+  check_sizes(N, std::max(c.H, P));
+  RNNFAST_CHECK(T > 0 && T < INT32_MAX && N > 0 && R > 0, "no kernel for ", T, " steps of ", N, " rows, ", R,
+                " in all");
+  RNNFAST_CHECK(c.projected || P == c.H, "without a projection h has ", P, " units, but weight_hh is for ", c.H);
   for (const Tensor& w : w_hh) check("weight_hh", w, {c.G * c.H, c.P}, c.dtype);
   for (const Tensor& w : w_hr) check("weight_hr", w, {c.P, c.H}, c.dtype);
   c.sequence = checked_sequence(check, T, N, R, offsets, lengths, resets);
-  STD_TORCH_CHECK(offsets ? lengths && !resets : R == T * N, "rnnfast: ", R, " rows are not ", T, " steps of ", N);
   return c;
 }
 
@@ -196,6 +213,7 @@ std::vector<Tensor> transposed(const std::vector<Tensor>& weights) {
 
 template <class Arguments>
 void over(int64_t elements, const Call& c, void (*kernel)(Arguments), const Arguments& arguments) {
+  if (elements == 0) return;
   launch(kernel, {divide_up(elements, kStepThreads), kStepThreads, 0, 1, false, c.device, c.stream}, arguments);
 }
 
@@ -257,7 +275,8 @@ void forward_steps(std::string mode, Tensor x_gates, std::vector<Tensor> w_hh, s
                    std::vector<Tensor> w_hr, Tensor h, OptionalTensor c, Tensor y, OptionalTensor cs,
                    OptionalTensor gates, OptionalTensor offsets, OptionalTensor lengths, OptionalTensor resets,
                    int64_t steps, bool tf32, int64_t stream) {
-  STD_TORCH_CHECK(x_gates.dim() == 3 && h.dim() == 3, "rnnfast: x_gates and h have 3 dimensions");
+  RNNFAST_CHECK(x_gates.defined() && h.defined() && x_gates.dim() == 3 && h.dim() == 3,
+                "x_gates and h have 3 dimensions");
   const Checker check(x_gates.get_device_index());
   const Call call = make_call(check, mode, x_gates, steps, h.size(1), x_gates.size(1), h.size(2), w_hh, w_hr, offsets,
                               lengths, resets, tf32, stream);
@@ -266,13 +285,12 @@ void forward_steps(std::string mode, Tensor x_gates, std::vector<Tensor> w_hh, s
   const bool lstm = call.cell == kLstm;
   const void* p_x = check("x_gates", x_gates, {D, R, G * H}, dtype);
   void* p_h = check("h", h, {D, N, P}, dtype);
-  void* p_c = lstm ? check("c", c.value(), {D, N, H}, acc) : nullptr;
+  void* p_c = check.required_if(lstm, "c", c, {D, N, H}, acc);
   void* p_y = check("y", y, {R, D * P}, dtype);
-  void* p_cs = lstm ? check("cs", cs, {R, D * H}, acc) : nullptr;
-  void* p_gates = call.saved ? check("gates", gates, {D, R, call.saved * H}, dtype) : nullptr;
+  void* p_cs = check.if_has(lstm, "cs", cs, {R, D * H}, acc);
+  void* p_gates = check.if_has(call.saved, "gates", gates, {D, R, call.saved * H}, dtype);
   const void* p_b[2] = {};
-  STD_TORCH_CHECK(b_hh.empty() || int64_t(b_hh.size()) == D, "rnnfast: got ", b_hh.size(), " bias_hh for ", D,
-                  " direction(s)");
+  RNNFAST_CHECK(b_hh.empty() || int64_t(b_hh.size()) == D, "got ", b_hh.size(), " bias_hh for ", D, " direction(s)");
   for (size_t d = 0; d < b_hh.size(); d++) p_b[d] = check("bias_hh", b_hh[d], {G * H}, dtype);
 
   const Plan plan = plan_of<ForwardArguments>(call.layer(), dtype, call.projected);
@@ -294,7 +312,8 @@ void backward_steps(std::string mode, OptionalTensor dy, OptionalTensor dcs, Ten
                     OptionalTensor h0, OptionalTensor c0, std::vector<Tensor> w_hh, std::vector<Tensor> w_hr, Tensor dh,
                     OptionalTensor dc, Tensor dgates, OptionalTensor dprojections, OptionalTensor offsets,
                     OptionalTensor lengths, OptionalTensor resets, int64_t steps, bool tf32, int64_t stream) {
-  STD_TORCH_CHECK(dgates.dim() == 3 && dh.dim() == 3, "rnnfast: dgates and dh have 3 dimensions");
+  RNNFAST_CHECK(dgates.defined() && dh.defined() && dgates.dim() == 3 && dh.dim() == 3,
+                "dgates and dh have 3 dimensions");
   const Checker check(dgates.get_device_index());
   const Call call = make_call(check, mode, dgates, steps, dh.size(1), dgates.size(1), dh.size(2), w_hh, w_hr, offsets,
                               lengths, resets, tf32, stream);
@@ -302,22 +321,22 @@ void backward_steps(std::string mode, OptionalTensor dy, OptionalTensor dcs, Ten
   const ScalarType dtype = call.dtype, acc = call.acc_dtype;
   const bool lstm = call.cell == kLstm;
   const void* p_dy = check("dy", dy, {R, D * P}, dtype);
-  const void* p_dcs = lstm ? check("dcs", dcs, {R, D * H}, acc) : nullptr;
-  const void* p_gates = call.saved ? check("gates", gates, {D, R, call.saved * H}, dtype) : nullptr;
+  const void* p_dcs = check.if_has(lstm, "dcs", dcs, {R, D * H}, acc);
+  const void* p_gates = check.if_has(call.saved, "gates", gates, {D, R, call.saved * H}, dtype);
   const void* p_y = check("y", y, {R, D * P}, dtype);
-  const void* p_cs = lstm ? check("cs", cs, {R, D * H}, acc) : nullptr;
+  const void* p_cs = check.if_has(lstm, "cs", cs, {R, D * H}, acc);
   const void* p_h0 = check("h0", h0, {D, N, P}, dtype);
-  const void* p_c0 = lstm ? check("c0", c0, {D, N, H}, dtype) : nullptr;
+  const void* p_c0 = check.if_has(lstm, "c0", c0, {D, N, H}, dtype);
   void* p_dh = check("dh", dh, {D, N, P}, acc);
-  void* p_dc = lstm ? check("dc", dc.value(), {D, N, H}, acc) : nullptr;
+  void* p_dc = check.required_if(lstm, "dc", dc, {D, N, H}, acc);
   void* p_dgates = check("dgates", dgates, {D, R, call.grads * H}, dtype);
+  void* p_dprojections = check.required_if(call.projected, "dprojections", dprojections, {D, R, P}, dtype);
 
   const Plan plan = plan_of<BackwardArguments>(call.layer(), dtype, call.projected);
   if (plan.regime == kStepwise) {
     BackwardStep f{};
     f.dy = p_dy, f.dcs = p_dcs, f.gates = p_gates, f.y = p_y, f.cs = p_cs, f.h0 = p_h0, f.c0 = p_c0;
     f.dc = p_dc, f.dgates = p_dgates;
-    void* p_dprojections = call.projected ? check("dprojections", dprojections.value(), {D, R, P}, dtype) : nullptr;
     return backward_stepwise(call, f, dgates, w_hh, w_hr, dh, p_dprojections);
   }
   BackwardArguments f{};
@@ -330,23 +349,27 @@ void backward_steps(std::string mode, OptionalTensor dy, OptionalTensor dcs, Ten
 
 void states_before(Tensor y, OptionalTensor h0, Tensor out, OptionalTensor offsets, OptionalTensor lengths,
                    OptionalTensor resets, int64_t steps, int64_t stream) {
-  STD_TORCH_CHECK(out.dim() == 3, "rnnfast: out has 3 dimensions");
+  RNNFAST_CHECK(out.defined() && out.dim() == 3 && (out.size(0) == 1 || out.size(0) == 2) && steps > 0,
+                "out has to be [directions, rows, features], of a step or more");
+  RNNFAST_CHECK(!offsets || (lengths && lengths->dim() == 1), "offsets go with lengths, a vector");
   const Checker check(out.get_device_index());
   Call c{};
-  c.dtype = out.scalar_type(), c.device = out.get_device_index(), c.stream = stream;
+  c.dtype = out.scalar_type(), c.acc_dtype = accumulated(c.dtype), c.device = out.get_device_index(), c.stream = stream;
   c.D = out.size(0), c.R = out.size(1), c.P = out.size(2), c.T = steps;
-  c.N = offsets ? lengths.value().size(0) : c.R / std::max<int64_t>(steps, 1);
+  c.N = offsets ? lengths->size(0) : c.R / steps;
   c.sequence = checked_sequence(check, c.T, c.N, c.R, offsets, lengths, resets);
   StatesBefore s{};
   set(s, c);
   s.y = check("y", y, {c.R, c.D * c.P}, c.dtype);
   s.h0 = check("h0", h0, {c.D, c.N, c.P}, c.dtype);
   s.out = check("out", out, {c.D, c.R, c.P}, c.dtype);
-  over(c.D * c.T * c.N * c.P, c, step_kernels_of(c.dtype).states_before, s);
+  over(c.R > 0 ? c.D * c.T * c.N * c.P : 0, c, step_kernels_of(c.dtype).states_before, s);
 }
 
 std::string cuda_plan(std::string mode, ScalarType dtype, int64_t batch, int64_t hidden, bool bidirectional,
                       bool projected, bool tf32, bool backward, int64_t device) {
+  accumulated(dtype);
+  check_sizes(batch, hidden);
   const Layer layer = {parse_cell(mode),
                        arithmetic_of(dtype, tf32),
                        dtype == ScalarType::Float ? 4 : 2,

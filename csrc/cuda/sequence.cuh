@@ -5,16 +5,25 @@
 
 namespace rnnfast {
 
-// T steps, N batch, R rows of the sequence. A row beyond the batch has no steps.
+// T steps, N batch, R rows of the sequence. A row beyond the batch has no steps. Nobody has checked the values of the
+// tables, which would have to wait for the device: lengths are clamped, and an offset never leads out of the sequence.
 struct Sequence {
   int64_t T, N, R;
   const int64_t* offsets;  // [T]: where step t begins in packed rows; or null
   const int64_t* lengths;  // [N]; or null
   const uint8_t* resets;   // [T, N]; or null
 
-  RNNFAST_DEVICE int length(int64_t n) const { return n >= N ? 0 : int(lengths ? lengths[n] : T); }
+  RNNFAST_DEVICE int length(int64_t n) const {
+    if (n >= N) return 0;
+    const int64_t steps = lengths ? lengths[n] : T;
+    return int(steps < 0 ? 0 : steps < T ? steps : T);
+  }
 
-  RNNFAST_DEVICE int64_t row(int64_t t, int64_t n) const { return (offsets ? offsets[t] : t * N) + n; }
+  RNNFAST_DEVICE int64_t row(int64_t t, int64_t n) const {
+    if (!offsets) return t * N + n;
+    const uint64_t row = uint64_t(offsets[t]) + n;
+    return row < uint64_t(R) ? row : 0;
+  }
 
   // Whether the state enters step t, and is not zeroed: seen from the end, an episode's border lies above t.
   RNNFAST_DEVICE bool keeps(int64_t t, int64_t n, int length, int direction) const {

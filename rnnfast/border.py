@@ -1,0 +1,205 @@
+"""The check of an operator's arguments for the backends in Python: the rules of ``csrc/ops.cpp``, in its words.
+
+Letters as in ``reference.py``. It costs a few microseconds, so what is right is told apart first and described never.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+
+from .reference import GATES, check_mode
+
+# As C++ names them; the other dtypes go by torch's name in Python.
+DTYPE_NAMES = {
+    torch.float32: "Float",
+    torch.float64: "Double",
+    torch.float16: "Half",
+    torch.bfloat16: "BFloat16",
+    torch.complex32: "ComplexHalf",
+    torch.complex64: "ComplexFloat",
+    torch.complex128: "ComplexDouble",
+    torch.bool: "Bool",
+    torch.uint8: "Byte",
+    torch.int8: "Char",
+    torch.int16: "Short",
+    torch.int32: "Int",
+    torch.int64: "Long",
+}
+_MOST_SIZE = 2**31
+_STRIDED = torch.strided
+
+
+class Sizes(NamedTuple):
+    """What the arguments of a layer say."""
+
+    is_lstm: bool
+    D: int
+    N: int
+    H: int
+    P: int
+    R: int
+    rows: tuple[int, ...]  # [T, N], or packed [R]
+    dtype: torch.dtype
+    acc: torch.dtype  # of c
+    device: torch.device
+
+
+def _refuse(text: str) -> NoReturn:
+    raise RuntimeError(f"rnnfast: {text}")
+
+
+def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    if tensor is None:  # a schema without `?` lets it pass
+        _refuse(f"{name} is missing")
+    if tensor.shape != shape:
+        _refuse(f"{name} has shape {list(tensor.shape)}, expected {list(shape)}")
+    if tensor.dtype is not dtype:
+        names = (DTYPE_NAMES.get(d, d) for d in (tensor.dtype, dtype))
+        _refuse("{} has dtype {}, expected {}".format(name, *names))
+    if tensor.device != device or tensor.layout is not _STRIDED:
+        _refuse(f"{name} is {tensor.layout} on {tensor.device}, expected torch.strided on {device}")
+
+
+def check_devices(x: Tensor, tensors: Iterable[Tensor | None], batch_sizes: Tensor | None) -> None:
+    """Of tensors on several devices torch picks the operator's kernel by one of them: a fake's, if one is on meta."""
+    device = x.device
+    for tensor in tensors:
+        if tensor is not None and tensor.device != device:
+            _refuse(f"a tensor is on {tensor.device}, expected {device} as x")
+    if batch_sizes is not None and batch_sizes.device.type not in ("cpu", device.type):
+        _refuse("batch_sizes has to be a vector of int64 on the CPU")
+
+
+def check_lengths(lengths: Tensor, steps: int) -> None:
+    """What can be said of them without their values."""
+    if lengths is None:
+        _refuse("lengths is missing")
+    if steps < 0:
+        _refuse(f"a sequence has no {steps} steps")
+    dtype = lengths.dtype
+    if dtype.is_floating_point or dtype.is_complex or dtype == torch.bool or lengths.layout is not _STRIDED:
+        _refuse(f"lengths are {lengths.layout} {DTYPE_NAMES.get(dtype, dtype)}, expected torch.strided integers")
+
+
+def check_layer(
+    mode: str,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    bidirectional: bool,
+    dtypes: Sequence[torch.dtype] | None = None,
+) -> Sizes:
+    """Checks the arguments of a layer's forward; ``dtypes``: what the backend serves, if not all that float."""
+    check_mode(mode)
+    if x is None:
+        _refuse("x is missing")
+    G, D, dtype, device, is_lstm = GATES[mode], 1 + bidirectional, x.dtype, x.device, mode == "LSTM"
+    if not (dtype.is_floating_point or dtype.is_complex) if dtypes is None else dtype not in dtypes:
+        _refuse(f"no kernel for dtype {DTYPE_NAMES.get(dtype, dtype)}")
+    if x.layout is not _STRIDED:
+        _refuse(f"x is {x.layout} on {device}, expected torch.strided on {device}")
+    dimensions = 3 if batch_sizes is None else 2
+    if x.dim() != dimensions:
+        _refuse(f"x has {x.dim()} dimensions, expected {dimensions}")
+    *rows, I = x.shape
+    if batch_sizes is None:
+        T, N = rows
+        R = T * N
+        if lengths is not None:
+            _check("lengths", lengths, (N,), torch.int64, device)
+            if x.is_cpu and N:  # elsewhere that would have to wait for the device, and kernels clamp
+                low, high = (bound.item() for bound in lengths.aminmax())
+                if low < 0 or high > T:
+                    _refuse(f"lengths have to be between 0 and {T}")
+        if resets is not None:
+            _check("resets", resets, (T, N), torch.bool, device)
+    else:
+        if lengths is not None or resets is not None:
+            _refuse("batch_sizes go with neither lengths nor resets")
+        (R,) = rows
+        T, N = _check_batch_sizes(batch_sizes, R)
+    if T >= _MOST_SIZE or N >= _MOST_SIZE or I >= _MOST_SIZE:
+        _refuse("x has 2^31 or more steps, rows or features")
+
+    count = len(weights) // D
+    if len(weights) % D or not 2 <= count <= 5:
+        _refuse(f"got {len(weights)} weights, expected 2 to 5 for each of {D} direction(s)")
+    projected = count % 2 == 1
+    if projected and not is_lstm:
+        _refuse("only an LSTM has a projection")
+    if weights[0].dim() != 2 or weights[0].shape[0] % G:
+        _refuse(f"weight_ih has to be [{G} * hidden_size, input_size]")
+    GH = weights[0].shape[0]
+    H = P = GH // G
+    if projected:
+        w_hr = weights[count - 1]
+        if w_hr.dim() != 2:
+            _refuse("weight_hr has to be [proj_size, hidden_size]")
+        P = w_hr.shape[0]
+    if H >= _MOST_SIZE or P >= _MOST_SIZE:
+        _refuse("the layer has 2^31 or more units")
+    for first in range(0, len(weights), count):
+        _check("weight_ih", weights[first], (GH, I), dtype, device)
+        _check("weight_hh", weights[first + 1], (GH, P), dtype, device)
+        if count >= 4:
+            _check("bias_ih", weights[first + 2], (GH,), dtype, device)
+            _check("bias_hh", weights[first + 3], (GH,), dtype, device)
+        if projected:
+            _check("weight_hr", weights[first + count - 1], (P, H), dtype, device)
+    if h0 is not None:
+        _check("h0", h0, (D, N, P), dtype, device)
+    if c0 is not None:
+        _check("c0", c0, (D, N, H), dtype, device)
+        if not is_lstm:
+            _refuse("only an LSTM has a cell state")
+    return Sizes(is_lstm, D, N, H, P, R, tuple(rows), dtype, torch.promote_types(dtype, torch.float32), device)
+
+
+def _check_batch_sizes(batch_sizes: Tensor, rows: int) -> tuple[int, int]:
+    """Returns T and N."""
+    on_cpu = batch_sizes.is_cpu and batch_sizes.layout is _STRIDED
+    if batch_sizes.dim() != 1 or not on_cpu or batch_sizes.dtype != torch.int64 or not batch_sizes.numel():
+        _refuse("batch_sizes has to be a vector of int64 on the CPU")
+    if batch_sizes.numel() > rows:  # each is a row or more
+        _refuse(f"batch_sizes do not sum to the {rows} rows of x")
+    sizes = batch_sizes.tolist()
+    if sizes[-1] <= 0 or sizes != sorted(sizes, reverse=True):
+        _refuse("batch_sizes has to be positive and must not increase")
+    if sum(sizes) != rows:
+        _refuse(f"batch_sizes do not sum to the {rows} rows of x")
+    return len(sizes), sizes[0]
+
+
+def check_backward(
+    sizes: Sizes,
+    saved: int,
+    dy: Tensor | None,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
+    dc: Tensor | None,
+    y: Tensor,
+    c: Tensor,
+    gates: Tensor,
+) -> None:
+    """Checks what a layer's backward is given beside; ``saved``: columns of H that its forward keeps of the gates."""
+    is_lstm, D, N, H, P, R, rows, dtype, acc, device = sizes
+    of_y, of_c, of_c_n = (*rows, D * P), (*rows, D * H) if is_lstm else (0,), (D, N, H) if is_lstm else (0,)
+    _check("y", y, of_y, dtype, device)
+    _check("c", c, of_c, acc, device)
+    _check("gates", gates, (D, R, saved * H) if saved else (0,), dtype, device)
+    if dy is not None:
+        _check("dy", dy, of_y, dtype, device)
+    if dh_n is not None:
+        _check("dh_n", dh_n, (D, N, P), dtype, device)
+    if dc_n is not None:
+        _check("dc_n", dc_n, of_c_n, dtype, device)
+    if dc is not None:
+        _check("dc", dc, of_c, acc, device)
