@@ -27,7 +27,9 @@ H200 = Chip(shared_memory=227 * 1024, processors=132, generation=9)
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 
-@pytest.mark.parametrize("target", ("sm_80", "sm_90", "sm_100", "gfx942"))
+@pytest.mark.parametrize(
+    "target", ["sm_90", *(pytest.param(target, marks=pytest.mark.full) for target in ("sm_80", "sm_100", "gfx942"))]
+)
 def test_kernels_compile_without_spills(target: str) -> None:
     """Of every cell and dtype; the command fails if a fused kernel spills or wants more shared memory than there is."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
