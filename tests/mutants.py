@@ -306,7 +306,7 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
             "enumerate(tensors) if t is not None]",
             "enumerate(tensors) if t is not None and i != 3]",
         ),
-        ("vmap along the first dimension", DERIVATIVES, "a.select(dim, i)", "a.select(0, i)"),
+        ("vmap along the first dimension", "test_recurrence.py -k vmap", "a.select(dim, i)", "a.select(0, i)"),
         (
             "forward mode through a backend",
             DERIVATIVES,

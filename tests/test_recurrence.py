@@ -283,6 +283,13 @@ def test_function_transforms(backend: str, cell: str) -> None:
         torch.testing.assert_close(jacobian, jacfwd(output)(little))
 
 
+@pytest.mark.parametrize("dim", range(3))
+def test_vmap_along_any_dimension(dim: int) -> None:
+    weights, x = [p.detach() for p in layer("lstm").parameters()], torch.randn(3, 3, 3, 4, dtype=DOUBLE)
+    run = lambda x: rnnfast.functional.rnn("LSTM", x, None, weights)[0]
+    assert_near(vmap(run, in_dims=dim)(x), torch.stack([run(x.select(dim, n)) for n in range(3)]))
+
+
 @pytest.mark.runs(DOUBLE)
 @pytest.mark.parametrize("cell", CELLS)
 def test_forward_mode(backend: str, cell: str) -> None:
