@@ -34,7 +34,8 @@ _BACKWARD = (
     "Tensor gates, bool need_dx, bool need_dw) -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dweights)"
 )
 # The CUDA library's: the recurrence between the products over the whole sequence. T steps are given; tables of packed
-# rows, lengths and resets lie on the device. Gates may be x_gates itself.
+# rows, lengths and resets lie on the device, their values unchecked. Gates may be x_gates itself. For calls under
+# no_grad only.
 _CUDA = (
     "cuda_forward_steps(str mode, Tensor x_gates, Tensor[] w_hh, Tensor[] b_hh, Tensor[] w_hr, Tensor(a!) h, "
     "Tensor(b!)? c, Tensor(c!) y, Tensor(d!)? cs, Tensor(e!)? gates, Tensor? offsets, Tensor? lengths, "
