@@ -46,8 +46,8 @@ def tile(i_rows, p_offsets, p_lengths, p_resets, T, N, H, BH: tl.constexpr, BN: 
     if p_lengths is None:
         length = tl.where(n < N, T, 0)
     else:
-        # Nobody has checked the values, which would have to wait for the device: below 0 is no step, above T is T. Of 32
-        # bits, for another comparison spills on AMD; what has more wraps, and still leads nowhere outside.
+        # Nobody has checked the values, which would have to wait for the device: below 0 is no step, above T is T. As
+        # 32 bits, for another comparison spills on AMD; what has more wraps, and still leads nowhere outside.
         length = tl.minimum(tl.load(p_lengths + n, mask=n < N, other=0).to(tl.int32), T)
     is_unit, is_row = unit < H, n < N
     return Tile(d, unit, n, is_unit, is_row, is_unit & is_row, length, p_offsets, p_resets, T, N)
