@@ -16,7 +16,7 @@ ARGS   ?=
 
 VENV := .venv
 BIN  := $(VENV)/bin
-TEST := $(BIN)/python -m pytest -n auto
+TEST := $(BIN)/python -m pytest -n auto --durations 20
 PIP  := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 sources := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
