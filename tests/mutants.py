@@ -281,7 +281,7 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
     ],
     "rnnfast/recurrence.py": [
         ("dx if h_0 asks for it", NUMBERS, "needs[7], any(needs[10:])", "needs[8], any(needs[10:])"),
-        ("no dW for W_ih alone", "test_modules.py -k frozen", "any(needs[10:])", "any(needs[11:])"),
+        ("no dW for W_ih alone", "test_recurrence.py -k alone", "any(needs[10:])", "any(needs[11:])"),
         (
             "h_0 and c_0 swapped in backward",
             NUMBERS,
