@@ -315,7 +315,7 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         ),
         (
             "h_0 alone asks for no gradient",
-            "test_recurrence.py test_modules.py",
+            "test_recurrence.py -k alone",
             "for t in (x, h0, c0, *weights))",
             "for t in (x, *weights))",
         ),
