@@ -1,6 +1,6 @@
 """Fused RNN, LSTM and GRU layers for PyTorch that give ``torch.nn``'s numbers."""
 
-from . import functional
+from . import flops, functional  # noqa: F401  flops is known to torch from here on
 from .convert import convert, revert
 from .explain import explain
 from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeVar
+import functools
+from types import SimpleNamespace
+from typing import Any, NamedTuple, TypeVar
 
+import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -22,26 +25,85 @@ class ConversionReport(NamedTuple):
     left_alone: dict[str, str]  # and why
 
 
-def convert(model: Model) -> Model:
+class _PassesFor(type):
+    """The classes that convert makes: each equals the one that it stands for, as ``type(m) == torch.nn.LSTM`` asks.
+
+    Tools look modules up by their exact type, torch's own quantisation among them. Equal classes are equal keys.
+    """
+
+    def __eq__(cls, other: object) -> bool:
+        return cls is other or vars(cls).get("stands_for") is other
+
+    def __hash__(cls) -> int:
+        return hash(vars(cls).get("stands_for")) if "stands_for" in vars(cls) else super().__hash__()
+
+
+@functools.cache
+def _passing_for(cls: type) -> type:
+    """A subclass of torch's class, or of a subclass of it, with the forward of ours."""
+    base = _torch_base(cls)
+    bases = (_OURS[cls], cls) if cls is base else (cls, _passing_for(base))
+
+    def reduce(self: nn.Module, protocol: Any) -> tuple:
+        state = super(new, self).__reduce_ex__(protocol)[2]
+        return _without_init, (cls,), state
+
+    def set_attribute(self: nn.Module, name: str, value: Any) -> None:
+        super(new, self).__setattr__(name, value)
+        if name == "qconfig" and value is not None:  # torch.ao.quantization is about to replace its own module
+            self.__class__ = cls
+
+    body = {"stands_for": cls, "__module__": __name__, "__doc__": cls.__doc__}
+    body |= {"__reduce_ex__": reduce, "__setattr__": set_attribute}
+    new = _PassesFor(cls.__name__, bases, body)
+    return new
+
+
+def _without_init(cls: type) -> nn.Module:
+    """A module to be filled from a pickle or a copy."""
+    passing = _passing_for(cls)
+    return passing.__new__(passing)
+
+
+def convert(model: Model, *, compile: bool = False) -> Model:
     """Make every ``torch.nn`` recurrent module of a model one of ours, nested and shared ones and the model itself.
 
     A module changes its class and nothing else: it stays the same object, with the very Parameters, hooks, training
-    flag, parametrizations and places in the model that it had. A subclass with code of its own is left alone.
+    flag, parametrizations and places in the model that it had. It also stays an instance of its class, so that
+    ``isinstance(m, torch.nn.LSTM)`` and tools that know modules by their type go on as before; a subclass of
+    ``torch.nn.LSTM`` that has no forward of its own is converted likewise. :func:`torch.compile` breaks its graph at
+    whatever is an instance of ``torch.nn.LSTM``, ``GRU`` or ``RNN``, with right results.
 
     Args:
         model: any module. It is changed in place.
+        compile: make layers that compile with ``fullgraph=True``: :class:`rnnfast.LSTM` and its like, no instances of
+            ``torch.nn.LSTM``. Subclasses of the user's are then left alone.
 
     Returns:
-        The model. Its attribute ``rnnfast_report``, a :class:`ConversionReport`, names what was converted and what
-        was left alone.
+        The model. Its attribute ``rnnfast_report``, a :class:`ConversionReport`, names what was converted, and what
+        recurrent modules were left alone and why.
     """
     report = ConversionReport([], {})
     for name, module in model.named_modules():
-        if _swap(module, _OURS):
+        cls = _class_of(module)
+        base = _torch_base(cls)
+        if base is None or issubclass(cls, modules.OURS):
+            if compile and isinstance(cls, _PassesFor) and cls.stands_for in _OURS:
+                _become(module, _OURS[cls.stands_for])
+                report.converted.append(name)
+            elif reason := _is_foreign(module):
+                report.left_alone[name] = reason
+        elif cls.forward is not base.forward or cls.__call__ is not base.__call__:
+            report.left_alone[name] = (
+                f"{cls.__qualname__} is a subclass of torch.nn.{base.__name__} with its own forward"
+            )
+        elif compile and cls is not base:
+            report.left_alone[name] = (
+                f"{cls.__qualname__} is a subclass of torch.nn.{base.__name__}, and compile is set"
+            )
+        else:
+            _become(module, _OURS[cls] if compile else _passing_for(cls))
             report.converted.append(name)
-        elif isinstance(module, tuple(_OURS)):
-            base = next(theirs for theirs in _OURS if isinstance(module, theirs))
-            report.left_alone[name] = f"{type(module).__qualname__} is a subclass of torch.nn.{base.__name__}"
     model.rnnfast_report = report
     return model
 
@@ -50,24 +112,54 @@ def revert(model: Model) -> Model:
     """Undo :func:`convert`: every module of ours in the model becomes ``torch.nn``'s again, in place.
 
     Returns:
-        The model.
+        The model, which needs rnnfast no more. Its attribute ``rnnfast_report`` has the names ``reverted``, and by name
+        what was ``left_alone`` and why: subclasses of our classes.
     """
-    for module in model.modules():
-        _swap(module, _TORCHS)
-    model.__dict__.pop("rnnfast_report", None)
+    report = SimpleNamespace(reverted=[], left_alone={})  # no type of ours: a pickle of the model would ask for it
+    for name, module in model.named_modules():
+        cls = _class_of(module)
+        if not issubclass(cls, modules.OURS):
+            continue
+        theirs = vars(cls).get("stands_for") or _TORCHS.get(cls)
+        if theirs is None:
+            ours = next(base for base in cls.__mro__ if base in _TORCHS)
+            report.left_alone[name] = f"{cls.__qualname__} is a subclass of rnnfast.{ours.__name__}"
+            continue
+        _become(module, theirs)
+        module.__dict__.pop("recompute", None)
+        report.reverted.append(name)
+    model.rnnfast_report = report
     return model
 
 
-def _swap(module: nn.Module, classes: dict[type, type]) -> bool:
-    """Change the class of a module that is, but for parametrizations, exactly one of ``classes``."""
+def _class_of(module: nn.Module) -> type:
+    """The module's class but for parametrizations, which live in a class of its own, made over the original one."""
     cls = type(module)
-    if cls in classes:
-        module.__class__ = classes[cls]
-        return True
-    base = cls.__bases__[0]
-    if parametrize.is_parametrized(module) and base in classes:
-        # Parametrizations live in a class of the module's own, made over the original one.
-        body = {key: value for key, value in vars(cls).items() if key not in ("__dict__", "__weakref__")}
-        module.__class__ = type(cls.__name__, (classes[base],), body)
-        return True
-    return False
+    return cls.__bases__[0] if parametrize.is_parametrized(module) else cls
+
+
+def _torch_base(cls: type) -> type | None:
+    return next((base for base in cls.__mro__ if base in _OURS), None)
+
+
+def _why_not(cls: type, base: type, compile: bool) -> str:
+    if cls.forward is not base.forward or cls.__call__ is not base.__call__:
+        return " with its own forward"
+    return ", and compile is set" if compile and cls is not base else ""
+
+
+def _become(module: nn.Module, cls: type) -> None:
+    if parametrize.is_parametrized(module):
+        old = type(module)
+        body = {key: value for key, value in vars(old).items() if key not in ("__dict__", "__weakref__")}
+        cls = type(cls)(old.__name__, (cls,), body)
+    module.__class__ = cls
+
+
+def _is_foreign(module: nn.Module) -> str | None:
+    """Of recurrent modules that have other code behind them: which."""
+    names = {cls.__name__ for cls in _OURS}
+    if isinstance(module, torch.jit.ScriptModule):
+        return "it is compiled by TorchScript" if getattr(module, "original_name", None) in names else None
+    cls = type(module)
+    return f"it is {cls.__module__}'s" if cls.__module__.startswith("torch.ao.nn.") and cls.__name__ in names else None

@@ -53,11 +53,13 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> Explanation:
     def record(module: nn.Module, args: tuple, call_kwargs: dict) -> None:
         input = args[0] if args else call_kwargs["input"]
         data = input.data if isinstance(input, PackedSequence) else input
-        found.append(_choice(names[module], module, data, _batch(module, input)))
+        extended = call_kwargs.get("resets") is not None or call_kwargs.get("return_states", False)
+        found.append(_choice(names[module], module, data, _batch(module, input), extended))
 
     if not (inputs or kwargs):
         for module, name in names.items():
-            found.append(_choice(name, module, next(module.parameters())))
+            weight = module._flat_weights[0] if isinstance(module, nn.RNNBase) else module.weight_ih
+            found.append(_choice(name, module, weight))
         return found
     hooks = [module.register_forward_pre_hook(record, with_kwargs=True) for module in names]
     training = [module for module in model.modules() if module.training]
@@ -80,7 +82,7 @@ def _batch(module: nn.Module, input: Tensor | PackedSequence) -> int:
     return input.size(0 if module.batch_first else 1) if input.dim() == 3 else 1
 
 
-def _choice(name: str, module: nn.Module, data: Tensor, batch: int = 1) -> Choice:
+def _choice(name: str, module: nn.Module, data: Tensor, batch: int = 1, extended: bool = False) -> Choice:
     dtype = autocast_dtype(data.device.type, data.dtype)
     layer = f"{type(module).__name__}({module.extra_repr()})"
     described = f"{dtype} on {data.device}"
@@ -88,4 +90,4 @@ def _choice(name: str, module: nn.Module, data: Tensor, batch: int = 1) -> Choic
         return Choice(name, layer, described, "torch.nn", "not an rnnfast module; rnnfast.convert would make it one")
     mode = module.mode if isinstance(module, _Recurrent) else module._mode
     sizes = module.hidden_size, batch, getattr(module, "bidirectional", False), getattr(module, "proj_size", 0) > 0
-    return Choice(name, layer, described, *choose_backend(mode, data.device, dtype, *sizes))
+    return Choice(name, layer, described, *choose_backend(mode, data.device, dtype, *sizes, extended))

@@ -5,13 +5,14 @@ Letters as in ``reference.py``, and L layers.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import recurrence
+from . import aten, recurrence
 from .border import DTYPE_NAMES
 from .reference import GATES, check_mode
 
@@ -72,28 +73,31 @@ def rnn(
         lengths = _check_lengths(input, lengths)
         _check_resets(input, resets)
 
+    extended = resets is not None or return_states
+    backend, _ = recurrence.choose_backend(mode, input.device, input.dtype, extended=extended)
+    form = {"batch_sizes": batch_sizes, "lengths": lengths, "bidirectional": bidirectional}
+    if backend == "torch":
+        layer = functools.partial(aten.stack, mode, training=training, **form)
+        if not (dropout and training) and not torch.compiler.is_exporting():
+            return *layer(input, h0, c0, weights, num_layers=num_layers), None
+    else:
+        extensions = {"resets": resets, "keep_c": return_states, "recompute": recompute}
+        layer = functools.partial(recurrence.layer, backend, mode, **form, **extensions)
     y, h_ns, c_ns, hs, cs = input, [], [], [], []
     for k in range(num_layers):
         if k and dropout and training:
             y = F.dropout(y, dropout)
         states = slice(k * directions, (k + 1) * directions)
-        y, h_n, c_n, c = recurrence.layer(
-            mode,
+        y, h_n, c_n, *c = layer(
             y,
             h0 if h0 is None or num_layers == 1 else h0[states],
             c0 if c0 is None or num_layers == 1 else c0[states],
             weights[k * per_layer : (k + 1) * per_layer],
-            batch_sizes=batch_sizes,
-            lengths=lengths,
-            resets=resets,
-            bidirectional=bidirectional,
-            keep_c=return_states,
-            recompute=recompute,
         )
         h_ns.append(h_n)
         c_ns.append(c_n)
         hs.append(y)
-        cs.append(c)
+        cs += c
     all_states = _join(torch.stack, hs) if return_states else None
     if return_states and mode == "LSTM":
         all_states = all_states, _join(torch.stack, cs).to(input.dtype)
@@ -124,9 +128,13 @@ def cell(mode: str, input: Tensor, hx: Sequence[Tensor] | None, weights: Sequenc
             raise RuntimeError(f"Input batch size {input.size(0)} doesn't match hidden{k} batch size {state.size(0)}")
         if state.size(1) != hidden:
             raise RuntimeError(f"hidden{k} has inconsistent hidden_size: got {state.size(1)}, expected {hidden}")
-    h0, c0 = (None, None) if hx is None else (hx[0].unsqueeze(0), hx[1].unsqueeze(0) if mode == "LSTM" else None)
-    x, h0, c0, weights = _operands(input.unsqueeze(0), h0, c0, weights)
-    _, h_n, c_n, _ = recurrence.layer(mode, x, h0, c0, weights)
+    h0, c0 = (None, None) if hx is None else (hx[0], hx[1] if mode == "LSTM" else None)
+    input, h0, c0, weights = _operands(input, h0, c0, weights)
+    backend, _ = recurrence.choose_backend(mode, input.device, input.dtype)
+    if backend == "torch":
+        return aten.cell(mode, input, h0, c0, weights)
+    h0, c0 = (None if state is None else state.unsqueeze(0) for state in (h0, c0))
+    _, h_n, c_n, _ = recurrence.layer(backend, mode, input.unsqueeze(0), h0, c0, weights)
     return h_n.squeeze(0), c_n.squeeze(0) if mode == "LSTM" else c_n
 
 
@@ -204,6 +212,10 @@ def _check_lengths(input: Tensor, lengths: Tensor | None) -> Tensor | None:
         raise ValueError(f"lengths must be an integer tensor, got {lengths.dtype}")
     if lengths.dim() != 1 or lengths.size(0) != input.size(1):
         raise ValueError(f"lengths must have shape [{input.size(1)}], the batch size, got {list(lengths.shape)}")
+    if recurrence.is_recorded():
+        return lengths.to(input.device, torch.int64)
+    if torch.compiler.is_exporting() and lengths.device.type == "cpu":  # the program may run where there is no Python
+        return torch.ops.rnnfast.cpu_lengths(lengths, input.size(0)).to(input.device)
     return torch.ops.rnnfast.checked_lengths(lengths, input.size(0)).to(input.device)
 
 

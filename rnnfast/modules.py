@@ -1,19 +1,36 @@
 """The layers and cells: ``torch.nn``'s own construction, parameters and checks, with our forward.
 
-They derive from ``torch.nn.RNNBase`` and ``RNNCellBase``, not from ``torch.nn.LSTM`` and its like: torch.compile
-refuses whatever is an instance of those.
+The layers derive from ``torch.nn.RNNBase``, not from ``torch.nn.LSTM`` and its like: torch.compile refuses whatever is
+an instance of those. The cells derive from torch's.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from . import functional
+
+
+def _traced(module: nn.Module, input: fx.Proxy, hx: Any, extensions: dict[str, Any]) -> fx.Proxy:
+    """The call as one node of the graph that torch.fx records, as modules of torch.nn are."""
+    args = (input,) if hx is None else (input, hx)
+    return input.tracer.create_proxy("call_module", input.tracer.path_of_module(module), args, extensions)
+
+
+def _scriptable(module: nn.Module) -> nn.Module:
+    """What TorchScript compiles in place of a module of ours: torch.nn's, with the very Parameters."""
+    ours = next(cls for cls in type(module).__mro__ if cls.__module__ == __name__)
+    if type(module).forward is not ours.forward:
+        return module  # a forward of the user's own, to be compiled
+    twin = copy.copy(module)
+    twin.__class__ = getattr(nn, ours.__name__)
+    return twin
 
 
 class _Recurrent(nn.RNNBase):
@@ -21,8 +38,8 @@ class _Recurrent(nn.RNNBase):
 
     recompute = False
 
-    def __init__(self, mode: str, *args: Any, recompute: bool = False, **kwargs: Any) -> None:
-        super().__init__(mode, *args, **kwargs)
+    def __init__(self, mode: str, recompute: bool, *args: Any) -> None:
+        nn.RNNBase.__init__(self, mode, *args)  # what convert makes has torch.nn.LSTM between, with another signature
         if recompute:  # else a layer has torch.nn's attributes and no other
             self.recompute = True
 
@@ -36,7 +53,7 @@ class _Recurrent(nn.RNNBase):
         self,
         input: Tensor | PackedSequence,
         hx: Tensor | Sequence[Tensor] | None = None,
-        *,
+        *more: None,
         lengths: Tensor | None = None,
         resets: Tensor | None = None,
         return_states: bool = False,
@@ -66,6 +83,12 @@ class _Recurrent(nn.RNNBase):
             TypeError: lengths or resets is no Tensor.
             RuntimeError: hx or input has a wrong size, in torch's words.
         """
+        if isinstance(input, fx.Proxy):
+            extensions = {"lengths": lengths, "resets": resets, "return_states": return_states}
+            return _traced(self, input, hx, {k: v for k, v in extensions.items() if v not in (None, False)})
+        # torch.onnx's older exporter gives the defaults of all arguments by position.
+        if more and (any(more) or not torch.onnx.is_in_onnx_export()):
+            raise TypeError(f"forward() takes from 2 to 3 positional arguments but {3 + len(more)} were given")
         for name, given in (("lengths", lengths), ("resets", resets)):
             if given is not None and not isinstance(given, Tensor):
                 raise TypeError(f"{name} must be a Tensor, got {type(given).__name__}")
@@ -105,7 +128,7 @@ class _Recurrent(nn.RNNBase):
             self.mode,
             input,
             hx if hx is None or self.mode == "LSTM" else (hx,),
-            [getattr(self, name) for name in self._flat_weights_names],
+            self._weights(),
             num_layers=self.num_layers,
             bidirectional=self.bidirectional,
             dropout=self.dropout,
@@ -129,6 +152,20 @@ class _Recurrent(nn.RNNBase):
         hidden = (h_n, c_n) if self.mode == "LSTM" else h_n
         result = output, self.permute_hidden(hidden, unsorted_indices)
         return (*result, states) if return_states else result
+
+    def _weights(self) -> list[Tensor]:
+        """What torch.nn computes from: ``_flat_weights``, but for attributes that were replaced after it was made."""
+        flat, names, parameters = self._flat_weights, self._flat_weights_names, self._parameters
+        if all(parameters.get(name) is weight for name, weight in zip(names, flat)):
+            return flat
+        weights = [getattr(self, name, None) for name in names]
+        refs = self._flat_weight_refs
+        if not any(w is not None and ref is not None and ref() is not w for w, ref in zip(weights, refs)):
+            return flat
+        return [f if w is None else w for w, f in zip(weights, flat)]
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return _scriptable(self)
 
     def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
         """torch's check. It reads the dtype of ``_flat_weights``, behind which functional_call swaps the weights."""
@@ -173,15 +210,28 @@ class RNN(_Recurrent):
 
     _name, _tensor = "RNN", " tensor"
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        _refuse_projection(kwargs)
-        if len(args) > 3:
-            self.nonlinearity, args = args[3], args[:3] + args[4:]
-        else:
-            self.nonlinearity = kwargs.pop("nonlinearity", "tanh")
-        if self.nonlinearity not in ("tanh", "relu"):
-            raise ValueError(f"Unknown nonlinearity '{self.nonlinearity}'. Select from 'tanh' or 'relu'.")
-        super().__init__(f"RNN_{self.nonlinearity.upper()}", *args, **kwargs)
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        nonlinearity: str = "tanh",
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        recompute: bool = False,
+        proj_size: None = None,
+    ) -> None:
+        _refuse_projection(proj_size)
+        if nonlinearity not in ("tanh", "relu"):
+            raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
+        self.nonlinearity = nonlinearity
+        sizes = input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, 0
+        super().__init__(f"RNN_{nonlinearity.upper()}", recompute, *sizes, device, dtype)
 
 
 class LSTM(_Recurrent):
@@ -194,8 +244,23 @@ class LSTM(_Recurrent):
 
     _name, _tensor = "LSTM", ""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__("LSTM", *args, **kwargs)
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        recompute: bool = False,
+    ) -> None:
+        sizes = input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size
+        super().__init__("LSTM", recompute, *sizes, device, dtype)
 
     # torch.nn.LSTM's module interface, itself no base of ours: its methods serve as they are.
     get_expected_cell_size = nn.LSTM.get_expected_cell_size
@@ -230,21 +295,33 @@ class GRU(_Recurrent):
 
     _name, _tensor = "GRU", ""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        _refuse_projection(kwargs)
-        super().__init__("GRU", *args, **kwargs)
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        recompute: bool = False,
+        proj_size: None = None,
+    ) -> None:
+        _refuse_projection(proj_size)
+        sizes = input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, 0
+        super().__init__("GRU", recompute, *sizes, device, dtype)
 
 
-def _refuse_projection(kwargs: dict[str, Any]) -> None:
-    if "proj_size" in kwargs:
+def _refuse_projection(proj_size: int | None) -> None:
+    if proj_size is not None:
         raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
 
 
 class _Cell(nn.RNNCellBase):
-    """The forward that RNNCell, LSTMCell and GRUCell share.
-
-    Each has a constructor of its own: Python names it in the error for a wrong argument, and torch's are so named.
-    """
+    """The forward that RNNCell, LSTMCell and GRUCell share."""
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
         """One step.
@@ -259,6 +336,8 @@ class _Cell(nn.RNNCellBase):
         Raises:
             ValueError, RuntimeError: a wrong number of dimensions, size or dtype, in torch's words.
         """
+        if isinstance(input, fx.Proxy):
+            return _traced(self, input, hx, {})
         if input.dim() not in (1, 2):
             raise ValueError(f"{self._name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
         states = self._states(hx)
@@ -275,29 +354,19 @@ class _Cell(nn.RNNCellBase):
             h, c = h.squeeze(0), c.squeeze(0) if mode == "LSTM" else c
         return (h, c) if mode == "LSTM" else h
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        return _scriptable(self)
+
     def _states(self, hx: Tensor | None) -> Sequence[Tensor] | None:
         if hx is not None and hx.dim() not in (1, 2):
             raise ValueError(f"{self._name}: Expected hidden to be 1D or 2D, got {hx.dim()}D instead")
         return hx if hx is None else (hx,)
 
 
-class RNNCell(_Cell):
+class RNNCell(_Cell, nn.RNNCell):
     """``torch.nn.RNNCell`` on fused kernels: the same arguments, parameters, state_dict and results."""
 
-    __constants__ = ["input_size", "hidden_size", "bias", "nonlinearity"]
     _name = "RNNCell"
-
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        bias: bool = True,
-        nonlinearity: str = "tanh",
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(input_size, hidden_size, bias, 1, device, dtype)
-        self.nonlinearity = nonlinearity
 
     @property
     def _mode(self) -> str:
@@ -308,20 +377,10 @@ class RNNCell(_Cell):
         raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
 
 
-class LSTMCell(_Cell):
+class LSTMCell(_Cell, nn.LSTMCell):
     """``torch.nn.LSTMCell`` on fused kernels: the same arguments, parameters, state_dict and results."""
 
     _name, _mode = "LSTMCell", "LSTM"
-
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        bias: bool = True,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(input_size, hidden_size, bias, 4, device, dtype)
 
     def _states(self, hx: Sequence[Tensor] | None) -> Sequence[Tensor] | None:
         for idx, state in enumerate(() if hx is None else hx):
@@ -334,17 +393,10 @@ class LSTMCell(_Cell):
         return hx
 
 
-class GRUCell(_Cell):
+class GRUCell(_Cell, nn.GRUCell):
     """``torch.nn.GRUCell`` on fused kernels: the same arguments, parameters, state_dict and results."""
 
     _name, _mode = "GRUCell", "GRU"
 
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        bias: bool = True,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(input_size, hidden_size, bias, 3, device, dtype)
+
+OURS = (RNN, LSTM, GRU, RNNCell, LSTMCell, GRUCell)

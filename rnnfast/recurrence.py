@@ -11,7 +11,7 @@ import functools
 import importlib.util
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch.autograd import forward_ad
 
 from . import border, reference
@@ -54,7 +55,30 @@ SAVED_GATES = {"RNN_TANH": 0, "RNN_RELU": 0, "LSTM": 4, "GRU": 4}  # columns of 
 _OPS: dict[tuple[str, str], torch._ops.OpOverload] = {}  # by backend and direction
 _SAVES_GATES: set[str] = set()  # backends whose backward needs what the forward computed
 _CONTIGUOUS = torch.contiguous_format
+_is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
 _library = torch.library.Library("rnnfast", "DEF")
+
+
+class Backend(NamedTuple):
+    """A backend of this machine: whether it can be used, and with what, or why not."""
+
+    available: bool
+    detail: str
+
+
+@functools.cache
+def _load(name: str, compiler: str, detail: str) -> Backend:
+    path = Path(__file__).with_name(name)
+    if not path.exists():
+        return Backend(False, f"the native library is not built (no {compiler} at installation?)")
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        return Backend(False, f"the native library does not load: {error}")
+    return Backend(True, detail)
+
+
+_CPU = _load("_cpu.so", "C++ compiler", "C++ with SIMD")  # it defines operators, which are defined here without it
 
 
 # The fakes: what every backend returns. An absent tensor has shape [0].
@@ -100,14 +124,23 @@ def _backward_fake(mode, dy, dh_n, dc_n, dc, x, h0, c0, weights, batch_sizes, le
 def _define(backend: str, saves_gates: bool) -> None:
     if saves_gates:
         _SAVES_GATES.add(backend)
+    forward_fake = functools.partial(_forward_fake, saves_gates=saves_gates)
     for direction, schema, fake in (
-        ("forward", _FORWARD, functools.partial(_forward_fake, saves_gates=saves_gates)),
+        ("forward", _FORWARD, forward_fake),
+        ("layer", _FORWARD, forward_fake),  # the forward once more, as it stands in exported programs
         ("backward", _BACKWARD, _backward_fake),
     ):
         name = f"{backend}_{direction}"
-        _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _define_operator(name + schema)
         torch.library.register_fake(f"rnnfast::{name}", fake, lib=_library)
         _OPS[backend, direction] = getattr(torch.ops.rnnfast, name).default
+
+
+def _define_operator(schema: str) -> None:
+    """Unless a library of ours has defined it: a program that holds the operator runs with the library alone."""
+    name = "rnnfast::" + schema.partition("(")[0]
+    if not torch._C._jit_get_schemas_for_operator(name):
+        _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
 # The reference as a backend: the loops of reference.py behind ops.
@@ -158,22 +191,23 @@ def _module(backend: str) -> ModuleType:
     return importlib.import_module(f".{backend}", __package__)
 
 
-_define("reference", saves_gates=False)
-_define("cpu", saves_gates=True)
-_define("triton", saves_gates=True)
-_define("cuda", saves_gates=True)
-for _schema in ("cpu_isa(int? use) -> int", *_CUDA):
-    _library.define(_schema)
-_library.define("checked_lengths(Tensor lengths, SymInt steps) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-_library.impl("reference_forward", _reference_forward, "CompositeExplicitAutograd")
+BACKEND_NAMES = ("reference", "cpu", "triton", "cuda")  # that have operators
+for _name in BACKEND_NAMES:
+    _define(_name, saves_gates=_name != "reference")
+_LENGTHS = "(Tensor lengths, SymInt steps) -> Tensor"
+for _schema in ("cpu_isa(int? use) -> int", "cpu_lengths" + _LENGTHS, "checked_lengths" + _LENGTHS, *_CUDA):
+    _define_operator(_schema)
+for _direction in ("forward", "layer"):
+    _library.impl(f"reference_{_direction}", _reference_forward, "CompositeExplicitAutograd")
 _library.impl("reference_backward", _reference_backward, "CompositeExplicitAutograd")
-for _name, _direction in itertools.product(("triton", "cuda"), ("forward", "backward")):
-    _kernel = functools.partial(_on_gpu, _name, _direction)
+for _name, _direction in itertools.product(("triton", "cuda"), ("forward", "layer", "backward")):
+    _kernel = functools.partial(_on_gpu, _name, "backward" if _direction == "backward" else "forward")
     _library.impl(f"{_name}_{_direction}", _kernel, "CompositeExplicitAutograd")
 _library.impl("checked_lengths", _checked_lengths, "CompositeExplicitAutograd")
-torch.library.register_fake(
-    "rnnfast::checked_lengths", lambda lengths, steps: torch.empty_like(lengths, dtype=torch.int64), lib=_library
-)
+for _name in ("cpu_lengths", "checked_lengths"):
+    torch.library.register_fake(
+        f"rnnfast::{_name}", lambda lengths, steps: torch.empty_like(lengths, dtype=torch.int64), lib=_library
+    )
 torch.library.register_vmap(
     "rnnfast::checked_lengths",
     lambda info, in_dims, lengths, steps: (torch.ops.rnnfast.checked_lengths(lengths, steps), in_dims[0]),
@@ -182,25 +216,6 @@ torch.library.register_vmap(
 
 
 # The choice of a backend.
-
-
-class Backend(NamedTuple):
-    """A backend of this machine: whether it can be used, and with what, or why not."""
-
-    available: bool
-    detail: str
-
-
-@functools.cache
-def _load(name: str, compiler: str, detail: str) -> Backend:
-    path = Path(__file__).with_name(name)
-    if not path.exists():
-        return Backend(False, f"the native library is not built (no {compiler} at installation?)")
-    try:
-        torch.ops.load_library(path)
-    except OSError as error:
-        return Backend(False, f"the native library does not load: {error}")
-    return Backend(True, detail)
 
 
 def _gpu(device: torch.device | None, detail: str) -> Backend:
@@ -250,7 +265,8 @@ _cuda._dynamo_marked_constant = True  # as torch.compiler.assume_constant_result
 
 _BACKENDS = {
     "reference": Backend(True, "plain torch, any dtype and device"),
-    "cpu": _load("_cpu.so", "C++ compiler", "C++ with SIMD"),
+    "torch": Backend(True, "PyTorch's own kernels, those of torch.nn"),
+    "cpu": _CPU,
     "triton": None,  # looked for when asked for: that wakes the GPU's driver
     "cuda": None,
 }
@@ -312,6 +328,7 @@ def choose_backend(
     batch: int = 1,
     bidirectional: bool = False,
     projected: bool = False,
+    extended: bool = False,
 ) -> tuple[str, str]:
     """The backend that serves a layer, and why.
 
@@ -321,11 +338,23 @@ def choose_backend(
         hidden, batch, bidirectional, projected: H, N, and whether there are two directions and a projection. Backends
             for GPUs have several kernels; with H given, the reason says which one runs a forward, by the tables in
             ``csrc/cuda/plan.h`` and ``triton/plan.py``.
+        extended: whether the call has resets, or asks for the states of every step: torch's kernels know neither.
     """
     if _forced == "reference":
         return "reference", "asked for by use_backend"
     if forward_ad._current_level >= 0:  # as second derivatives are, whatever the backend
         return "reference", "forward-mode derivatives are taken through plain torch"
+    if _forced == "torch" or (_forced is None and is_recorded()):
+        why = "a graph is recorded that others run" if _forced is None else "asked for by use_backend"
+        if not extended:
+            if torch._C._are_functorch_transforms_active():
+                return "reference", "torch.func takes derivatives through plain torch"
+            return "torch", why
+        if _forced is None:
+            return "reference", f"{why}, and torch's kernels know neither resets nor the states of every step"
+        raise RuntimeError(
+            "backend 'torch' cannot serve this call: it knows neither resets nor the states of every step"
+        )
     names = _BACKENDS_OF.get(device.type, ()) if _forced is None else (_forced,)
     reasons = []
     if not names:
@@ -346,7 +375,18 @@ def choose_backend(
     reason = "; ".join(reasons)
     if _forced is not None:
         raise RuntimeError(f"backend {_forced!r} cannot serve this call: {reason}")
-    return "reference", reason
+    # A loop in Python is slower than torch's kernels, of which the meta device has none.
+    served = (
+        dtype in DTYPES and device.type != "meta" and not extended and not torch._C._are_functorch_transforms_active()
+    )
+    return "torch" if served else "reference", reason
+
+
+def is_recorded() -> bool:
+    """Whether torch.jit or torch.onnx record a graph, which is to run where rnnfast is not installed."""
+    if torch._C._get_tracing_state() is not None:
+        return True
+    return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
 
 
 # Derivatives, written once over the ops.
@@ -362,6 +402,44 @@ def _loop_over_batch(function: type, info, in_dims: tuple, args: tuple):
     return outputs, (0,) * len(outputs)
 
 
+def _save(ctx: Any, tensors: Sequence[Tensor | None]) -> None:
+    """Save tensors for the backward, absent ones apart: tools that walk ``saved_tensors`` expect no None there."""
+    ctx.absent = [i for i, t in enumerate(tensors) if t is None]
+    ctx.save_for_backward(*(t for t in tensors if t is not None))
+
+
+def _saved(ctx: Any) -> list[Tensor | None]:
+    tensors = list(ctx.saved_tensors)
+    for i in ctx.absent:
+        tensors.insert(i, None)
+    return tensors
+
+
+def _one_by_one(backward: Callable) -> Callable:
+    """A backward that also takes a batch of gradients, as ``is_grads_batched`` makes it with the vmap of before
+    torch.func: it runs once for each."""
+
+    @functools.wraps(backward)
+    def run(ctx: Any, *grads: Tensor | None) -> Any:
+        if torch.compiler.is_compiling() or not any(g is not None and _is_legacy_batched(g) for g in grads):
+            return backward(ctx, *grads)
+        # The level of the innermost vmap is to be had by entering another, and its operators apply within it only.
+        level = torch._C._vmapmode_increment_nesting() - 1
+        torch._C._vmapmode_decrement_nesting()
+        batched = [g is not None and _is_legacy_batched(g) for g in grads]
+        plain = [torch._remove_batch_dim(g, level, 0, 0) if of_batch else g for g, of_batch in zip(grads, batched)]
+        size = next(g.size(0) for g, of_batch in zip(plain, batched) if of_batch)
+        torch._C._vmapmode_decrement_nesting()
+        try:
+            each = [backward(ctx, *(g[i] if b else g for g, b in zip(plain, batched))) for i in range(size)]
+            results = [None if of[0] is None else torch.stack(of) for of in zip(*each)]
+        finally:
+            torch._C._vmapmode_increment_nesting()
+        return tuple(None if r is None else torch._add_batch_dim(r, 0, level) for r in results)
+
+    return run
+
+
 class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(backend, mode, bidirectional, recompute, batch_sizes, lengths, resets, x, h0, c0, *weights):
@@ -375,31 +453,39 @@ class _Layer(torch.autograd.Function):
         y, _, _, c, gates = output
         ctx.mark_non_differentiable(gates)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors[:6], y, c, gates, *tensors[6:])
+        _save(ctx, (*tensors[:6], y, c, gates, *tensors[6:]))
 
     @staticmethod
+    @_one_by_one
     def backward(ctx, dy, dh_n, dc_n, dc, _):
-        if all(grad is None for grad in (dy, dh_n, dc_n, dc)):
-            return (None,) * len(ctx.needs_input_grad)
-        batch_sizes, lengths, resets, x, h0, c0, y, c, gates, *weights = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        if ctx.recompute:
-            with torch.no_grad():
-                gates = _OPS[ctx.backend, "forward"](
-                    ctx.mode, x, h0, c0, weights, batch_sizes, lengths, resets, ctx.bidirectional, False, True
-                )[4]
-        # Only a derivative of this backward needs a Function; torch.compile wants none where there is no derivative.
-        twice = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
-        grads = (_LayerBackward.apply if twice else _LayerBackward.forward)(
-            ctx.backend, ctx.mode, ctx.bidirectional, needs[7], any(needs[10:]), batch_sizes, lengths, resets,
-            dy, dh_n, dc_n, dc, x, h0, c0, y, c, gates, *weights,
-        )  # fmt: skip
-        grads = [grad if need else None for grad, need in zip(grads, needs[7:])]
-        return (None,) * 7 + (*grads, *[None] * (3 + len(weights) - len(grads)))
+        dx, dh0, dc0, *dweights = _layer_backward(ctx, dy, dh_n, dc_n, dc, needs[7], any(needs[10:]))
+        grads = (grad if need else None for grad, need in zip((dx, dh0, dc0, *dweights), needs[7:]))
+        return (None,) * 7 + (*grads, *[None] * (len(needs) - 10 - len(dweights)))
 
     @staticmethod
     def vmap(info, in_dims, *args):
         return _loop_over_batch(_Layer, info, in_dims, args)
+
+
+def _layer_backward(ctx, dy, dh_n, dc_n, dc, need_dx: bool, need_dw: bool) -> tuple[Tensor | None, ...]:
+    """dx, dh0, dc0 and, if needed, the weights' gradients, of what ``_Layer.setup_context`` has kept."""
+    if all(grad is None for grad in (dy, dh_n, dc_n, dc)):
+        return None, None, None
+    batch_sizes, lengths, resets, x, h0, c0, y, c, gates, *weights = _saved(ctx)
+    if ctx.recompute:
+        is_kept = ctx.mode != "LSTM" or c.dim() > 1
+        with torch.no_grad():
+            *_, again, gates = _OPS[ctx.backend, "forward"](
+                ctx.mode, x, h0, c0, weights, batch_sizes, lengths, resets, ctx.bidirectional, not is_kept, True
+            )
+        c = c if is_kept else again
+    # Only a derivative of this backward needs a Function; torch.compile wants none where there is no derivative.
+    twice = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
+    return (_LayerBackward.apply if twice else _LayerBackward.forward)(
+        ctx.backend, ctx.mode, ctx.bidirectional, need_dx, need_dw, batch_sizes, lengths, resets,
+        dy, dh_n, dc_n, dc, x, h0, c0, y, c, gates, *weights,
+    )  # fmt: skip
 
 
 class _LayerBackward(torch.autograd.Function):
@@ -420,11 +506,12 @@ class _LayerBackward(torch.autograd.Function):
     def setup_context(ctx, inputs, output):
         _, ctx.mode, ctx.bidirectional, _, _, *tensors = inputs
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors[:10], *tensors[13:])
+        _save(ctx, (*tensors[:10], *tensors[13:]))
 
     @staticmethod
+    @_one_by_one
     def backward(ctx, *grads):
-        batch_sizes, lengths, resets, *tensors = ctx.saved_tensors
+        batch_sizes, lengths, resets, *tensors = _saved(ctx)
         form = (batch_sizes, lengths, resets, ctx.bidirectional)
         # An output that was not asked for has shape [0]; whatever gradient comes for it says nothing.
         live = [i for i, (g, t) in enumerate(zip(grads, tensors[4:])) if None not in (g, t) and g.shape == t.shape]
@@ -452,7 +539,34 @@ class _LayerBackward(torch.autograd.Function):
         return _loop_over_batch(_LayerBackward, info, in_dims, args)
 
 
+# The operator that stands in exported programs, ``rnnfast::NAME_layer``, has derivatives of its own: such a program
+# can be trained. It keeps no gates, as if to recompute.
+
+
+def _setup_layer(ctx: Any, inputs: tuple, output: tuple, *, backend: str) -> None:
+    mode, x, h0, c0, weights, batch_sizes, lengths, resets, bidirectional, _, _ = inputs
+    tensors = batch_sizes, lengths, resets, x, h0, c0, *weights
+    _Layer.setup_context(ctx, (backend, mode, bidirectional, True, *tensors), output)
+
+
+def _backward_of_layer(ctx: Any, dy, dh_n, dc_n, dc, _) -> tuple:
+    _, need_dx, _, _, need_dw, *others = ctx.needs_input_grad
+    dx, dh0, dc0, *dweights = _layer_backward(ctx, dy, dh_n, dc_n, dc, need_dx, any(need_dw))
+    dweights = dweights or [None] * len(need_dw)
+    absent = ctx.absent  # batch_sizes, lengths, resets, x, h0, c0
+    dh0, dc0 = (None if i in absent else grad for i, grad in ((4, dh0), (5, dc0)))
+    return None, dx if need_dx else None, dh0, dc0, dweights, *(None for _ in others)
+
+
+for _name in BACKEND_NAMES:
+    torch.library.register_autograd(
+        f"rnnfast::{_name}_layer", _backward_of_layer, lib=_library,
+        setup_context=functools.partial(_setup_layer, backend=_name),
+    )  # fmt: skip
+
+
 def layer(
+    backend: str,
     mode: str,
     x: Tensor,
     h0: Tensor | None,
@@ -469,6 +583,7 @@ def layer(
     """One recurrent layer over a sequence. Arguments are taken as valid: ``functional`` has checked them.
 
     Args:
+        backend: as :func:`choose_backend` gives it.
         mode: ``"RNN_TANH"``, ``"RNN_RELU"``, ``"LSTM"`` or ``"GRU"``.
         x: ``[T, N, I]``; with ``batch_sizes`` packed rows ``[R, I]``.
         h0, c0: ``[D, N, P]`` and ``[D, N, H]``; None is zero.
@@ -485,17 +600,37 @@ def layer(
         y ``[T, N, D*P]`` (or ``[R, D*P]``), h_n ``[D, N, P]``, and for an LSTM c_n ``[D, N, H]`` and c, the cell state
         at every step, ``[T, N, D*H]`` (or ``[R, D*H]``), in float32 where x is of a half type. Absent: shape ``[0]``.
     """
-    backend, _ = choose_backend(mode, x.device, x.dtype)
     form = (batch_sizes, lengths, resets)
-    if forward_ad._current_level >= 0:
+    if backend == "reference" and (forward_ad._current_level >= 0 or is_recorded()):
         return reference.layer(mode, x, h0, c0, weights, *form, bidirectional)
-    if _is_differentiated(x, h0, c0, weights):
-        recompute = recompute and SAVED_GATES[mode] > 0 and backend in _SAVES_GATES
+    if torch.compiler.is_exporting():
+        return _OPS[backend, "layer"](mode, x, h0, c0, weights, *form, bidirectional, keep_c, False)[:4]
+    recompute = recompute and SAVED_GATES[mode] > 0 and backend in _SAVES_GATES
+    if torch._C._are_functorch_transforms_active():
+        return _transformed(backend, mode, bidirectional, *form, x, h0, c0, *weights)[:4]
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, h0, c0, *weights)):
         return _Layer.apply(backend, mode, bidirectional, recompute, *form, x, h0, c0, *weights)[:4]
     return _OPS[backend, "forward"](mode, x, h0, c0, weights, *form, bidirectional, keep_c, False)[:4]
 
 
-def _is_differentiated(x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: list[Tensor]) -> bool:
-    if torch._C._are_functorch_transforms_active():
-        return True
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, h0, c0, *weights))
+def _transformed(backend: str, mode: str, bidirectional: bool, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    """``_Layer`` within transforms of torch.func, which would have to take its recomputation in the backward along.
+
+    Functionalization has no rule for a Function: what changes nothing in place is applied to the values within.
+    """
+    interpreter = retrieve_current_functorch_interpreter()
+    if interpreter.key() != torch._C._functorch.TransformType.Functionalize:
+        return _Layer.apply(backend, mode, bidirectional, False, *tensors)
+    functorch = torch._C._functorch
+    values = []
+    for t in tensors:
+        if t is not None and functorch.is_functionaltensor(t):
+            torch._sync(t)
+            t = functorch._unwrap_functional_tensor(t, False)
+        values.append(t)
+    with interpreter.lower():
+        if torch._C._are_functorch_transforms_active():
+            outputs = _transformed(backend, mode, bidirectional, *values)
+        else:
+            outputs = _Layer.apply(backend, mode, bidirectional, False, *values)
+    return tuple(functorch._wrap_functional_tensor(t, interpreter.level()) for t in outputs)

@@ -7,6 +7,7 @@ import os
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import rnnfast
 import rnnfast.__main__ as command
+from rnnfast import modules
 from rnnfast.recurrence import choose_backend
 
 DOUBLE = torch.float64
@@ -72,6 +74,12 @@ def x() -> torch.Tensor:
     return torch.randn(3, 7, 4, dtype=DOUBLE)
 
 
+def _is_converted(module: nn.Module, name: str) -> bool:
+    """Whether a module runs our code, and is its class of torch.nn's to whoever asks."""
+    ours, theirs = getattr(rnnfast, name), getattr(nn, name)
+    return isinstance(module, ours) and isinstance(module, theirs) and type(module) in {theirs} - {ours}
+
+
 def _classes(model: nn.Module) -> dict[str, type]:
     return {name: type(module) for name, module in model.named_modules()}
 
@@ -85,8 +93,11 @@ def test_convert_and_revert(model: Tagger, x: torch.Tensor, training: bool) -> N
 
     assert rnnfast.convert(model) is model
     after = _classes(model)
-    for name, cls in before.items():
-        assert after[name] is (getattr(rnnfast, RECURRENT[name][0]) if name in RECURRENT else cls)
+    for name, module in model.named_modules():
+        if name in RECURRENT:
+            assert _is_converted(module, RECURRENT[name][0])
+        else:
+            assert type(module) is before[name]
     assert model.rnnfast_report.converted == [name for name in before if name in RECURRENT]
     assert model.rnnfast_report.left_alone == {}
     assert model.shared is model.stack[1]
@@ -103,8 +114,10 @@ def test_convert_and_revert(model: Tagger, x: torch.Tensor, training: bool) -> N
     assert_same(values_and_grads(model, x), expected)
 
     assert rnnfast.revert(model) is model
-    assert _classes(model) == before
-    assert not hasattr(model, "rnnfast_report")
+    assert all(cls is before[name] for name, cls in _classes(model).items())
+    assert model.rnnfast_report.reverted == list(RECURRENT)
+    assert model.rnnfast_report.left_alone == {}
+    assert b"rnnfast." not in pickle.dumps(model)
     assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
     assert_same(values_and_grads(model, x), expected, rtol=0, atol=0)
     assert_same(values_and_grads(rnnfast.revert(model), x), expected, rtol=0, atol=0)
@@ -116,7 +129,7 @@ def test_the_model_itself(name: str) -> None:
     x = torch.randn(*((7, 3, 4) if name in LAYERS else (3, 4)), dtype=DOUBLE)
     hx = states(name, *((1, 3, 5) if name in LAYERS else (3, 5)))
     expected = values_and_grads(module, x, hx)
-    assert type(rnnfast.convert(module)) is getattr(rnnfast, name)
+    assert _is_converted(rnnfast.convert(module), name)
     assert module.rnnfast_report.converted == [""]
     assert_same(values_and_grads(module, x, hx), expected)
     assert type(rnnfast.revert(module)) is getattr(nn, name)
@@ -151,7 +164,7 @@ def test_hooks_flags_and_attributes_stay(model: Tagger, x: torch.Tensor) -> None
     rnnfast.convert(model)
     flatten_and_sum = sum(t.sum() for _, t in flatten(model(x)))
     flatten_and_sum.backward()
-    assert calls == [rnnfast.LSTM, rnnfast.LSTMCell]
+    assert calls == [nn.LSTM, nn.LSTMCell]
     assert not model.stack[0].training
     assert model.stack[2].training
     assert not model.stack[0].weight_hh_l0.requires_grad
@@ -186,13 +199,143 @@ def test_weights_changed_while_converted_are_seen_after_revert(model: Tagger, x:
     assert_same(values_and_grads(rnnfast.revert(model), x), expected)
 
 
-def test_subclass_with_its_own_code_is_left_alone() -> None:
-    model = nn.Sequential(nn.Sequential(Subclass(4, 5)), nn.GRU(4, 5))
+class Helped(nn.LSTM):
+    """A constructor and helpers of its own, but torch's computation."""
+
+    def __init__(self, size: int, note: str = "kept") -> None:
+        super().__init__(size, size, batch_first=True)
+        self.note = note
+
+    def last(self, x: torch.Tensor) -> torch.Tensor:
+        return self(x)[0][:, -1]
+
+    def extra_repr(self) -> str:
+        return "helped"
+
+
+class Mixin:
+    def summed(self, x: torch.Tensor) -> torch.Tensor:
+        return self(x)[0].sum(0)
+
+
+class GRU(Mixin, nn.GRU):
+    """Named as torch's."""
+
+
+class HelpedCell(nn.GRUCell):
+    def twice(self, x: torch.Tensor) -> torch.Tensor:
+        return self(x, self(x))
+
+
+@pytest.mark.parametrize(
+    "make, call",
+    [
+        (lambda: Helped(4), lambda m, x: m.last(x)),
+        (lambda: GRU(4, 5), lambda m, x: m.summed(x)),
+        (lambda: HelpedCell(4, 4), lambda m, x: m.twice(x[0])),
+    ],
+    ids=["constructor-and-helper", "mixin", "cell"],
+)
+def test_subclass_without_a_forward(make: Callable, call: Callable) -> None:
+    module = make().double()
+    x, cls, printed = torch.randn(3, 7, 4, dtype=DOUBLE), type(module), repr(module)
+    expected = call(module, x)
+    model = rnnfast.convert(nn.Sequential(nn.ModuleList([module])))
+    assert model.rnnfast_report == (["0.0"], {})
+    assert isinstance(module, modules.OURS)
+    assert isinstance(module, cls)
+    assert type(module) in {cls}
+    assert repr(module) == printed
+    assert_same({"": call(module, x)}, {"": expected})
+    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert type(twin) is type(module)
+        assert_same({"": call(twin, x)}, {"": expected})
+    rnnfast.revert(model)
+    assert type(module) is cls
+    assert model.rnnfast_report.reverted == ["0.0"]
+    assert_same({"": call(module, x)}, {"": expected}, rtol=0, atol=0)
+    (reason,) = rnnfast.convert(nn.Sequential(module), compile=True).rnnfast_report.left_alone.values()
+    assert reason.endswith(", and compile is set")
+    assert type(module) is cls
+
+
+def test_what_is_left_alone_is_named() -> None:
+    quantised = torch.ao.nn.quantized.dynamic.LSTM(4, 5)
+    model = nn.ModuleList([nn.Sequential(Subclass(4, 5)), nn.GRU(4, 5), torch.jit.script(nn.LSTM(4, 5)), quantised])
     rnnfast.convert(model)
     assert type(model[0][0]) is Subclass
-    assert type(model[1]) is rnnfast.GRU
+    assert _is_converted(model[1], "GRU")
     assert model.rnnfast_report.converted == ["1"]
-    assert model.rnnfast_report.left_alone == {"0.0": "Subclass is a subclass of torch.nn.LSTM"}
+    assert model.rnnfast_report.left_alone == {
+        "0.0": "Subclass is a subclass of torch.nn.LSTM with its own forward",
+        "2": "it is compiled by TorchScript",
+        "3": "it is torch.ao.nn.quantized.dynamic.modules.rnn's",
+    }
+
+
+def test_revert_names_what_it_leaves_alone() -> None:
+    class Own(rnnfast.LSTM):
+        pass
+
+    model = nn.ModuleList([Own(4, 5), rnnfast.GRU(4, 5, recompute=True), rnnfast.RNNCell(4, 5)])
+    rnnfast.revert(model)
+    assert [type(module) for module in model[1:]] == [nn.GRU, nn.RNNCell]
+    assert repr(model[1]) == "GRU(4, 5)"
+    assert model.rnnfast_report.reverted == ["1", "2"]
+    name = Own.__qualname__
+    assert model.rnnfast_report.left_alone == {"0": f"{name} is a subclass of rnnfast.LSTM"}
+
+
+def test_convert_to_compile(model: Tagger, x: torch.Tensor) -> None:
+    expected = values_and_grads(model.eval(), x)
+    for _ in range(2):
+        rnnfast.convert(model, compile=True)
+        assert all(type(model.get_submodule(name)) is getattr(rnnfast, cls) for name, (cls, _) in RECURRENT.items())
+        assert_same(values_and_grads(model, x), expected)
+        rnnfast.convert(rnnfast.revert(model))  # and from what is no good to compile
+    assert model.rnnfast_report.converted == list(RECURRENT)
+
+
+@pytest.mark.parametrize("name", LAYERS + CELL_MODULES)
+def test_branches_on_the_class_are_taken(name: str) -> None:
+    """As initialisers, validators and forwards of other people take them."""
+    theirs = getattr(nn, name)
+
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = theirs(4, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out = self.rnn(x)
+            if isinstance(self.rnn, (nn.LSTM, nn.LSTMCell)):
+                out = out[0]
+            return out[0] if isinstance(self.rnn, (nn.RNN, nn.GRU)) else out
+
+    def init(module: nn.Module) -> None:
+        if isinstance(module, theirs):
+            for p in module.parameters():
+                nn.init.constant_(p, 0.1)
+
+    model, x = Branching(), torch.randn(*((7, 3, 4) if name in LAYERS else (3, 4)))
+    expected = Branching().apply(init)(x)
+    assert_same({"": rnnfast.convert(model).apply(init)(x)}, {"": expected})
+    counts = {theirs: 1}
+    assert sum(counts.get(type(module), 0) for module in model.modules()) == 1
+
+
+@pytest.mark.parametrize("name", [name for name in LAYERS + CELL_MODULES if name != "RNN"])
+def test_dynamic_quantisation(name: str) -> None:
+    """By exact type, of torch's layers and cells but nn.RNN, of which torch has none."""
+    theirs, x = getattr(nn, name), torch.randn(*((7, 3, 4) if name in LAYERS else (3, 4)))
+    model = nn.ModuleList([theirs(4, 5)])
+    expected = torch.ao.quantization.quantize_dynamic(model, {theirs})
+    found = torch.ao.quantization.quantize_dynamic(rnnfast.convert(model), {theirs})
+    assert type(found[0]) is type(expected[0]) is getattr(torch.ao.nn.quantized.dynamic, name)
+    assert_same(dict(flatten(found[0](x))), dict(flatten(expected[0](x))), rtol=0, atol=0)
+    assert _is_converted(model[0], name)
+    left = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+    assert _is_converted(left[0], name)
 
 
 def test_a_model_without_recurrent_modules() -> None:
@@ -225,7 +368,7 @@ def test_parametrized_module(name: str) -> None:
     assert_same(values_and_grads(module, x, hx), values_and_grads(theirs, x, hx))
     rnnfast.convert(module)
     parametrize.remove_parametrizations(module, weight)
-    assert type(module) is getattr(rnnfast, name)
+    assert _is_converted(module, name)
 
 
 # explain and backends
@@ -234,7 +377,7 @@ def test_parametrized_module(name: str) -> None:
 @pytest.fixture
 def here() -> str:
     """The backend that serves float32 on this machine's CPU."""
-    return "cpu" if rnnfast.backends()["cpu"].available else "reference"
+    return "cpu" if rnnfast.backends()["cpu"].available else "torch"
 
 
 def test_explain(model: Tagger, here: str) -> None:
@@ -301,8 +444,9 @@ def test_explain_says_what_runs(here: str) -> None:
 
 def test_backends() -> None:
     found = rnnfast.backends()
-    assert list(found) == ["reference", "cpu", "triton", "cuda"]
+    assert list(found) == ["reference", "torch", "cpu", "triton", "cuda"]
     assert found["reference"].available
+    assert found["torch"].available
     assert all(isinstance(b.available, bool) and b.detail for b in found.values())
     found.clear()  # a copy
     assert "reference" in rnnfast.backends()
@@ -321,7 +465,7 @@ def test_command() -> None:
     assert lines[0].startswith(f"rnnfast {rnnfast.__version__}, torch {torch.__version__}, Python ")
     for name, backend in rnnfast.backends().items():
         # This process alone has loaded the emulation, and Triton with the interpreter.
-        available = backend.available and (name in ("reference", "cpu") or torch.cuda.is_available())
+        available = backend.available and (name in ("reference", "torch", "cpu") or torch.cuda.is_available())
         assert any(line.split()[:2] == [name, "yes" if available else "no"] for line in lines)
         checks = [line for line in lines if line.startswith(name) and line.endswith(" ok")]
         assert len(checks) == (3 if available else 0)

@@ -1,0 +1,166 @@
+"""PyTorch's own kernels: a whole stack of layers, or a cell, by the operators that ``torch.nn``'s modules call.
+
+They serve every device that torch serves, and their names stand in the graphs that others are given to run.
+Letters as in ``reference.py``, and L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from . import onnx, reference
+
+_STACKS = {
+    "RNN_TANH": torch._VF.rnn_tanh,
+    "RNN_RELU": torch._VF.rnn_relu,
+    "LSTM": torch._VF.lstm,
+    "GRU": torch._VF.gru,
+}
+_CELLS = {
+    "RNN_TANH": torch._VF.rnn_tanh_cell,
+    "RNN_RELU": torch._VF.rnn_relu_cell,
+    "LSTM": torch._VF.lstm_cell,
+    "GRU": torch._VF.gru_cell,
+}
+
+
+def stack(
+    mode: str,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    *,
+    num_layers: int = 1,
+    bidirectional: bool = False,
+    training: bool = False,
+    batch_sizes: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A stack of layers without dropout; arguments as :func:`rnnfast.functional.rnn`'s.
+
+    Returns:
+        y, h_n and, for an LSTM, c_n, else shape ``[0]``.
+    """
+    if num_layers == 1 and onnx.serves(x, weights, batch_sizes, bidirectional):
+        return onnx.layer(mode, x, h0, c0, weights, lengths, bidirectional)
+    if lengths is not None:
+        return _padded(mode, x, h0, c0, weights, lengths, num_layers, bidirectional, training)
+    states = _states(mode, x, h0, c0, weights, batch_sizes, num_layers * (1 + bidirectional))
+    form, inputs = (mode, num_layers, bidirectional, batch_sizes, len(states)), (x, *states, *weights)
+    if torch.jit.is_tracing() or torch.compiler.is_compiling() or not _is_differentiated(inputs):
+        y, h_n, *c_n = _call(*form, training, inputs)
+    else:
+        y, h_n, *c_n = _Stack.apply(*form, *inputs)
+    return y, h_n, *(c_n or [x.new_empty(0)])
+
+
+def cell(mode: str, x: Tensor, h: Tensor | None, c: Tensor | None, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """h and, for an LSTM, c, else shape ``[0]``, after one step; x ``[N, I]``, h and c ``[N, H]``, None is zero."""
+    h = x.new_zeros(x.size(0), weights[1].size(1)) if h is None else h
+    if mode == "LSTM":
+        return _CELLS[mode](x, (h, torch.zeros_like(h) if c is None else c), *weights)
+    return _CELLS[mode](x, h, *weights), x.new_empty(0)
+
+
+def _states(mode, x, h0, c0, weights, batch_sizes, count: int) -> list[Tensor]:
+    """The initial state. A batch size that is read off a tensor stays one where a graph is recorded."""
+    batch = x.size(1) if batch_sizes is None else batch_sizes[0]
+    widths = {"h": weights[1].size(1), "c": weights[0].size(0) // reference.GATES[mode]}
+    given = {"h": h0, "c": c0} if mode == "LSTM" else {"h": h0}
+    return [x.new_zeros(count, batch, widths[name]) if t is None else t for name, t in given.items()]
+
+
+def _is_differentiated(inputs: Sequence[Tensor]) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+
+
+def _call(
+    mode: str,
+    num_layers: int,
+    bidirectional: bool,
+    batch_sizes: Tensor | None,
+    states: int,
+    training: bool,
+    inputs: Sequence[Tensor],
+) -> tuple[Tensor, ...]:
+    x, hx, weights = inputs[0], inputs[1 : 1 + states], list(inputs[1 + states :])
+    biased = len(weights) // (num_layers * (1 + bidirectional)) >= 4
+    form = (hx if mode == "LSTM" else hx[0], weights, biased, num_layers, 0.0, training, bidirectional)
+    with torch.autocast(x.device.type, enabled=False):  # the operands are cast already
+        return _STACKS[mode](x, *form, False) if batch_sizes is None else _STACKS[mode](x, batch_sizes, *form)
+
+
+class _Stack(torch.autograd.Function):
+    """torch's kernels can be derived once; a derivative of that goes through plain torch."""
+
+    @staticmethod
+    def forward(ctx: Any, mode, num_layers, bidirectional, batch_sizes, states, *inputs):
+        leaves = [t.detach().requires_grad_(t.requires_grad) for t in inputs]
+        ctx.form = mode, num_layers, bidirectional, batch_sizes, states
+        with torch.enable_grad():
+            outputs = _call(*ctx.form, True, leaves)  # cuDNN keeps what a backward needs in training only
+        ctx.graph = outputs, leaves
+        ctx.save_for_backward(*inputs)
+        ctx.set_materialize_grads(False)
+        return tuple(output.detach() for output in outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        leaves, twice = ctx.saved_tensors, torch.is_grad_enabled()
+        keep = twice or torch._C._autograd._get_current_graph_task_keep_graph()
+        if twice:
+            outputs = _reference(*ctx.form, leaves)
+        else:
+            outputs, leaves = ctx.graph
+            if not keep:
+                del ctx.graph
+        live = [(output, grad) for output, grad in zip(outputs, grads) if grad is not None]
+        needs = ctx.needs_input_grad[5:]
+        wanted = [leaf for leaf, need in zip(leaves, needs) if need]
+        found = iter(
+            torch.autograd.grad(
+                [output for output, _ in live], wanted, [grad for _, grad in live],
+                retain_graph=keep, create_graph=twice, allow_unused=True,
+            )
+        )  # fmt: skip
+        return (None,) * 5 + tuple(next(found) if need else None for need in needs)
+
+
+def _reference(mode, num_layers, bidirectional, batch_sizes, states, inputs) -> tuple[Tensor, ...]:
+    """What ``_call`` computes, in plain torch."""
+    y, h0, c0, weights = inputs[0], inputs[1], inputs[2] if states == 2 else None, inputs[1 + states :]
+    per_layer, directions, finals = len(weights) // num_layers, 1 + bidirectional, []
+    for k in range(num_layers):
+        of_layer = slice(k * directions, (k + 1) * directions)
+        y, *final, _ = reference.layer(
+            mode, y, h0[of_layer], c0 if c0 is None else c0[of_layer], weights[k * per_layer : (k + 1) * per_layer],
+            batch_sizes, None, None, bidirectional,
+        )  # fmt: skip
+        finals.append(final[:states])
+    return y, *(torch.cat(final) for final in zip(*finals))
+
+
+def _padded(mode, x, h0, c0, weights, lengths, num_layers, bidirectional, training) -> tuple[Tensor, Tensor, Tensor]:
+    """By packing, which wants a step of every row: what a row without any makes of it is put right afterwards."""
+    steps = x.size(0)
+    h0, *c0 = _states(mode, x, h0, c0, weights, None, num_layers * (1 + bidirectional))
+    if steps == 0:
+        return x.new_empty(0, x.size(1), h0.size(2) * (1 + bidirectional)), h0.clone(), *(c0 or [x.new_empty(0)])
+    packed = pack_padded_sequence(x, lengths.clamp(min=1).cpu(), enforce_sorted=False)
+    order, inverse = packed.sorted_indices, packed.unsorted_indices
+    states = [state.index_select(1, order) for state in (h0, *c0)]
+    y, *finals = stack(
+        mode, packed.data, states[0], states[1] if c0 else None, weights, num_layers=num_layers,
+        bidirectional=bidirectional, training=training, batch_sizes=packed.batch_sizes,
+    )  # fmt: skip
+    y, _ = pad_packed_sequence(packed._replace(data=y), total_length=steps)
+    y = torch.where((lengths > 0)[:, None], y, 0)
+    for i, initial in enumerate((h0, *c0)):
+        finals[i] = torch.where((lengths > 0)[:, None], finals[i].index_select(1, inverse), initial)
+    return y, *finals

@@ -1,0 +1,59 @@
+"""A layer as an operator of ONNX: https://onnx.ai/onnx/operators, LSTM, GRU and RNN."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+# Where ONNX's gates stand in torch's order: i o f c, and z r h.
+_ORDER = {"RNN_TANH": (0,), "RNN_RELU": (0,), "LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2)}
+_VERSION = 14  # of the operators, since which they have a layout
+
+
+def serves(x: Tensor, weights: Sequence[Tensor], batch_sizes: Tensor | None, bidirectional: bool) -> bool:
+    """Whether torch.onnx's exporter by torch.export is at work, and there is an operator: none has a projection."""
+    exports = torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
+    return exports and batch_sizes is None and len(weights) // (1 + bidirectional) % 2 == 0
+
+
+def layer(
+    mode: str,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    lengths: Tensor | None,
+    bidirectional: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y ``[T, N, D*H]``, h_n and c_n ``[D, N, H]`` (shape ``[0]`` but for an LSTM) as a node of the recorded graph."""
+    T, N, _ = x.shape
+    D, H = 1 + bidirectional, weights[1].size(1)
+    directions = reference.split_weights(weights, bidirectional)
+
+    def onnx_order(weight: Tensor) -> Tensor:
+        gates = weight.chunk(reference.GATES[mode])
+        return torch.cat([gates[gate] for gate in _ORDER[mode]])
+
+    w = torch.stack([onnx_order(of.w_ih) for of in directions])
+    r = torch.stack([onnx_order(of.w_hh) for of in directions])
+    b = None
+    if directions[0].b_ih is not None:
+        b = torch.stack([torch.cat([onnx_order(of.b_ih), onnx_order(of.b_hh)]) for of in directions])
+    attributes = {"hidden_size": H, "direction": "bidirectional" if bidirectional else "forward"}
+    if mode == "GRU":
+        attributes["linear_before_reset"] = 1
+    elif mode != "LSTM":
+        attributes["activations"] = ["Tanh" if mode == "RNN_TANH" else "Relu"] * D
+    inputs = [x, w, r, b, None if lengths is None else lengths.to(torch.int32), h0]
+    shapes = [(T, D, N, H), (D, N, H)]
+    if mode == "LSTM":
+        inputs.append(c0)
+        shapes.append((D, N, H))
+    y, *finals = torch.onnx.ops.symbolic_multi_out(
+        mode.partition("_")[0], inputs, attributes, dtypes=[x.dtype] * len(shapes), shapes=shapes, version=_VERSION
+    )
+    return y.transpose(1, 2).reshape(T, N, D * H), *finals, *([] if mode == "LSTM" else [x.new_empty(0)])
