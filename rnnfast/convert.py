@@ -55,7 +55,8 @@ def _passing_for(cls: type) -> type:
 
     body = {"stands_for": cls, "__module__": __name__, "__doc__": cls.__doc__}
     body |= {"__reduce_ex__": reduce, "__setattr__": set_attribute}
-    new = _PassesFor(cls.__name__, bases, body)
+    metaclass = _PassesFor if type(cls) is type else type("_PassesFor", (_PassesFor, type(cls)), {})
+    new = metaclass(cls.__name__, bases, body)
     return new
 
 

@@ -20,11 +20,14 @@ from torch._subclasses.fake_tensor import FakeTensor
 from .recurrence import BACKEND_NAMES
 
 
+def _is_unknown(lengths: Tensor | None) -> bool:
+    """Whether all rows count as full: the values of lengths are not to be had while a graph is made."""
+    return lengths is None or isinstance(lengths, FakeTensor) or lengths.device.type == "meta"
+
+
 def _rows(x: Tensor, lengths: Tensor | None) -> int:
-    """R of the steps that are run: values of lengths are not to be had while a graph is made."""
-    if lengths is None or isinstance(lengths, FakeTensor) or lengths.device.type == "meta":
-        return x.shape[:-1].numel()
-    return int(lengths.sum())
+    """R of the steps that are run."""
+    return x.shape[:-1].numel() if _is_unknown(lengths) else int(lengths.sum())
 
 
 def _products(x: Tensor, weights: Sequence[Tensor], bidirectional: bool) -> tuple[int, int, int]:
@@ -51,7 +54,7 @@ def _backward_flops(
     flops = D * R * (of_x * (need_dx + need_dw) + of_h * (1 + need_dw) + of_m * (1 + need_dw))
     if h0 is None:  # no gradient goes beyond the first step
         if batch_sizes is None:
-            first = D * min(x.size(1), R)
+            first = D * (x.size(1) if _is_unknown(lengths) else int((lengths > 0).sum()))
         else:
             first = int(batch_sizes[0]) + (int(batch_sizes[-1]) if bidirectional else 0)
         flops -= first * of_h

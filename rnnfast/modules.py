@@ -85,9 +85,9 @@ class _Recurrent(nn.RNNBase):
         """
         if isinstance(input, fx.Proxy):
             extensions = {"lengths": lengths, "resets": resets, "return_states": return_states}
-            return _traced(self, input, hx, {k: v for k, v in extensions.items() if v not in (None, False)})
+            return _traced(self, input, hx, {k: v for k, v in extensions.items() if v is not None and v is not False})
         # torch.onnx's older exporter gives the defaults of all arguments by position.
-        if more and (any(more) or not torch.onnx.is_in_onnx_export()):
+        if more and (not torch.onnx.is_in_onnx_export() or any(more)):
             raise TypeError(f"forward() takes from 2 to 3 positional arguments but {3 + len(more)} were given")
         for name, given in (("lengths", lengths), ("resets", resets)):
             if given is not None and not isinstance(given, Tensor):

@@ -140,9 +140,28 @@ def test_converted_model_compiles() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.LSTM(4, 5)).double()
     x = torch.randn(6, 3, 3, dtype=DOUBLE)
     expected = values_and_grads(model, x)
-    compiled = torch.compile(rnnfast.convert(model), backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(rnnfast.convert(model, compile=True), backend="aot_eager", fullgraph=True)
     found = values_and_grads(compiled, x)
     assert_same({key.replace("_orig_mod.", ""): t for key, t in found.items()}, expected)
+
+
+@pytest.mark.parametrize("name", LAYERS + CELL_MODULES)
+def test_compile_instances_of_torchs_classes(name: str) -> None:
+    """An instance of torch.nn.LSTM breaks the graph; a cell's need not."""
+    model = nn.Sequential(nn.Linear(3, 4), getattr(nn, name)(4, 5)).double()
+    x = torch.randn(*(6, 3)[name in CELL_MODULES :], 3, dtype=DOUBLE)
+    rnnfast.convert(model)
+    expected = values_and_grads(model, x)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=name in CELL_MODULES)
+    found = values_and_grads(compiled, x)
+    assert_same({key.replace("_orig_mod.", ""): t for key, t in found.items()}, expected)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_compile_with_replaced_flat_weights(name: str) -> None:
+    model = getattr(rnnfast, name)(4, 5, dtype=DOUBLE)
+    model._flat_weights = [w.detach() * 0.5 for w in model._flat_weights]
+    _assert_compiled_is_eager(model, torch.randn(6, 3, 4, dtype=DOUBLE))
 
 
 # Export
@@ -180,7 +199,7 @@ def test_export_with_dynamic_sizes(name: str, extension: str) -> None:
         Batch(), inputs(6, 3), dynamic_shapes=(sizes, sizes if extension == "resets" else {0: rows})
     )
     nodes = _nodes(program)
-    assert len([target for target in nodes if target.startswith("rnnfast.") and "_forward" in target]) == 3
+    assert len([target for target in nodes if target.startswith("rnnfast.") and "_layer" in target]) == 3
     assert len(nodes) < 20, nodes  # the projection before, sums of states, checks of sizes: no loop over steps
     for size in ((6, 3), (13, 2), (2, 7)):
         args = inputs(*size)
@@ -193,6 +212,6 @@ def test_export_cell(name: str) -> None:
     rows = torch.export.Dim("rows")
     sizes = {0: rows}, ((({0: rows},) * 2 if name == "LSTMCell" else {0: rows}),)
     program = torch.export.export(model, (torch.randn(3, 3, dtype=DOUBLE), hx), dynamic_shapes=sizes)
-    assert sum("_forward" in target for target in _nodes(program)) == 1
+    assert sum("_layer" in target for target in _nodes(program)) == 1
     args = torch.randn(8, 3, dtype=DOUBLE), states(name, 8, 5)
     assert_same(dict(flatten(program.module()(*args))), dict(flatten(model(*args))))

@@ -350,6 +350,8 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> cpu_backward(
 
 // A copy of lengths, int64 and within 0..steps.
 Tensor cpu_lengths(Tensor lengths, int64_t steps) {
+  RNNFAST_CHECK(lengths.defined(), "lengths is missing");
+  RNNFAST_CHECK(steps >= 0, "a sequence has no ", steps, " steps");
   const ScalarType dtype = lengths.scalar_type();
   RNNFAST_CHECK(dtype == ScalarType::Byte || dtype == ScalarType::Char || dtype == ScalarType::Short ||
                     dtype == ScalarType::Int || dtype == ScalarType::Long,
