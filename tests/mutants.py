@@ -89,7 +89,7 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         ("fro from the end of all panels", NUMBERS, "panels.begin + panels.end - 1 - p", "panels.end - 1 - p"),
         (
             "units shared in one direction only",
-            NUMBERS,
+            THREADS,
             "stage(task / parts, task % parts, parts)",
             "stage(0, task % parts, parts)",
         ),

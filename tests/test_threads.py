@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -87,3 +88,13 @@ def test_in_a_forked_child() -> None:
     """Where an OpenMP pool of the parent's would be waited for in vain."""
     path = os.pathsep.join([str(Path(rnnfast.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     subprocess.run([sys.executable, "-c", FORK], check=True, timeout=HANG, env=os.environ | {"PYTHONPATH": path})
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")
+def test_a_crew_whose_members_do_not_turn_up(tmp_path: Path) -> None:
+    """One of them then does all the tasks: a busy machine's schedule, played by a program of its own."""
+    program = tmp_path / "crew"
+    source = Path(__file__).with_name("crew.cpp")
+    subprocess.run(["c++", "-std=c++17", "-DRNNFAST_ISA=portable", source, "-o", program], check=True, timeout=HANG)
+    done = subprocess.run([program], capture_output=True, text=True, timeout=HANG, check=True)
+    assert done.stdout.split() == 8 * ["1111"]
