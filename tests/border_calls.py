@@ -593,7 +593,12 @@ def are_right(call: Arguments, operator: str, results: tuple) -> bool:
 
 
 # What is not the operators' to refuse: types and backends, by the dispatcher, and lengths, in the layers' words.
-TORCHS = ("rnnfast::", "Could not run 'rnnfast::", "lengths must be within")
+TORCHS = (
+    "rnnfast::",
+    "Could not run 'rnnfast::",
+    "There were no tensor arguments to this function",
+    "lengths must be within",
+)
 
 
 def is_malformed(change: str, operator: str) -> bool | None:

@@ -273,7 +273,7 @@ def test_what_is_missing_is_said(
         pass
     assert str(missing.value).startswith(f"backend 'cuda' is missing here: {reason}")
     backend, said = recurrence.choose_backend("LSTM", torch.device("cuda", 1), torch.float32)
-    assert backend == "reference" and said == f"{found.detail}; Triton is not installed"
+    assert backend == "torch" and said == f"{found.detail}; Triton is not installed"
 
 
 def test_without_a_gpu_the_library_is_not_loaded(gpus: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -113,7 +113,7 @@ def test_what_is_missing_is_said(lack: str, gpus: Callable[..., None], monkeypat
         pass
     reason = f"no library; {reason}" if lack == "triton" else reason  # what the CUDA kernels lack is said, too
     device = torch.device("cuda", 1)
-    assert recurrence.choose_backend("LSTM", device, torch.float32) == ("reference", reason)
+    assert recurrence.choose_backend("LSTM", device, torch.float32) == ("torch", reason)
 
 
 def test_a_gpu_gets_triton(gpus: Callable[..., None]) -> None:
