@@ -94,14 +94,8 @@ def convert(model: Model, *, compile: bool = False) -> Model:
                 report.converted.append(name)
             elif reason := _is_foreign(module):
                 report.left_alone[name] = reason
-        elif cls.forward is not base.forward or cls.__call__ is not base.__call__:
-            report.left_alone[name] = (
-                f"{cls.__qualname__} is a subclass of torch.nn.{base.__name__} with its own forward"
-            )
-        elif compile and cls is not base:
-            report.left_alone[name] = (
-                f"{cls.__qualname__} is a subclass of torch.nn.{base.__name__}, and compile is set"
-            )
+        elif why := _why_not(cls, base, compile):
+            report.left_alone[name] = f"{cls.__qualname__} is a subclass of torch.nn.{base.__name__}{why}"
         else:
             _become(module, _OURS[cls] if compile else _passing_for(cls))
             report.converted.append(name)

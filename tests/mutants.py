@@ -250,7 +250,7 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         ),
         ("dropout in eval", "test_modules.py -k dropout", "if k and dropout and training:", "if k and dropout:"),
         ("hx of another layer", NUMBERS, "slice(k * directions, (k + 1) * directions)", "slice(k, k + directions)"),
-        ("c of every step without autograd", STATES, "keep_c=return_states", "keep_c=False"),
+        ("c of every step without autograd", STATES, '"keep_c": return_states', '"keep_c": False'),
         ("resets of another dtype", "test_errors.py", "if resets.dtype != torch.bool:", "if False:"),
         (
             "operands of another device",
@@ -267,6 +267,12 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
             "self.permute_hidden(hidden, sorted_indices if packed else None)",
         ),
         (
+            "flat weights are overlooked",
+            "test_tools.py -k weights",
+            "            return flat\n        return [",
+            "            return weights\n        return [",
+        ),
+        (
             "resets are not batch first",
             "test_errors.py",
             "if resets is not None and resets.dim() == 2 and not time_major:",
@@ -274,7 +280,75 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         ),
     ],
     "rnnfast/convert.py": [
-        ("revert leaves the report", "test_convert.py", 'model.__dict__.pop("rnnfast_report", None)', "pass"),
+        ("revert leaves the option", "test_convert.py", 'module.__dict__.pop("recompute", None)', "pass"),
+        ("no instance of torch's", "test_convert.py", "bases = (_OURS[cls], cls) if", "bases = (_OURS[cls],) if"),
+        ("no key as torch's", "test_convert.py", 'vars(cls).get("stands_for") is other', "False"),
+        ("a forward of the user's is lost", "test_convert.py", "if cls.forward is not base.forward or", "if"),
+    ],
+    "rnnfast/aten.py": [
+        (
+            "LSTM's states swapped",
+            "test_tools.py -k backend_torch",
+            "(h, torch.zeros_like(h) if c is None else c)",
+            "(h if c is None else c, h)",
+        ),
+        (
+            "a row without steps keeps a state",
+            "test_tools.py -k backend_torch",
+            "finals[i].index_select(1, inverse), initial)",
+            "finals[i].index_select(1, inverse), 0)",
+        ),
+        (
+            "rows in the order of their lengths",
+            "test_tools.py -k backend_torch",
+            "finals[i].index_select(1, inverse), initial)",
+            "finals[i], initial)",
+        ),
+        (
+            "double backward without the last state",
+            "test_tools.py -k twice",
+            "finals.append(final[:states])",
+            "finals.append([f.detach() for f in final[:states]])",
+        ),
+    ],
+    "rnnfast/onnx.py": [
+        (
+            "gates of ONNX's LSTM in torch's order",
+            "test_tools.py -k onnx",
+            '"LSTM": (0, 3, 1, 2)',
+            '"LSTM": (0, 1, 2, 3)',
+        ),
+        ("GRU resets before the product", "test_tools.py -k onnx", 'attributes["linear_before_reset"] = 1', "pass"),
+        (
+            "lengths are left out",
+            "test_tools.py -k onnx",
+            "None if lengths is None else lengths.to(torch.int32)",
+            "None",
+        ),
+    ],
+    "rnnfast/flops.py": [
+        ("backward of the first step", "test_tools.py -k flops", "flops -= first * of_h", "pass"),
+        (
+            "flops of one direction",
+            "test_tools.py -k flops",
+            "R, D = _rows(x, lengths), 1 + bidirectional",
+            "R, D = _rows(x, lengths), 1",
+        ),
+    ],
+    "rnnfast/border.py": [
+        ("lengths beyond the steps", OPERATORS, "if low < 0 or high > T:", "if low < 0:"),
+        (
+            "batch_sizes that increase",
+            OPERATORS,
+            "sizes[-1] <= 0 or sizes != sorted(sizes, reverse=True)",
+            "sizes[-1] <= 0",
+        ),
+        (
+            "gates of another shape",
+            OPERATORS,
+            "(D, R, saved * H) if saved else (0,), dtype, device)",
+            "gates.shape, dtype, device)",
+        ),
     ],
     "rnnfast/explain.py": [
         ("explain takes steps for rows", "test_cuda.py -k explain", "0 if module.batch_first else 1", "1"),
@@ -285,8 +359,8 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         (
             "h_0 and c_0 swapped in backward",
             NUMBERS,
-            "x, h0, c0, y, c, gates, *weights = ctx",
-            "x, c0, h0, y, c, gates, *weights = ctx",
+            "x, h0, c0, y, c, gates, *weights = _saved",
+            "x, c0, h0, y, c, gates, *weights = _saved",
         ),
         (
             "recompute keeps the gates",
@@ -306,12 +380,25 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
             "enumerate(tensors) if t is not None]",
             "enumerate(tensors) if t is not None and i != 3]",
         ),
+        ("an absent state is saved in another's place", NUMBERS, "tensors.insert(i, None)", "tensors.insert(0, None)"),
+        (
+            "batched gradients in the wrong order",
+            "test_tools.py -k batches",
+            "for i in range(size)]",
+            "for i in reversed(range(size))]",
+        ),
+        (
+            "c of an exported program's backward",
+            "test_tools.py -k exported",
+            "c = c if is_kept else again",
+            "c = again if is_kept else c",
+        ),
         ("vmap along the first dimension", "test_recurrence.py -k vmap", "a.select(dim, i)", "a.select(0, i)"),
         (
             "forward mode through a backend",
             DERIVATIVES,
-            "if forward_ad._current_level >= 0:\n        return reference.layer",
-            "if False:\n        return reference.layer",
+            "(forward_ad._current_level >= 0 or is_recorded())",
+            "is_recorded()",
         ),
         (
             "h_0 alone asks for no gradient",
