@@ -75,29 +75,42 @@ def rnn(
 
     extended = resets is not None or return_states
     backend, _ = recurrence.choose_backend(mode, input.device, input.dtype, extended=extended)
-    form = {"batch_sizes": batch_sizes, "lengths": lengths, "bidirectional": bidirectional}
+    by_torch = None
     if backend == "torch":
-        layer = functools.partial(aten.stack, mode, training=training, **form)
+        form = {"batch_sizes": batch_sizes, "lengths": lengths, "bidirectional": bidirectional, "training": training}
+        by_torch = functools.partial(aten.stack, mode, **form)
         if not (dropout and training) and not torch.compiler.is_exporting():
-            return *layer(input, h0, c0, weights, num_layers=num_layers), None
-    else:
-        extensions = {"resets": resets, "keep_c": return_states, "recompute": recompute}
-        layer = functools.partial(recurrence.layer, backend, mode, **form, **extensions)
+            return *by_torch(input, h0, c0, weights, num_layers=num_layers), None
     y, h_ns, c_ns, hs, cs = input, [], [], [], []
     for k in range(num_layers):
         if k and dropout and training:
             y = F.dropout(y, dropout)
         states = slice(k * directions, (k + 1) * directions)
-        y, h_n, c_n, *c = layer(
+        of_layer = (
             y,
             h0 if h0 is None or num_layers == 1 else h0[states],
             c0 if c0 is None or num_layers == 1 else c0[states],
             weights[k * per_layer : (k + 1) * per_layer],
         )
+        if by_torch:
+            y, h_n, c_n = by_torch(*of_layer)
+            c = None
+        else:
+            y, h_n, c_n, c = recurrence.layer(
+                backend,
+                mode,
+                *of_layer,
+                batch_sizes=batch_sizes,
+                lengths=lengths,
+                resets=resets,
+                bidirectional=bidirectional,
+                keep_c=return_states,
+                recompute=recompute,
+            )
         h_ns.append(h_n)
         c_ns.append(c_n)
         hs.append(y)
-        cs += c
+        cs.append(c)
     all_states = _join(torch.stack, hs) if return_states else None
     if return_states and mode == "LSTM":
         all_states = all_states, _join(torch.stack, cs).to(input.dtype)
@@ -133,7 +146,8 @@ def cell(mode: str, input: Tensor, hx: Sequence[Tensor] | None, weights: Sequenc
     backend, _ = recurrence.choose_backend(mode, input.device, input.dtype)
     if backend == "torch":
         return aten.cell(mode, input, h0, c0, weights)
-    h0, c0 = (None if state is None else state.unsqueeze(0) for state in (h0, c0))
+    if h0 is not None:
+        h0, c0 = h0.unsqueeze(0), c0 if c0 is None else c0.unsqueeze(0)
     _, h_n, c_n, _ = recurrence.layer(backend, mode, input.unsqueeze(0), h0, c0, weights)
     return h_n.squeeze(0), c_n.squeeze(0) if mode == "LSTM" else c_n
 

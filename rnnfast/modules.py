@@ -320,6 +320,9 @@ def _refuse_projection(proj_size: int | None) -> None:
         raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
 
 
+_CELL_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+
+
 class _Cell(nn.RNNCellBase):
     """The forward that RNNCell, LSTMCell and GRUCell share."""
 
@@ -345,9 +348,10 @@ class _Cell(nn.RNNCellBase):
         if not batched:
             input = input.unsqueeze(0)
             states = states if states is None else [s.unsqueeze(0) for s in states]
-        weights = [self.weight_ih, self.weight_hh]
-        if (bias_ih := self.bias_ih) is not None:
-            weights += [bias_ih, self.bias_hh]
+        own = self._parameters  # what is not among them, as parametrized weights are not, is looked up by Module
+        weights = [own.get(name) if own.get(name) is not None else getattr(self, name) for name in _CELL_WEIGHTS]
+        if weights[2] is None:
+            del weights[2:]
         mode = self._mode
         h, c = functional.cell(mode, input, states, weights)
         if not batched:

@@ -250,7 +250,7 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         ),
         ("dropout in eval", "test_modules.py -k dropout", "if k and dropout and training:", "if k and dropout:"),
         ("hx of another layer", NUMBERS, "slice(k * directions, (k + 1) * directions)", "slice(k, k + directions)"),
-        ("c of every step without autograd", STATES, '"keep_c": return_states', '"keep_c": False'),
+        ("c of every step without autograd", STATES, "keep_c=return_states", "keep_c=False"),
         ("resets of another dtype", "test_errors.py", "if resets.dtype != torch.bool:", "if False:"),
         (
             "operands of another device",
