@@ -542,6 +542,47 @@ def darts(compare: Comparison) -> None:
         compare.same(go_on(ours), go_on(theirs))
 
 
+def layers_of_torch(**options: Any) -> list[nn.Module]:
+    return [getattr(nn, name)(4, 5, bidirectional=True, **options).eval() for name in ("LSTM", "GRU", "RNN")]
+
+
+@client("openvino")
+def openvino(compare: Comparison) -> None:
+    """convert_model of every layer, run for two lengths"""
+    import openvino as ov
+
+    for theirs in layers_of_torch():
+        ours = converted(theirs)
+        compiled = ov.compile_model(ov.convert_model(ours, example_input=torch.randn(7, 3, 4)), "CPU")
+        for steps in (7, 9):
+            x = torch.randn(steps, 3, 4)
+            with torch.no_grad():
+                compare.same(list(compiled(x.numpy()).to_tuple()), pytree.tree_leaves(theirs(x)))
+
+
+@client("tensorboard")
+def tensorboard(compare: Comparison) -> None:
+    """add_graph of every layer"""
+    from torch.utils.tensorboard import SummaryWriter
+
+    for theirs in layers_of_torch():
+        with tempfile.TemporaryDirectory() as folder, SummaryWriter(folder) as writer:
+            ours, x = converted(theirs), torch.randn(7, 3, 4)
+            writer.add_graph(ours, x)
+            compare.same(ours(x), theirs(x))
+
+
+@client("torchviz")
+def torchviz(compare: Comparison) -> None:
+    """make_dot with saved tensors and attributes, of every layer"""
+    from torchviz import make_dot
+
+    for theirs in layers_of_torch():
+        x = torch.randn(7, 3, 4)
+        ours = compare.runs(theirs, lambda model, x=x: model(x))
+        assert "_Layer" in make_dot(ours(x)[0], show_saved=True, show_attrs=True).source
+
+
 def main(names: list[str]) -> int:
     if unknown := set(names) - set(CLIENTS):
         print(f"no clients: {', '.join(sorted(unknown))}; there are {', '.join(CLIENTS)}")
