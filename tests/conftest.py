@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import getpass
 import inspect
+import os
+import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +19,11 @@ from poison import fill_memory
 
 from rnnfast import recurrence
 from rnnfast.recurrence import Backend
+
+# Inductor keeps precompiled headers, by all but the vectors that they are for: a cache for each kind.
+_CAPABILITY = torch.backends.cpu.get_cpu_capability().replace(" ", "-")
+_CACHE = Path(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}_{_CAPABILITY}")
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(_CACHE))
 
 # Tests by the reason why they are left out; of several workers each counts all.
 _LEFT_OUT = pytest.StashKey[Counter]()
