@@ -6,6 +6,7 @@ Letters as in ``reference.py``, and L layers.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -92,7 +93,9 @@ def _call(
     x, hx, weights = inputs[0], inputs[1 : 1 + states], list(inputs[1 + states :])
     biased = len(weights) // (num_layers * (1 + bidirectional)) >= 4
     form = (hx if mode == "LSTM" else hx[0], weights, biased, num_layers, 0.0, training, bidirectional)
-    with torch.autocast(x.device.type, enabled=False):  # the operands are cast already
+    # The operands are cast already; of the meta device there is no autocast.
+    uncast = contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+    with uncast:
         return _STACKS[mode](x, *form, False) if batch_sizes is None else _STACKS[mode](x, batch_sizes, *form)
 
 
@@ -148,10 +151,10 @@ def _reference(mode, num_layers, bidirectional, batch_sizes, states, inputs) -> 
 
 def _padded(mode, x, h0, c0, weights, lengths, num_layers, bidirectional, training) -> tuple[Tensor, Tensor, Tensor]:
     """By packing, which wants a step of every row: what a row without any makes of it is put right afterwards."""
-    steps = x.size(0)
+    steps, rows, _ = x.shape
     h0, *c0 = _states(mode, x, h0, c0, weights, None, num_layers * (1 + bidirectional))
-    if steps == 0:
-        return x.new_empty(0, x.size(1), h0.size(2) * (1 + bidirectional)), h0.clone(), *(c0 or [x.new_empty(0)])
+    if steps == 0 or rows == 0:
+        return x.new_empty(steps, rows, h0.size(2) * (1 + bidirectional)), h0.clone(), *(c0 or [x.new_empty(0)])
     packed = pack_padded_sequence(x, lengths.clamp(min=1).cpu(), enforce_sorted=False)
     order, inverse = packed.sorted_indices, packed.unsorted_indices
     states = [state.index_select(1, order) for state in (h0, *c0)]

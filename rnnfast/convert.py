@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 import functools
 from types import SimpleNamespace
 from typing import Any, NamedTuple, TypeVar
@@ -45,19 +46,23 @@ def _passing_for(cls: type) -> type:
     bases = (_OURS[cls], cls) if cls is base else (cls, _passing_for(base))
 
     def reduce(self: nn.Module, protocol: Any) -> tuple:
-        state = super(new, self).__reduce_ex__(protocol)[2]
-        return _without_init, (cls,), state
+        reduced = super(new, self).__reduce_ex__(protocol)
+        # What has no state is a way of the user's own to make the object.
+        return reduced if len(reduced) < 3 else (_without_init, (cls,), *reduced[2:])
 
     def set_attribute(self: nn.Module, name: str, value: Any) -> None:
         super(new, self).__setattr__(name, value)
         if name == "qconfig" and value is not None:  # torch.ao.quantization is about to replace its own module
-            self.__class__ = cls
+            _become(self, cls)
 
     body = {"stands_for": cls, "__module__": __name__, "__doc__": cls.__doc__}
     body |= {"__reduce_ex__": reduce, "__setattr__": set_attribute}
     metaclass = _PassesFor if type(cls) is type else type("_PassesFor", (_PassesFor, type(cls)), {})
     new = metaclass(cls.__name__, bases, body)
     return new
+
+
+copyreg.pickle(_PassesFor, lambda cls: (_passing_for, (cls.stands_for,)))  # the class itself
 
 
 def _without_init(cls: type) -> nn.Module:
@@ -89,15 +94,24 @@ def convert(model: Model, *, compile: bool = False) -> Model:
         cls = _class_of(module)
         base = _torch_base(cls)
         if base is None or issubclass(cls, modules.OURS):
-            if compile and isinstance(cls, _PassesFor) and cls.stands_for in _OURS:
-                _become(module, _OURS[cls.stands_for])
-                report.converted.append(name)
+            if compile and isinstance(cls, _PassesFor):
+                theirs = cls.stands_for
+                if theirs in _OURS:
+                    _become(module, _OURS[theirs])
+                    report.converted.append(name)
+                else:
+                    report.left_alone[name] = _subclass(theirs) + _why_not(theirs, _torch_base(theirs), compile)
             elif reason := _is_foreign(module):
                 report.left_alone[name] = reason
         elif why := _why_not(cls, base, compile):
-            report.left_alone[name] = f"{cls.__qualname__} is a subclass of torch.nn.{base.__name__}{why}"
+            report.left_alone[name] = _subclass(cls) + why
         else:
-            _become(module, _OURS[cls] if compile else _passing_for(cls))
+            try:
+                ours = _OURS[cls] if compile else _passing_for(cls)
+            except Exception as error:  # code of the user's that runs when a class is made
+                report.left_alone[name] = f"{_subclass(cls)}, of which there is no other: {error}"
+                continue
+            _become(module, ours)
             report.converted.append(name)
     model.rnnfast_report = report
     return model
@@ -112,6 +126,7 @@ def revert(model: Model) -> Model:
     """
     report = SimpleNamespace(reverted=[], left_alone={})  # no type of ours: a pickle of the model would ask for it
     for name, module in model.named_modules():
+        module.__dict__.pop("rnnfast_report", None)
         cls = _class_of(module)
         if not issubclass(cls, modules.OURS):
             continue
@@ -135,6 +150,10 @@ def _class_of(module: nn.Module) -> type:
 
 def _torch_base(cls: type) -> type | None:
     return next((base for base in cls.__mro__ if base in _OURS), None)
+
+
+def _subclass(cls: type) -> str:
+    return f"{cls.__qualname__} is a subclass of torch.nn.{_torch_base(cls).__name__}"
 
 
 def _why_not(cls: type, base: type, compile: bool) -> str:

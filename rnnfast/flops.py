@@ -1,12 +1,13 @@
-"""What ``torch.utils.flop_counter.FlopCounterMode`` counts of a layer: the products that torch.nn's aten path makes.
+"""What ``torch.utils.flop_counter.FlopCounterMode`` counts of a layer: the products that it makes.
 
+They are those of torch.nn's aten path, but that the gradients of all weights, and of a given h_0, are always computed.
 Letters as in ``reference.py``. A product of ``[m, k]`` and ``[k, n]`` is ``2 m k n`` operations; others do not count.
 """
 
 from __future__ import annotations
 
 import importlib.abc
-import importlib.util
+import importlib.machinery
 import sys
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
@@ -75,11 +76,11 @@ class _OnImport(importlib.abc.MetaPathFinder):
     def find_spec(self, name: str, path: Any, target: Any = None) -> ModuleSpec | None:
         if name != _COUNTER:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
         load = spec.loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
+            sys.meta_path.remove(self)
             load(module)
             _register()
 

@@ -75,10 +75,13 @@ def rnn(
 
     extended = resets is not None or return_states
     backend, _ = recurrence.choose_backend(mode, input.device, input.dtype, extended=extended)
+    if backend == "torch" and per_layer // directions % 2 and torch.onnx.is_in_onnx_export():
+        backend = "reference"  # ONNX has no operator with a projection, and torch's translation of it does not run
     by_torch = None
     if backend == "torch":
         form = {"batch_sizes": batch_sizes, "lengths": lengths, "bidirectional": bidirectional, "training": training}
         by_torch = functools.partial(aten.stack, mode, **form)
+        # A second derivative needs the masks of dropout, and an exporter an operator for each layer.
         if not (dropout and training) and not torch.compiler.is_exporting():
             return *by_torch(input, h0, c0, weights, num_layers=num_layers), None
     y, h_ns, c_ns, hs, cs = input, [], [], [], []

@@ -17,23 +17,35 @@ from torch.nn.utils.rnn import PackedSequence
 from . import functional
 
 
-def _traced(module: nn.Module, input: fx.Proxy, hx: Any, extensions: dict[str, Any]) -> fx.Proxy:
-    """The call as one node of the graph that torch.fx records, as modules of torch.nn are."""
-    args = (input,) if hx is None else (input, hx)
-    return input.tracer.create_proxy("call_module", input.tracer.path_of_module(module), args, extensions)
+class _Leaf(nn.Module):
+    """A module that torch.fx records as one node, as it does those of torch.nn, and before any hook has run."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if fx._symbolic_trace._is_fx_tracing_flag and (proxy := _proxy_among((*args, *kwargs.values()))) is not None:
+            return proxy.tracer.create_proxy("call_module", proxy.tracer.path_of_module(self), args, kwargs)
+        return super().__call__(*args, **kwargs)
+
+
+def _proxy_among(values: Sequence[Any]) -> fx.Proxy | None:
+    for value in values:
+        found = _proxy_among(value) if isinstance(value, (tuple, list)) else value
+        if isinstance(found, fx.Proxy):
+            return found
+    return None
 
 
 def _scriptable(module: nn.Module) -> nn.Module:
     """What TorchScript compiles in place of a module of ours: torch.nn's, with the very Parameters."""
-    ours = next(cls for cls in type(module).__mro__ if cls.__module__ == __name__)
-    if type(module).forward is not ours.forward:
+    cls = type(module)
+    ours = next(base for base in cls.__mro__ if base in OURS)
+    if cls.forward is not ours.forward:
         return module  # a forward of the user's own, to be compiled
     twin = copy.copy(module)
-    twin.__class__ = getattr(nn, ours.__name__)
+    twin.__class__ = vars(cls).get("stands_for") or getattr(nn, ours.__name__)
     return twin
 
 
-class _Recurrent(nn.RNNBase):
+class _Recurrent(_Leaf, nn.RNNBase):
     """The forward that RNN, LSTM and GRU share."""
 
     recompute = False
@@ -53,7 +65,7 @@ class _Recurrent(nn.RNNBase):
         self,
         input: Tensor | PackedSequence,
         hx: Tensor | Sequence[Tensor] | None = None,
-        *more: None,
+        *more: Any,
         lengths: Tensor | None = None,
         resets: Tensor | None = None,
         return_states: bool = False,
@@ -83,12 +95,10 @@ class _Recurrent(nn.RNNBase):
             TypeError: lengths or resets is no Tensor.
             RuntimeError: hx or input has a wrong size, in torch's words.
         """
-        if isinstance(input, fx.Proxy):
-            extensions = {"lengths": lengths, "resets": resets, "return_states": return_states}
-            return _traced(self, input, hx, {k: v for k, v in extensions.items() if v is not None and v is not False})
-        # torch.onnx's older exporter gives the defaults of all arguments by position.
-        if more and (not torch.onnx.is_in_onnx_export() or any(more)):
-            raise TypeError(f"forward() takes from 2 to 3 positional arguments but {3 + len(more)} were given")
+        if more:  # torch.onnx's older exporter gives all arguments by position, also those that were left out
+            if len(more) != 3 or not torch.onnx.is_in_onnx_export():
+                raise TypeError(f"forward() takes from 2 to 3 positional arguments but {3 + len(more)} were given")
+            lengths, resets, return_states = more
         for name, given in (("lengths", lengths), ("resets", resets)):
             if given is not None and not isinstance(given, Tensor):
                 raise TypeError(f"{name} must be a Tensor, got {type(given).__name__}")
@@ -156,13 +166,18 @@ class _Recurrent(nn.RNNBase):
     def _weights(self) -> list[Tensor]:
         """What torch.nn computes from: ``_flat_weights``, but for attributes that were replaced after it was made."""
         flat, names, parameters = self._flat_weights, self._flat_weights_names, self._parameters
-        if all(parameters.get(name) is weight for name, weight in zip(names, flat)):
+        if all(weight is not None and parameters.get(name) is weight for name, weight in zip(names, flat)):
             return flat
         weights = [getattr(self, name, None) for name in names]
         refs = self._flat_weight_refs
-        if not any(w is not None and ref is not None and ref() is not w for w, ref in zip(weights, refs)):
-            return flat
-        return [f if w is None else w for w, f in zip(weights, flat)]
+        if any(w is not None and ref is not None and ref() is not w for w, ref in zip(weights, refs)):
+            weights = [f if w is None else w for w, f in zip(weights, flat)]
+        else:
+            weights = flat
+        for name, weight in zip(names, weights):
+            if weight is None:
+                raise TypeError(f"{name} must be a Tensor, not None")
+        return weights
 
     def __prepare_scriptable__(self) -> nn.Module:
         return _scriptable(self)
@@ -323,7 +338,7 @@ def _refuse_projection(proj_size: int | None) -> None:
 _CELL_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
-class _Cell(nn.RNNCellBase):
+class _Cell(_Leaf, nn.RNNCellBase):
     """The forward that RNNCell, LSTMCell and GRUCell share."""
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
@@ -339,8 +354,6 @@ class _Cell(nn.RNNCellBase):
         Raises:
             ValueError, RuntimeError: a wrong number of dimensions, size or dtype, in torch's words.
         """
-        if isinstance(input, fx.Proxy):
-            return _traced(self, input, hx, {})
         if input.dim() not in (1, 2):
             raise ValueError(f"{self._name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
         states = self._states(hx)
@@ -350,8 +363,12 @@ class _Cell(nn.RNNCellBase):
             states = states if states is None else [s.unsqueeze(0) for s in states]
         own = self._parameters  # what is not among them, as parametrized weights are not, is looked up by Module
         weights = [own.get(name) if own.get(name) is not None else getattr(self, name) for name in _CELL_WEIGHTS]
-        if weights[2] is None:
-            del weights[2:]
+        if weights[2] is None or weights[3] is None:
+            given = weights[2] if weights[3] is None else weights[3]
+            if given is None:
+                del weights[2:]
+            else:  # torch.nn takes one without the other
+                weights[2:] = (torch.zeros_like(given) if bias is None else bias for bias in weights[2:])
         mode = self._mode
         h, c = functional.cell(mode, input, states, weights)
         if not batched:

@@ -56,4 +56,7 @@ def layer(
     y, *finals = torch.onnx.ops.symbolic_multi_out(
         mode.partition("_")[0], inputs, attributes, dtypes=[x.dtype] * len(shapes), shapes=shapes, version=_VERSION
     )
+    if lengths is not None and h0 is not None:  # the operator gives 0 for a row without steps
+        states = (h0, c0) if mode == "LSTM" else (h0,)
+        finals = [torch.where((lengths > 0)[:, None], final, given) for final, given in zip(finals, states)]
     return y.transpose(1, 2).reshape(T, N, D * H), *finals, *([] if mode == "LSTM" else [x.new_empty(0)])

@@ -1,8 +1,9 @@
 """One recurrent layer, with all its directions, as a differentiable operator.
 
 A backend is a pair of ``torch.library`` ops, ``rnnfast::NAME_forward`` and ``rnnfast::NAME_backward``, that nothing
-traces into. Around them stand, once for all backends: the fakes, first and second derivatives, vmap, and the choice
-of the backend. Letters as in ``reference.py``.
+traces into, and the first once more for exported programs, ``rnnfast::NAME_layer``. Around them stand, once for all
+backends: the fakes, first and second derivatives, vmap, and the choice of the backend. The backend ``torch`` has none
+of this: ``functional`` calls it, as ``aten.py`` has whole stacks. Letters as in ``reference.py``.
 """
 
 from __future__ import annotations
@@ -344,17 +345,12 @@ def choose_backend(
         return "reference", "asked for by use_backend"
     if forward_ad._current_level >= 0:  # as second derivatives are, whatever the backend
         return "reference", "forward-mode derivatives are taken through plain torch"
-    if _forced == "torch" or (_forced is None and is_recorded()):
-        why = "a graph is recorded that others run" if _forced is None else "asked for by use_backend"
-        if not extended:
-            if torch._C._are_functorch_transforms_active():
-                return "reference", "torch.func takes derivatives through plain torch"
-            return "torch", why
-        if _forced is None:
-            return "reference", f"{why}, and torch's kernels know neither resets nor the states of every step"
-        raise RuntimeError(
-            "backend 'torch' cannot serve this call: it knows neither resets nor the states of every step"
-        )
+    recorded = is_recorded()
+    if _forced == "torch" or (_forced is None and recorded):
+        why = "asked for by use_backend" if _forced else "a graph is recorded that others run"
+        if extended and _forced:
+            raise RuntimeError(f"backend 'torch' cannot serve this call: {_NOT_IN_TORCH}")
+        return ("torch", why) if _is_served_by_torch(extended, recorded) else ("reference", _NOT_IN_TORCH)
     names = _BACKENDS_OF.get(device.type, ()) if _forced is None else (_forced,)
     reasons = []
     if not names:
@@ -375,11 +371,17 @@ def choose_backend(
     reason = "; ".join(reasons)
     if _forced is not None:
         raise RuntimeError(f"backend {_forced!r} cannot serve this call: {reason}")
-    # A loop in Python is slower than torch's kernels, of which the meta device has none.
-    served = (
-        dtype in DTYPES and device.type != "meta" and not extended and not torch._C._are_functorch_transforms_active()
-    )
+    # A loop in Python is slower than torch's kernels.
+    served = dtype in DTYPES and device.type != "meta" and _is_served_by_torch(extended, recorded)
     return "torch" if served else "reference", reason
+
+
+_NOT_IN_TORCH = "torch's kernels know neither resets nor the states of every step, nor torch.func, nor torch.compile"
+
+
+def _is_served_by_torch(extended: bool, recorded: bool) -> bool:
+    compiled = torch.compiler.is_compiling() and not recorded
+    return not (extended or compiled or torch._C._are_functorch_transforms_active())
 
 
 def is_recorded() -> bool:

@@ -269,8 +269,8 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         (
             "flat weights are overlooked",
             "test_tools.py -k weights",
-            "            return flat\n        return [",
-            "            return weights\n        return [",
+            "            weights = flat\n",
+            "            pass\n",
         ),
         (
             "resets are not batch first",

@@ -255,9 +255,11 @@ def test_subclass_without_a_forward(make: Callable, call: Callable) -> None:
     assert type(module) is cls
     assert model.rnnfast_report.reverted == ["0.0"]
     assert_same({"": call(module, x)}, {"": expected}, rtol=0, atol=0)
-    (reason,) = rnnfast.convert(nn.Sequential(module), compile=True).rnnfast_report.left_alone.values()
-    assert reason.endswith(", and compile is set")
-    assert type(module) is cls
+    for _ in range(2):
+        (reason,) = rnnfast.convert(nn.Sequential(module), compile=True).rnnfast_report.left_alone.values()
+        assert reason.endswith(", and compile is set")
+        assert type(module) in {cls}
+        rnnfast.convert(nn.Sequential(module))
 
 
 def test_what_is_left_alone_is_named() -> None:
@@ -295,6 +297,44 @@ def test_convert_to_compile(model: Tagger, x: torch.Tensor) -> None:
         assert_same(values_and_grads(model, x), expected)
         rnnfast.convert(rnnfast.revert(model))  # and from what is no good to compile
     assert model.rnnfast_report.converted == list(RECURRENT)
+
+
+def test_classes_that_cannot_be_derived_from_are_left_alone() -> None:
+    class Named(nn.LSTM):
+        def __init_subclass__(cls, *, name: str) -> None:
+            super().__init_subclass__()
+
+    class Remade(nn.GRU):
+        def __reduce__(self) -> tuple:
+            return nn.GRU, (4, 5)
+
+    model = rnnfast.convert(nn.ModuleList([Named(4, 5), nn.GRU(4, 5), Remade(4, 5)]))
+    assert model.rnnfast_report.converted == ["1", "2"]
+    (reason,) = model.rnnfast_report.left_alone.values()
+    assert "is a subclass of torch.nn.LSTM, of which there is no other: " in reason
+    assert type(model[0]) is Named
+    assert type(copy.deepcopy(model[2])) is nn.GRU
+
+
+def test_reports_of_parts_are_left_to_none() -> None:
+    part = rnnfast.convert(nn.Sequential(nn.LSTM(4, 5)))
+    model = rnnfast.revert(nn.ModuleDict({"part": part}))
+    assert not hasattr(part, "rnnfast_report")
+    assert b"rnnfast." not in pickle.dumps(model)
+
+
+def test_converted_classes_are_pickled() -> None:
+    cls = type(rnnfast.convert(nn.LSTM(4, 5)))
+    assert pickle.loads(pickle.dumps(cls)) is cls
+
+
+def test_qconfig_of_a_parametrized_module() -> None:
+    module, x = nn.utils.parametrizations.weight_norm(nn.LSTM(4, 5), "weight_hh_l0"), torch.randn(7, 3, 4)
+    expected = rnnfast.convert(module)(x)[0]
+    module.qconfig = torch.ao.quantization.default_dynamic_qconfig
+    assert not isinstance(module, rnnfast.LSTM)
+    assert parametrize.is_parametrized(module, "weight_hh_l0")
+    assert_same({"": module(x)[0].detach()}, {"": expected.detach()})
 
 
 @pytest.mark.parametrize("name", LAYERS + CELL_MODULES)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -131,13 +133,15 @@ def test_script_of_a_subclass_compiles_its_own_forward() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return x + 1
 
-    class Named(rnnfast.GRU):
+    class Named(nn.GRU):
         pass
 
     x = torch.randn(7, 3, 4)
     assert torch.equal(torch.jit.script(Own(4, 5))(x), x + 1)
-    module = nn.Sequential(Named(4, 5))
-    assert_same(_outputs(torch.jit.script(module), x), _outputs(module, x))
+    module = rnnfast.convert(nn.Sequential(Named(4, 5)))
+    scripted = torch.jit.script(module)
+    assert_same(_outputs(scripted, x), _outputs(module, x))
+    assert scripted[0].original_name == "Named"
 
 
 def test_artefacts_run_where_rnnfast_is_not_installed(tmp_path: Path) -> None:
@@ -182,6 +186,33 @@ def test_fx(name: str, converted: bool) -> None:
         graph = torch.fx.symbolic_trace(loop)
         assert sum(node.op == "call_module" for node in graph.graph.nodes) == 3
         assert_same(_outputs(graph, x), _outputs(loop, x))
+
+
+@both
+@every
+def test_fx_leaves_hooks_to_the_module(name: str, converted: bool) -> None:
+    module, x = _module(name, converted), _input(name)
+    module.register_forward_pre_hook(lambda module, args: (args[0] * 2, *args[1:]))
+    module.register_forward_hook(lambda module, args, output: [t * 3 for t in tensors_of(output)])
+    model = nn.Sequential(module)
+    assert_same(_outputs(torch.fx.symbolic_trace(model), x), _outputs(model, x))
+
+
+@every
+def test_fx_of_states_alone(name: str) -> None:
+    """As of a decoder, whose first input is a constant."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn, self.start = _module(name), _input(name)
+
+        def forward(self, h: Tensor, c: Tensor) -> Any:
+            return self.rnn(self.start, (h, c) if name.startswith("LSTM") else h)
+
+    model, sizes = Model(), (4, 3, 5) if name in LAYERS else (3, 5)
+    hx = torch.randn(sizes), torch.randn(sizes)
+    assert_same(_outputs(torch.fx.symbolic_trace(model), *hx), _outputs(model, *hx))
 
 
 @layers
@@ -264,6 +295,41 @@ def test_onnx_with_lengths(name: str, tmp_path: Path) -> None:
     _assert_runs_in_onnxruntime(path, module, _input(name, 11, 2), torch.tensor([0, 11]))
 
 
+@layers
+def test_onnx_with_lengths_and_states(name: str, tmp_path: Path) -> None:
+    module, hx = _module(name).eval(), states(name, 4, 3, 5, dtype=torch.float32)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = module
+
+        def forward(self, x: Tensor, lengths: Tensor, *hx: Tensor) -> Any:
+            return self.rnn(x, hx if name == "LSTM" else hx[0], lengths=lengths)
+
+    args = _input(name), torch.tensor([3, 0, 7]), *tensors_of(hx)
+    torch.onnx.export(Model(), args, tmp_path / "a.onnx", dynamo=True, verbose=False)
+    _assert_runs_in_onnxruntime(tmp_path / "a.onnx", Model(), *args)
+
+
+@pytest.mark.parametrize("dynamo", [True, False])
+def test_onnx_of_a_projection(dynamo: bool, tmp_path: Path) -> None:
+    """Of which ONNX has no operator: a loop over the steps."""
+    module, x = rnnfast.LSTM(4, 5, proj_size=3, bidirectional=True).eval(), torch.randn(7, 3, 4)
+    torch.onnx.export(module, (x,), tmp_path / "a.onnx", dynamo=dynamo)
+    assert "LSTM" not in _nodes(tmp_path / "a.onnx")
+    _assert_runs_in_onnxruntime(tmp_path / "a.onnx", module, x)
+
+
+@layers
+def test_onnx_by_tracing_with_lengths(name: str, tmp_path: Path) -> None:
+    module, path = _module(name).eval(), tmp_path / "a.onnx"
+    args = _input(name), torch.tensor([3, 7, 1])
+    torch.onnx.export(module, (args[0], {"lengths": args[1]}), path, dynamo=False)
+    assert _nodes(path)[name] == 2
+    _assert_runs_in_onnxruntime(path, Extended(module), *args)
+
+
 @pytest.mark.parametrize("name", CELL_MODULES)
 def test_onnx_of_cells(name: str, tmp_path: Path) -> None:
     module = _module(name).eval()
@@ -285,10 +351,10 @@ def test_onnx_by_tracing(name: str, converted: bool, tmp_path: Path) -> None:
 
 
 def test_extensions_are_no_positional_arguments() -> None:
-    message = r"forward\(\) takes from 2 to 3 positional arguments but 4 were given"
-    for more in (None, torch.tensor([7, 7, 7])):
-        with pytest.raises(TypeError, match=message):
-            rnnfast.GRU(4, 5)(torch.randn(7, 3, 4), None, more)
+    for more in ((None,), (torch.tensor([7, 7, 7]),), (None, None, False)):
+        message = f"forward() takes from 2 to 3 positional arguments but {3 + len(more)} were given"
+        with pytest.raises(TypeError, match=re.escape(message)):
+            rnnfast.GRU(4, 5)(torch.randn(7, 3, 4), None, *more)
 
 
 # Exported programs
@@ -517,6 +583,21 @@ def test_flops_of_lengths_are_of_the_steps_that_are_run() -> None:
     assert flops(x, lengths=torch.tensor([0, 0, 0])) == 0
 
 
+def test_flops_after_somebody_has_looked_for_the_counter() -> None:
+    program = """
+import importlib.util, torch, rnnfast
+importlib.util.find_spec("torch.utils.flop_counter")
+from torch.utils.flop_counter import FlopCounterMode
+with FlopCounterMode(display=False) as counter:
+    rnnfast.GRU(4, 5)(torch.randn(7, 3, 4))
+print(counter.get_total_flops())
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, check=True, text=True, capture_output=True, timeout=HANG, env=environment)
+    assert int(done.stdout) == 2 * 7 * 3 * 15 * (4 + 5)
+
+
 def test_flops_of_cells() -> None:
     for name, gates in (("RNNCell", 1), ("GRUCell", 3), ("LSTMCell", 4)):
         with FlopCounterMode(display=False) as counter:
@@ -580,9 +661,20 @@ def test_generated_weights(name: str) -> None:
     theirs, ours = pair(name, 4, 5, dtype=DOUBLE)
     theirs, ours, x = generated(theirs), generated(ours), torch.randn(7, 3, 4, dtype=DOUBLE)
     assert_same(values_and_grads(ours, x), values_and_grads(theirs, x))
-    ours.module._flat_weights = [None] * len(ours.module._flat_weights)
-    with pytest.raises((AttributeError, TypeError)):
-        ours.module(x)
+    module = getattr(rnnfast, name)(4, 5, dtype=DOUBLE)
+    module.weight_hh_l0 = None
+    with pytest.raises(TypeError, match="weight_hh_l0 must be a Tensor, not None"):
+        module(x)
+
+
+@pytest.mark.parametrize("missing", ["bias_ih", "bias_hh"])
+@pytest.mark.parametrize("name", CELL_MODULES)
+def test_cell_with_one_bias(name: str, missing: str) -> None:
+    theirs, ours = pair(name, 4, 5, dtype=DOUBLE)
+    setattr(theirs, missing, None)
+    setattr(ours, missing, None)
+    x = torch.randn(3, 4, dtype=DOUBLE)
+    assert_same(values_and_grads(ours, x), values_and_grads(theirs, x))
 
 
 # torch's kernels as a backend
@@ -641,6 +733,14 @@ def test_backend_torch_is_derived_twice(name: str) -> None:
     assert_same({"": per_sample[1]}, {"": first})
 
 
+def test_backend_torch_on_meta() -> None:
+    for name in LAYERS + CELL_MODULES:
+        module, x = _module(name, device="meta"), _input(name).to("meta")
+        shapes = [t.shape for t in tensors_of(module(x))]
+        with rnnfast.use_backend("torch"):
+            assert [t.shape for t in tensors_of(module(x))] == shapes
+
+
 def test_backend_torch_draws_dropout_as_the_others_do() -> None:
     module, x = rnnfast.GRU(4, 5, 3, dropout=0.5, dtype=DOUBLE), torch.randn(7, 3, 4, dtype=DOUBLE)
     expected = values_and_grads(module, x)
@@ -649,18 +749,24 @@ def test_backend_torch_draws_dropout_as_the_others_do() -> None:
         assert_same(_outputs(module.eval(), x), _outputs(module, x))
 
 
-def test_backend_torch_compiles() -> None:
+@pytest.mark.parametrize("form", ["plain", "packed", "lengths"])
+@layers
+def test_backend_torch_compiles(name: str, form: str) -> None:
+    """As one operator, of plain torch: neither Dynamo nor autograd can take torch's own apart in every form."""
     torch._dynamo.reset()
-    module, x = rnnfast.GRU(4, 5, dtype=DOUBLE), torch.randn(7, 3, 4, dtype=DOUBLE)
+    module, x = _module(name, dtype=DOUBLE), torch.randn(7, 3, 4, dtype=DOUBLE)
+    args = (pack_padded_sequence(x, torch.tensor([7, 4, 2])),) if form == "packed" else (x,)
+    kwargs = {"lengths": torch.tensor([3, 0, 7])} if form == "lengths" else {}
+    expected = values_and_grads(module, *args, **kwargs)
     with rnnfast.use_backend("torch"):
-        compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
-        assert_same(_outputs(compiled, x), _outputs(module, x))
+        found = values_and_grads(torch.compile(module, backend="aot_eager", fullgraph=True), *args, **kwargs)
+    assert_same({key.replace("_orig_mod.", ""): t for key, t in found.items()}, expected)
     torch._dynamo.reset()
 
 
 def test_backend_torch_refuses_what_torch_has_not() -> None:
     module, x = rnnfast.GRU(4, 5), torch.randn(7, 3, 4)
-    message = "backend 'torch' cannot serve this call: it knows neither resets nor the states of every step"
+    message = "backend 'torch' cannot serve this call: torch's kernels know neither resets nor the states of every step"
     for kwargs in ({"resets": torch.zeros(7, 3, dtype=torch.bool)}, {"return_states": True}):
         with rnnfast.use_backend("torch"), pytest.raises(RuntimeError, match=message):
             module(x, **kwargs)
@@ -668,10 +774,10 @@ def test_backend_torch_refuses_what_torch_has_not() -> None:
             rnnfast.explain(module, x, **kwargs)
 
 
-@pytest.mark.parametrize("steps", [0, 7])
+@pytest.mark.parametrize("steps, rows", [(0, 2), (7, 2), (7, 0), (0, 0)])
 @layers
-def test_backend_torch_without_steps(name: str, steps: int) -> None:
-    module, args = Extended(_module(name)), (torch.randn(steps, 2, 4), torch.zeros(2, dtype=torch.int64))
+def test_backend_torch_without_steps(name: str, steps: int, rows: int) -> None:
+    module, args = Extended(_module(name)), (torch.randn(steps, rows, 4), torch.zeros(rows, dtype=torch.int64))
     expected = _outputs(module, *args)
     with rnnfast.use_backend("torch"):
         assert_same(_outputs(module, *args), expected)
@@ -690,5 +796,9 @@ def test_backend_torch_serves_what_no_kernel_of_ours_does(gpus: Callable, monkey
     assert choose("GRU", torch.device("cpu"), torch.float32) == ("torch", "the native library is not built")
     module, x = rnnfast.GRU(4, 5, dtype=DOUBLE), torch.randn(7, 3, 4, dtype=DOUBLE)
     found = values_and_grads(module, x)
+    sizes = ({0: DYNAMIC, 1: DYNAMIC},)
+    program = torch.export.export(module, (x,), dynamic_shapes=sizes)
     monkeypatch.undo()
     assert_same(found, values_and_grads(module, x))
+    x = torch.randn(9, 2, 4, dtype=DOUBLE)
+    assert_same(values_and_grads(program.module(), x), values_and_grads(module, x))
