@@ -41,7 +41,7 @@ def _scriptable(module: nn.Module) -> nn.Module:
     if cls.forward is not ours.forward:
         return module  # a forward of the user's own, to be compiled
     twin = copy.copy(module)
-    twin.__class__ = vars(cls).get("stands_for") or getattr(nn, ours.__name__)
+    twin.__class__ = getattr(nn, ours.__name__)  # TorchScript knows its overloads; of a subclass it does not
     return twin
 
 
