@@ -23,7 +23,7 @@ class _Leaf(nn.Module):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if fx._symbolic_trace._is_fx_tracing_flag and (proxy := _proxy_among((*args, *kwargs.values()))) is not None:
             return proxy.tracer.create_proxy("call_module", proxy.tracer.path_of_module(self), args, kwargs)
-        return super().__call__(*args, **kwargs)
+        return nn.Module.__call__(self, *args, **kwargs)
 
 
 def _proxy_among(values: Sequence[Any]) -> fx.Proxy | None:

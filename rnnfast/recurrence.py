@@ -56,6 +56,7 @@ SAVED_GATES = {"RNN_TANH": 0, "RNN_RELU": 0, "LSTM": 4, "GRU": 4}  # columns of 
 _OPS: dict[tuple[str, str], torch._ops.OpOverload] = {}  # by backend and direction
 _SAVES_GATES: set[str] = set()  # backends whose backward needs what the forward computed
 _CONTIGUOUS = torch.contiguous_format
+_tracing_state, _is_exporting = torch._C._get_tracing_state, torch.compiler.is_exporting  # asked for at every call
 _is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
 _library = torch.library.Library("rnnfast", "DEF")
 
@@ -386,9 +387,7 @@ def _is_served_by_torch(extended: bool, recorded: bool) -> bool:
 
 def is_recorded() -> bool:
     """Whether torch.jit or torch.onnx record a graph, which is to run where rnnfast is not installed."""
-    if torch._C._get_tracing_state() is not None:
-        return True
-    return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
+    return _tracing_state() is not None or (_is_exporting() and torch.onnx.is_in_onnx_export())
 
 
 # Derivatives, written once over the ops.
@@ -605,7 +604,7 @@ def layer(
     form = (batch_sizes, lengths, resets)
     if backend == "reference" and (forward_ad._current_level >= 0 or is_recorded()):
         return reference.layer(mode, x, h0, c0, weights, *form, bidirectional)
-    if torch.compiler.is_exporting():
+    if _is_exporting():
         return _OPS[backend, "layer"](mode, x, h0, c0, weights, *form, bidirectional, keep_c, False)[:4]
     if torch._C._are_functorch_transforms_active():
         return _transformed(backend, mode, bidirectional, *form, x, h0, c0, *weights)[:4]
