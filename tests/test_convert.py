@@ -284,6 +284,7 @@ def test_revert_names_what_it_leaves_alone() -> None:
     rnnfast.revert(model)
     assert [type(module) for module in model[1:]] == [nn.GRU, nn.RNNCell]
     assert repr(model[1]) == "GRU(4, 5)"
+    assert vars(model[1]).keys() == vars(nn.GRU(4, 5)).keys()
     assert model.rnnfast_report.reverted == ["1", "2"]
     name = Own.__qualname__
     assert model.rnnfast_report.left_alone == {"0": f"{name} is a subclass of rnnfast.LSTM"}
