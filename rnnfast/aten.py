@@ -48,7 +48,7 @@ def stack(
     Returns:
         y, h_n and, for an LSTM, c_n, else shape ``[0]``.
     """
-    if num_layers == 1 and onnx.serves(x, weights, batch_sizes, bidirectional):
+    if num_layers == 1 and batch_sizes is None and onnx.is_exporting():
         return onnx.layer(mode, x, h0, c0, weights, lengths, bidirectional)
     if lengths is not None:
         return _padded(mode, x, h0, c0, weights, lengths, num_layers, bidirectional, training)

@@ -229,10 +229,9 @@ def _check_lengths(input: Tensor, lengths: Tensor | None) -> Tensor | None:
         raise ValueError(f"lengths must be an integer tensor, got {lengths.dtype}")
     if lengths.dim() != 1 or lengths.size(0) != input.size(1):
         raise ValueError(f"lengths must have shape [{input.size(1)}], the batch size, got {list(lengths.shape)}")
-    if recurrence.is_recorded():
+    # A graph may run where this operator, which is Python's, is not; a layer on a CPU checks the values once more.
+    if recurrence.is_recorded() or (torch.compiler.is_exporting() and input.device.type == "cpu"):
         return lengths.to(input.device, torch.int64)
-    if torch.compiler.is_exporting() and lengths.device.type == "cpu":  # the program may run where there is no Python
-        return torch.ops.rnnfast.cpu_lengths(lengths, input.size(0)).to(input.device)
     return torch.ops.rnnfast.checked_lengths(lengths, input.size(0)).to(input.device)
 
 

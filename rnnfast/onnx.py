@@ -14,10 +14,9 @@ _ORDER = {"RNN_TANH": (0,), "RNN_RELU": (0,), "LSTM": (0, 3, 1, 2), "GRU": (1, 0
 _VERSION = 14  # of the operators, since which they have a layout
 
 
-def serves(x: Tensor, weights: Sequence[Tensor], batch_sizes: Tensor | None, bidirectional: bool) -> bool:
-    """Whether torch.onnx's exporter by torch.export is at work, and there is an operator: none has a projection."""
-    exports = torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
-    return exports and batch_sizes is None and len(weights) // (1 + bidirectional) % 2 == 0
+def is_exporting() -> bool:
+    """Whether torch.onnx's exporter by torch.export is at work."""
+    return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
 
 
 def layer(

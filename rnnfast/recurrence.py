@@ -23,7 +23,7 @@ from torch import Tensor
 from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch.autograd import forward_ad
 
-from . import border, reference
+from . import border, onnx, reference
 
 _FORWARD = (
     "(str mode, Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? batch_sizes, Tensor? lengths, "
@@ -196,8 +196,7 @@ def _module(backend: str) -> ModuleType:
 BACKEND_NAMES = ("reference", "cpu", "triton", "cuda")  # that have operators
 for _name in BACKEND_NAMES:
     _define(_name, saves_gates=_name != "reference")
-_LENGTHS = "(Tensor lengths, SymInt steps) -> Tensor"
-for _schema in ("cpu_isa(int? use) -> int", "cpu_lengths" + _LENGTHS, "checked_lengths" + _LENGTHS, *_CUDA):
+for _schema in ("cpu_isa(int? use) -> int", "checked_lengths(Tensor lengths, SymInt steps) -> Tensor", *_CUDA):
     _define_operator(_schema)
 for _direction in ("forward", "layer"):
     _library.impl(f"reference_{_direction}", _reference_forward, "CompositeExplicitAutograd")
@@ -206,10 +205,9 @@ for _name, _direction in itertools.product(("triton", "cuda"), ("forward", "laye
     _kernel = functools.partial(_on_gpu, _name, "backward" if _direction == "backward" else "forward")
     _library.impl(f"{_name}_{_direction}", _kernel, "CompositeExplicitAutograd")
 _library.impl("checked_lengths", _checked_lengths, "CompositeExplicitAutograd")
-for _name in ("cpu_lengths", "checked_lengths"):
-    torch.library.register_fake(
-        f"rnnfast::{_name}", lambda lengths, steps: torch.empty_like(lengths, dtype=torch.int64), lib=_library
-    )
+torch.library.register_fake(
+    "rnnfast::checked_lengths", lambda lengths, steps: torch.empty_like(lengths, dtype=torch.int64), lib=_library
+)
 torch.library.register_vmap(
     "rnnfast::checked_lengths",
     lambda info, in_dims, lengths, steps: (torch.ops.rnnfast.checked_lengths(lengths, steps), in_dims[0]),
@@ -387,7 +385,7 @@ def _is_served_by_torch(extended: bool, recorded: bool) -> bool:
 
 def is_recorded() -> bool:
     """Whether torch.jit or torch.onnx record a graph, which is to run where rnnfast is not installed."""
-    return _tracing_state() is not None or (_is_exporting() and torch.onnx.is_in_onnx_export())
+    return _tracing_state() is not None or onnx.is_exporting()
 
 
 # Derivatives, written once over the ops.
@@ -551,12 +549,10 @@ def _setup_layer(ctx: Any, inputs: tuple, output: tuple, *, backend: str) -> Non
 
 
 def _backward_of_layer(ctx: Any, dy, dh_n, dc_n, dc, _) -> tuple:
-    _, need_dx, _, _, need_dw, *others = ctx.needs_input_grad
-    dx, dh0, dc0, *dweights = _layer_backward(ctx, dy, dh_n, dc_n, dc, need_dx, any(need_dw))
-    dweights = dweights or [None] * len(need_dw)
-    absent = ctx.absent  # batch_sizes, lengths, resets, x, h0, c0
-    dh0, dc0 = (None if i in absent else grad for i, grad in ((4, dh0), (5, dc0)))
-    return None, dx if need_dx else None, dh0, dc0, dweights, *(None for _ in others)
+    _, *needs, need_dw = ctx.needs_input_grad[:5]
+    grads = _layer_backward(ctx, dy, dh_n, dc_n, dc, needs[0], any(need_dw))
+    of_operands = (grad if need else None for grad, need in zip(grads, needs))  # x, h0 and c0
+    return None, *of_operands, list(grads[3:]) or [None] * len(need_dw), *[None] * (len(ctx.needs_input_grad) - 5)
 
 
 for _name in BACKEND_NAMES:
@@ -624,10 +620,11 @@ def _transformed(backend: str, mode: str, bidirectional: bool, *tensors: Tensor 
 
     Functionalization has no rule for a Function: what changes nothing in place is applied to the values within.
     """
-    interpreter = retrieve_current_functorch_interpreter()
-    if interpreter.key() != torch._C._functorch.TransformType.Functionalize:
+    functorch, interpreter = torch._C._functorch, None
+    if torch._C._are_functorch_transforms_active():
+        interpreter = retrieve_current_functorch_interpreter()
+    if interpreter is None or interpreter.key() != functorch.TransformType.Functionalize:
         return _Layer.apply(backend, mode, bidirectional, False, *tensors)
-    functorch = torch._C._functorch
     values = []
     for t in tensors:
         if t is not None and functorch.is_functionaltensor(t):
@@ -635,8 +632,5 @@ def _transformed(backend: str, mode: str, bidirectional: bool, *tensors: Tensor 
             t = functorch._unwrap_functional_tensor(t, False)
         values.append(t)
     with interpreter.lower():
-        if torch._C._are_functorch_transforms_active():
-            outputs = _transformed(backend, mode, bidirectional, *values)
-        else:
-            outputs = _Layer.apply(backend, mode, bidirectional, False, *values)
+        outputs = _transformed(backend, mode, bidirectional, *values)
     return tuple(functorch._wrap_functional_tensor(t, interpreter.level()) for t in outputs)

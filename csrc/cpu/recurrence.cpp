@@ -181,7 +181,7 @@ int64_t cpu_isa(std::optional<int64_t> use) {
 
 Tensor empty(const Shape& shape, ScalarType dtype) {
   static const int32_t types[] = {aoti_torch_dtype_float32(), aoti_torch_dtype_float64(), aoti_torch_dtype_bfloat16(),
-                                  aoti_torch_dtype_float16(), aoti_torch_dtype_int64()};
+                                  aoti_torch_dtype_float16()};
   Shape strides(shape.size(), 1);
   for (size_t i = shape.size(); i-- > 1;) {
     RNNFAST_CHECK(!__builtin_mul_overflow(strides[i], std::max<int64_t>(shape[i], 1), &strides[i - 1]),
@@ -191,8 +191,7 @@ Tensor empty(const Shape& shape, ScalarType dtype) {
   int32_t type = types[dtype == ScalarType::Float      ? 0
                        : dtype == ScalarType::Double   ? 1
                        : dtype == ScalarType::BFloat16 ? 2
-                       : dtype == ScalarType::Half     ? 3
-                                                       : 4];
+                                                       : 3];
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(shape.size(), shape.data(), strides.data(), type,
                                                          aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
@@ -348,24 +347,6 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> cpu_backward(
   return {dx, dh0, dc0, dweights};
 }
 
-// A copy of lengths, int64 and within 0..steps.
-Tensor cpu_lengths(Tensor lengths, int64_t steps) {
-  RNNFAST_CHECK(lengths.defined(), "lengths is missing");
-  RNNFAST_CHECK(steps >= 0, "a sequence has no ", steps, " steps");
-  const ScalarType dtype = lengths.scalar_type();
-  RNNFAST_CHECK(dtype == ScalarType::Byte || dtype == ScalarType::Char || dtype == ScalarType::Short ||
-                    dtype == ScalarType::Int || dtype == ScalarType::Long,
-                "lengths are ", torch::headeronly::toString(dtype), ", expected integers");
-  const auto sizes = lengths.sizes();
-  Tensor copy = empty(Shape(sizes.begin(), sizes.end()), ScalarType::Long);
-  torch::stable::copy_(copy, lengths);
-  const auto* values = static_cast<const int64_t*>(copy.data_ptr());
-  for (int64_t i = 0; i < copy.numel(); i++) {
-    RNNFAST_CHECK(values[i] >= 0 && values[i] <= steps, "lengths have to be between 0 and ", steps);
-  }
-  return copy;
-}
-
 }  // namespace
 }  // namespace rnnfast
 
@@ -381,14 +362,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rnnfast, m) {
       "cpu_backward(str mode, Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dc, Tensor x, Tensor? h0, Tensor? c0, "
       "Tensor[] weights, Tensor? batch_sizes, Tensor? lengths, Tensor? resets, bool bidirectional, Tensor y, "
       "Tensor c, Tensor gates, bool need_dx, bool need_dw) -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dweights)");
-  m.def("cpu_lengths(Tensor lengths, SymInt steps) -> Tensor");
   m.def("cpu_isa(int? use) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rnnfast, CPU, m) {
   m.impl("cpu_forward", TORCH_BOX(&rnnfast::cpu_forward));
   m.impl("cpu_layer", TORCH_BOX(&rnnfast::cpu_forward));
-  m.impl("cpu_lengths", TORCH_BOX(&rnnfast::cpu_lengths));
   m.impl("cpu_backward", TORCH_BOX(&rnnfast::cpu_backward));
 }
 
