@@ -192,8 +192,8 @@ Tensor empty(const Shape& shape, ScalarType dtype) {
                        : dtype == ScalarType::Double   ? 1
                        : dtype == ScalarType::BFloat16 ? 2
                                                        : 3];
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(shape.size(), shape.data(), strides.data(), type,
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(shape.size(), shape.data(), strides.data(), type,
+                                                  aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 

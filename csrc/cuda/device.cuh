@@ -40,6 +40,10 @@ struct Chip {
 
 #include <cuda_runtime.h>
 
+#include <mutex>
+#include <set>
+#include <utility>
+
 #define RNNFAST_DEVICE __device__ __forceinline__
 
 namespace rnnfast {
@@ -88,6 +92,11 @@ RNNFAST_DEVICE float fast_divide(float x, float y) { return __fdividef(x, y); }
 // What a loop does after a poll that failed. In debug builds a poll that never succeeds ends the kernel.
 class Patience {
  public:
+  RNNFAST_DEVICE Patience() {
+#ifdef RNNFAST_DEBUG
+    start_ = clock64();
+#endif
+  }
   RNNFAST_DEVICE void wait() {
 #ifdef RNNFAST_DEBUG
     if (clock64() - start_ > 4'000'000'000) __trap();
@@ -96,7 +105,7 @@ class Patience {
 
  private:
 #ifdef RNNFAST_DEBUG
-  long long start_ = clock64();
+  long long start_;
 #endif
 };
 
@@ -207,6 +216,19 @@ inline Chip chip(int device) {
           attribute(cudaDevAttrComputeCapabilityMajor)};
 }
 
+// Lifts the limits of a kernel, once for each device. They are the kernel's and not a launch's: one set to what its own
+// launch needs would be in the way of another thread's larger one.
+inline void allow_every_launch(const void* kernel, int device) {
+  static std::set<std::pair<const void*, int>> done;
+  static std::mutex mutex;
+  std::lock_guard<std::mutex> lock(mutex);
+  if (done.count({kernel, device})) return;
+  const Chip limits = chip(device);
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limits.shared));
+  if (limits.major >= 9) check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+  done.insert({kernel, device});
+}
+
 // A Launch in the runtime's terms.
 class Configuration : public cudaLaunchConfig_t {
  public:
@@ -225,10 +247,7 @@ class Configuration : public cudaLaunchConfig_t {
       cooperative.id = cudaLaunchAttributeCooperative;
       cooperative.val.cooperative = 1;
     }
-    if (launch.shared > 48 << 10) {
-      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, launch.shared));
-    }
-    if (launch.cluster > 8) check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+    allow_every_launch(kernel, launch.device);
   }
   Configuration(const Configuration&) = delete;
 

@@ -126,7 +126,8 @@ struct Cluster {
 struct Grid {
   static constexpr int kSplit = 4;
   static constexpr int kData = 4;   // bytes of a word's data
-  static constexpr int kBatch = 4;  // loads of a thread at once
+  static constexpr int kRun = kTile * 2;
+  static constexpr int kBatch = 8;  // loads of a thread at once
 
   static RNNFAST_DEVICE int rank(const Geometry& g) { return blockIdx.x % g.size; }
   static RNNFAST_DEVICE void begin(const Geometry&, const Member&) {}
@@ -134,31 +135,35 @@ struct Grid {
 
   static RNNFAST_DEVICE void wait(const Geometry& g, const Member& m, int step, int b) {
     if (step == 0) return;
-    char* vectors = m.at(g, step, b);
+    uint2* vectors = reinterpret_cast<uint2*>(m.at(g, step, b));
     const uint64_t* words = published(g, m, step, b);
-    const int pairs = g.vector_bytes / (2 * kData), sent = g.members * m.unit_bytes;
-    // What fills up a gate's last pair belongs to nobody, and stays zero.
-    auto is_sent = [&](int i) {
-      const int offset = i * 2 * kData % (g.gate_bytes * kRows);
-      return i < pairs && offset / kPair * kPairBytes + offset % kPairBytes < sent;
+    // Of a gate: 8 bytes of data for each two words. A run is what a tile's units take of a row in 16 bit: the block's
+    // own are there already, and those that fill up the last pair belong to nobody, and stay zero.
+    const int count = g.gate_bytes * kRows / (2 * kData), own = m.unit_bytes / kRun;
+    const auto is_sent = [&](int i) {
+      const int run = i * 2 * kData / kPair * (kPairBytes / kRun) + i * 2 * kData % kPairBytes / kRun;
+      return i < count && run < g.members * own && unsigned(run - m.rank * own) >= unsigned(own);
     };
 #pragma unroll 1
-    for (int first = threadIdx.x; first < pairs; first += kBatch * blockDim.x) {
-      uint64_t two[kBatch][2];  // all on their way before the first is looked at
+    for (int gate = 0; gate < g.gates; gate++, vectors += count, words += 2 * count) {
+#pragma unroll 1
+      for (int first = threadIdx.x; first < count; first += kBatch * blockDim.x) {
+        uint64_t two[kBatch][2];  // all on their way before the first is looked at
 #pragma unroll
-      for (int j = 0; j < kBatch; j++) {
-        const int i = first + j * blockDim.x;
-        if (is_sent(i)) load_relaxed(words + 2 * i, two[j]);
-      }
-#pragma unroll
-      for (int j = 0; j < kBatch; j++) {
-        const int i = first + j * blockDim.x;
-        if (!is_sent(i)) continue;
-        for (Patience patience; two[j][0] >> 32 != uint32_t(step) || two[j][1] >> 32 != uint32_t(step);) {
-          patience.wait();
-          load_relaxed(words + 2 * i, two[j]);
+        for (int j = 0; j < kBatch; j++) {
+          const int i = first + j * blockDim.x;
+          if (is_sent(i)) load_relaxed(words + 2 * i, two[j]);
         }
-        reinterpret_cast<uint2*>(vectors)[i] = make_uint2(uint32_t(two[j][0]), uint32_t(two[j][1]));
+#pragma unroll
+        for (int j = 0; j < kBatch; j++) {
+          const int i = first + j * blockDim.x;
+          if (!is_sent(i)) continue;
+          for (Patience patience; two[j][0] >> 32 != uint32_t(step) || two[j][1] >> 32 != uint32_t(step);) {
+            patience.wait();
+            load_relaxed(words + 2 * i, two[j]);
+          }
+          vectors[i] = make_uint2(uint32_t(two[j][0]), uint32_t(two[j][1]));
+        }
       }
     }
     sync_block();

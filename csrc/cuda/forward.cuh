@@ -73,12 +73,14 @@ __global__ void __launch_bounds__(kThreads<Cell, Exchange>, 1) forward(const __g
     bias[i] = b && unit < H ? float(b[i / units * H + unit]) : 0;
   }
   const T* h0 = static_cast<const T*>(p.h0) + (direction * N + block.first_row) * H;
+  const int rows = int(N - block.first_row < g.row_blocks * kRows ? N - block.first_row : g.row_blocks * kRows);
 #pragma unroll 1
-  for (int64_t i = threadIdx.x; i < int64_t(g.row_blocks) * kRows * H; i += blockDim.x) {
-    const int n = int(i / H), unit = int(i % H);
-    if (block.first_row + n >= N) break;
-    *reinterpret_cast<T*>(member.at(g, 0, n / kRows) + place(n % kRows, unit * int(sizeof(T)))) =
-        P::operand(float(h0[i]));
+  for (int n = 0; n < rows; n++, h0 += H) {
+    char* vectors = member.at(g, 0, n / kRows);
+#pragma unroll 4
+    for (int unit = threadIdx.x; unit < H; unit += blockDim.x) {
+      *reinterpret_cast<T*>(vectors + place(n % kRows, unit * int(sizeof(T)))) = P::operand(float(h0[unit]));
+    }
   }
 #pragma unroll 1
   for (int b = 0; b < g.row_blocks; b++) {
