@@ -8,11 +8,6 @@ from torch import Tensor
 from . import gpu
 
 
-def _stream(device: torch.device) -> int:
-    # On a CPU there are the tests' emulated kernels.
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-
-
 def reason(
     device: torch.device, mode: str, dtype: torch.dtype, hidden: int, batch: int, bidirectional: bool, projected: bool
 ) -> str:
@@ -38,7 +33,7 @@ class Layer(gpu.Layer):
         y, cs = y.view(R, -1), None if cs is None else cs.view(R, -1)
         torch.ops.rnnfast.cuda_forward_steps(
             self.mode, x_gates, w_hh, b_hh, w_hr, h, c, y, cs, gates, *tables, self.form.T, gpu.allows_tf32(),
-            _stream(self.x.device),
+            gpu.stream_of(self.x.device),
         )  # fmt: skip
 
     def backward_steps(
@@ -61,9 +56,9 @@ class Layer(gpu.Layer):
         y, cs = y.view(R, -1), cs.view(R, -1) if self.mode == "LSTM" else cs
         torch.ops.rnnfast.cuda_backward_steps(
             self.mode, dy, dcs, gates, y, cs, h0, c0, w_hh, w_hr, dh, dc, dgates, dprojections, *tables, self.form.T,
-            gpu.allows_tf32(), _stream(self.x.device),
+            gpu.allows_tf32(), gpu.stream_of(self.x.device),
         )  # fmt: skip
 
     def states_before(self, y: Tensor, h0: Tensor | None, out: Tensor) -> None:
         T, _, R, *tables = self.form
-        torch.ops.rnnfast.cuda_states_before(y.view(R, -1), h0, out, *tables, T, _stream(self.x.device))
+        torch.ops.rnnfast.cuda_states_before(y.view(R, -1), h0, out, *tables, T, gpu.stream_of(self.x.device))

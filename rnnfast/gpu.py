@@ -49,6 +49,11 @@ def allows_tf32() -> bool:
     return torch.backends.cudnn.rnn.fp32_precision == "tf32"
 
 
+def stream_of(device: torch.device) -> int:
+    """As the CUDA library takes it. On a CPU there are the tests' emulated kernels."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
 class Layer(abc.ABC):
     """A layer, forward or backward, on tensors that are checked and contiguous.
 
@@ -128,6 +133,23 @@ def _on(device: torch.device) -> Iterator[None]:
         yield
 
 
+def _has_library() -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key("rnnfast::cuda_multiply", "CUDA")
+
+
+def _multiply(a: Tensor, b: Tensor, out: Tensor, add: Tensor | None = None) -> None:
+    """``out = a b + add``; float32 in the precision of recurrent layers, for which torch's products have no switch."""
+    if out.dtype == torch.float32 and out.is_cuda and _has_library():
+        if add is not None and add is not out:
+            out.copy_(add)
+        if torch.ops.rnnfast.cuda_multiply(a, b, out, add is not None, allows_tf32(), stream_of(out.device)):
+            return
+    if add is None:
+        torch.mm(a, b, out=out)
+    else:
+        torch.addmm(add, a, b, out=out)
+
+
 def forward(
     backend: type[Layer],
     mode: str,
@@ -156,10 +178,7 @@ def forward(
             x_gates = gates if in_place else x.new_empty(k.D, R, k.G * k.H)
             rows = x.reshape(R, x.shape[-1])
             for w, out in zip(k.directions, x_gates):
-                if w.b_ih is None:
-                    torch.mm(rows, w.w_ih.t(), out=out)
-                else:
-                    torch.addmm(w.b_ih, rows, w.w_ih.t(), out=out)
+                _multiply(rows, w.w_ih.t(), out, add=w.b_ih)
             k.forward_steps(x_gates, h, c, y, cs, gates)
         c_n = c.to(x.dtype) if is_lstm else x.new_empty(0)
         return y, h, c_n, x.new_empty(0, dtype=k.acc) if cs is None else cs, x.new_empty(0) if gates is None else gates
@@ -220,9 +239,9 @@ def _products(
     of_x = dgates[:, :, : k.G * H]
     dx = x.new_empty(0)
     if need_dx:
-        dx = of_x[0] @ k.directions[0].w_ih
-        for d in range(1, k.D):
-            dx.addmm_(of_x[d], k.directions[d].w_ih)
+        dx = torch.empty_like(x)
+        for d, w in enumerate(k.directions):
+            _multiply(of_x[d], w.w_ih, dx, add=dx if d else None)
         dx = dx.view(k.x.shape)
     dweights: list[Tensor] = []
     if not need_dw:
@@ -238,12 +257,16 @@ def _products(
         db_hh = torch.empty_like(sums[: k.G * H])
         for to, start, count in parts:
             of_h, rows = slice(start * H, (start + count) * H), slice(to * H, (to + count) * H)
-            torch.mm(dgates[d, :, of_h].t(), h_before[d], out=dw_hh[rows])
+            _multiply(dgates[d, :, of_h].t(), h_before[d], dw_hh[rows])
             db_hh[rows] = sums[of_h]
-        dweights += [of_x[d].t() @ x, dw_hh]
+        dw_ih = torch.empty_like(w.w_ih)
+        _multiply(of_x[d].t(), x, dw_ih)
+        dweights += [dw_ih, dw_hh]
         if w.b_ih is not None:
             dweights += [sums[: k.G * H].clone(), db_hh]
         if k.projected:
             o, c = gates[d, :, 3 * H :].to(k.acc), cs.view(R, k.D, H)[:, d]
-            dweights.append(dprojections[d].t() @ (o * c.tanh()).to(x.dtype))
+            dw_hr = torch.empty_like(w.w_hr)
+            _multiply(dprojections[d].t(), (o * c.tanh()).to(x.dtype), dw_hr)
+            dweights.append(dw_hr)
     return dx, dweights

@@ -45,6 +45,7 @@ _CUDA = (
     "cuda_backward_steps(str mode, Tensor? dy, Tensor? dcs, Tensor gates, Tensor y, Tensor cs, Tensor? h0, Tensor? c0, "
     "Tensor[] w_hh, Tensor[] w_hr, Tensor(a!) dh, Tensor(b!)? dc, Tensor(c!) dgates, Tensor(d!)? dprojections, "
     "Tensor? offsets, Tensor? lengths, Tensor? resets, int steps, bool tf32, int stream) -> ()",
+    "cuda_multiply(Tensor a, Tensor b, Tensor(a!) out, bool accumulate, bool tf32, int stream) -> bool",
     "cuda_states_before(Tensor y, Tensor? h0, Tensor(a!) out, Tensor? offsets, Tensor? lengths, Tensor? resets, "
     "int steps, int stream) -> ()",
     "cuda_plan(str mode, ScalarType dtype, int batch, int hidden, bool bidirectional, bool projected, bool tf32, "

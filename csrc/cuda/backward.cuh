@@ -4,9 +4,9 @@
 //
 // dh = W_hh^T da needs the columns of W_hh, so a block keeps those of its units: one tile of 16 for 16 units, over all
 // G H gate rows. Where what lies:
-//   registers      fragments of W_hh^T as far as they go; the sums of a step; what was saved of the next one
+//   registers      fragments of W_hh^T as far as they go; the sums of a step; dh, dc and c of the own elements; what was
+//                  saved of the next step
 //   shared memory  the rest of W_hh^T; da, the gradients at W_hh h, of this step and the next, [8 rows] of all gates
-//                  (dh, dc and c of the own elements, too)
 //   L2             da on its way to other blocks (Grid only)
 // Floors of a step of a block with U units and 8 rows: the multiply-adds and the bytes of W_hh are those of the
 // forward; G H values of da a row are read, and G U are sent to each of the others, both G times the forward's.
@@ -21,6 +21,7 @@ struct BackwardArguments {
   Sequence sequence;
   Geometry geometry;
   int first_group, H, D;
+  bool wide;          // rows of all tensors begin at multiples of two values
   const void* dy;     // [R, D*H]; or null
   const float* dcs;   // [R, D*H]: of c after every step; or null
   const void* gates;  // [D, R, S*H]
@@ -35,13 +36,14 @@ struct BackwardArguments {
   uint64_t* words;    // of Grid
 };
 
-template <class Cell, class P, class Exchange>
+template <class Cell, class P, class Exchange, int kBlocks>
 __global__ void __launch_bounds__(kThreads<Cell, Exchange>, 1) backward(const __grid_constant__ BackwardArguments p) {
   using T = typename P::Value;
   using F = Real<float, sizeof(T) == 2>;
-  using Owner = Block<Exchange>;
-  constexpr int G = Cell::kGates, S = Cell::kSaved, K = Owner::kOwned, kGrads = Cell::kGrads;
-  constexpr int kDh = 0, kDc = 1, kC = 2;  // states
+  using Owner = Block<Exchange, kBlocks>;
+  constexpr int G = Cell::kGates, S = Cell::kSaved, kGrads = Cell::kGrads;
+  constexpr int kMine = Owner::kMine, kUnits = Owner::kUnits, kColumns = S ? S : kGrads;
+  static_assert(S == 0 || S == kGrads, "one index serves what was saved and the gradients");
   const Geometry& g = p.geometry;
   const Owner block(g, p.sequence, p.first_group, sizeof(T), p.words, true);
   const Member& member = block.member;
@@ -49,155 +51,193 @@ __global__ void __launch_bounds__(kThreads<Cell, Exchange>, 1) backward(const __
     Exchange::begin(g, member);
     return Exchange::end();
   }
-  const int H = p.H, direction = block.direction, steps = block.steps;
+  const int H = p.H, direction = block.direction, steps = block.steps, unit = block.unit;
   const int64_t R = p.sequence.R, N = p.sequence.N;
 
   const T* w = static_cast<const T*>(p.w[direction]);
   const int gate_units = g.gate_bytes / int(sizeof(T));
   const auto load_w = [&](int, int row, int k) {
-    const int unit = block.first_unit + row, of = (block.split * g.pairs * kPairBytes + k) / int(sizeof(T));
+    const int unit = block.first_unit + unit_of(row), of = (block.split * g.pairs * kPairBytes + k) / int(sizeof(T));
     const int gate = of / gate_units, from = of % gate_units;
     return gather<T>(
         [&](int j) { return unit < H && from + j < H ? w[(int64_t(gate) * H + from + j) * H + unit] : T(0); });
   };
-  const Matrix<P, 1, kKeptPairs<Cell, P, Exchange, 1>> matrix(
+  const Matrix<P, 1, kKeptPairs<Cell, P, Exchange, kBlocks, 1>> matrix(
       shared_memory() + g.matrix + block.warp * g.matrix_of_warp, block.share_pairs(), block.lane, load_w);
 
-  // Of step s and row n: where a state of it lies; and that of the state before it, or -1: then it is the initial one.
-  const auto place_of = [&](int t, int64_t n) { return (p.sequence.row(t, n) * p.D + direction) * H; };
-  const auto place_before = [&](int t, int64_t n, int length) {
-    const int before = t - 1 + 2 * direction;
-    return before >= 0 && before < length ? place_of(before, n) : int64_t(-1);
-  };
-
-#pragma unroll 1
-  for (int b = 0; b < g.row_blocks; b++) {
+  // The thread's own: gradients at its states, c after the step in hand, and where its rows' data lie.
+  const bool wide = p.wide, both = unit + 1 < H;
+  float dh[kMine][kUnits], dc[kMine][kUnits], c[kMine][kUnits] = {};
+  int length[kMine];
+  bool exists[kMine];
 #pragma unroll
-    for (int i = 0; i < K; i++) {
-      const int64_t n = block.batch(b, i), at = (direction * N + n) * H + block.unit(i);
-      const bool inside = n < N && block.unit(i) < H;
-      block.state(kDh, b, i) = inside ? p.dh[at] : 0;
-      if (Cell::kHasCell) {
-        const int last = block.time(steps - 1);
-        block.state(kDc, b, i) = inside ? p.dc[at] : 0;
-        const bool valid = inside && steps > 0 && last < block.length(b, i);
-        block.state(kC, b, i) = valid ? p.cs[place_of(last, n) + block.unit(i)] : 0;
-      }
+  for (int r = 0; r < kMine; r++) {
+    const int64_t n = block.batch(r);
+    length[r] = unit < H ? block.length(r) : 0;
+    exists[r] = block.owns(r) && n < N && unit < H;
+#pragma unroll
+    for (int w = 0; w < kUnits; w++) {
+      const int64_t at = (direction * N + n) * H + unit + w;
+      const bool inside = exists[r] && unit + w < H;
+      dh[r][w] = inside ? p.dh[at] : 0;
+      dc[r][w] = inside && Cell::kHasCell ? p.dc[at] : 0;
+    }
+  }
+  // Of outputs [R, D*H], and of what is kept for each gate.
+  const auto output_at = [&](int64_t begin, int r) {
+    return ((begin + block.batch(0)) * p.D + direction) * H + unit + Owner::further(r) * (p.D * H);
+  };
+  const auto gates_at = [&](int64_t begin, int r) {
+    return (direction * R + begin + block.batch(0)) * (kColumns * H) + unit + Owner::further(r) * (kColumns * H);
+  };
+  // The s-th step, or of those before the first one zero, which nothing is read by.
+  const auto begin_of = [&](int s) { return s >= 0 ? p.sequence.begin(block.time(s)) : int64_t(0); };
+  const auto is_valid = [&](int s, int64_t begin, int r) {
+    return s >= 0 && block.time(s) < length[r] && p.sequence.has(begin, block.batch(r));
+  };
+  int64_t begin = begin_of(steps - 1), before = begin_of(steps - 2), first_begin = begin;
+  if (Cell::kHasCell) {
+#pragma unroll
+    for (int r = 0; r < kMine; r++) {
+      if (is_valid(steps - 1, first_begin, r)) read(c[r], p.cs + output_at(first_begin, r), wide, both);
     }
   }
   sync_block();
   Exchange::begin(g, member);
 
   struct Ahead {
-    T saved[S ? S : 1], h, old_h, dy;
-    float old_c;
+    T saved[S ? S : 1][kUnits], h[kUnits], old_h[kUnits], dy[kUnits];
+    float old_c[kUnits];
     bool valid, keeps;
-  } ahead[K];
-  const auto load = [&](int s, int b) {
-    const int t = block.time(s);
+  } ahead[kMine] = {};
+  const auto initial = [&](auto& to, const void* states, int r) {
+    const int64_t at = (direction * N + block.batch(r)) * H + unit;
 #pragma unroll
-    for (int i = 0; i < K; i++) {
-      const int64_t n = block.batch(b, i);
-      const int length = block.length(b, i), unit = block.unit(i);
-      Ahead& to = ahead[i];
-      to = {};
-      to.valid = t < length && unit < H;
-      to.keeps = to.valid && p.sequence.keeps(t, n, length, direction);
-      if (!to.valid && !(Cell::kHasCell && unit < H && n < N)) continue;
-      const int64_t before = place_before(t, n, length), initial = (direction * N + n) * H + unit;
-      if (Cell::kHasCell) {  // also before a row's first valid step, for the step done next
-        to.old_c = before >= 0 ? p.cs[before + unit] : p.c0 ? float(static_cast<const T*>(p.c0)[initial]) : 0;
+    for (int w = 0; w < kUnits; w++) {
+      to[w] = states && unit + w < H ? static_cast<const T*>(states)[at + w] : T(0);
+    }
+  };
+  const auto load = [&](int s, int64_t begin, int64_t before) {
+#pragma unroll
+    for (int r = 0; r < kMine; r++) {
+      Ahead& to = ahead[r];
+      to.valid = is_valid(s, begin, r);
+      to.keeps = to.valid && p.sequence.keeps(block.time(s), block.batch(r), length[r], direction);
+      const bool has_before = is_valid(s - 1, before, r);
+      if (Cell::kHasCell && exists[r]) {  // also before a row's first valid step, for the step done next
+        if (has_before) {
+          read(to.old_c, p.cs + output_at(before, r), wide, both);
+        } else {
+          initial(to.old_c, p.c0, r);
+        }
       }
       if (!to.valid) continue;
       if (Cell::kNeedsOldH) {
-        to.old_h = before >= 0 ? static_cast<const T*>(p.y)[before + unit]
-                   : p.h0      ? static_cast<const T*>(p.h0)[initial]
-                               : T(0);
+        if (has_before) {
+          read(to.old_h, static_cast<const T*>(p.y) + output_at(before, r), wide, both);
+        } else {
+          initial(to.old_h, p.h0, r);
+        }
       }
-      const int64_t row = p.sequence.row(t, n), at = (row * p.D + direction) * H + unit;
-      const T* saved = static_cast<const T*>(p.gates) + (direction * R + row) * (S * H) + unit;
+      const T* saved = static_cast<const T*>(p.gates) + gates_at(begin, r);
 #pragma unroll
-      for (int k = 0; k < S; k++) to.saved[k] = saved[k * H];
-      if (Cell::kNeedsH) to.h = static_cast<const T*>(p.y)[at];
-      if (p.dy) to.dy = static_cast<const T*>(p.dy)[at];
+      for (int k = 0; k < S; k++) read(to.saved[k], saved + k * H, wide, both);
+      const int64_t at = output_at(begin, r);
+      if (Cell::kNeedsH) read(to.h, static_cast<const T*>(p.y) + at, wide, both);
+      if (p.dy) read(to.dy, static_cast<const T*>(p.dy) + at, wide, both);
     }
   };
-  if (steps) load(steps - 1, 0);
+  if (steps) load(steps - 1, begin, before);
 
 #pragma unroll 1
   for (int done = 0; done <= steps; done++) {
-    const int s = steps - 1 - done, t = block.time(s);
-#pragma unroll 1
-    for (int b = 0; b < g.row_blocks; b++) {
-      if (done) {
-        Exchange::wait(g, member, done, b);
-        float sum[1][4], through[1][K];
+    const int s = steps - 1 - done;
+    const int64_t before_that = begin_of(s - 2);
+    if (done) {
+      Exchange::wait(g, member, done);
+      float through[kMine][kUnits][1];
+#pragma unroll
+      for (int b = 0; b < kBlocks; b++) {
+        float sum[1][4];
         matrix.product(sum, block.share(done, b), block.lane);
-        block.own(sum, through);
-#pragma unroll
-        for (int i = 0; i < K; i++) block.state(kDh, b, i) += through[0][i];
+        block.template hand_over<1>(b, sum, through);
       }
-      if (s < 0) {
-        sync_block();  // the next row block's sums go where these are read
-        continue;
+      block.template collect<1>(through);
+#pragma unroll
+      for (int r = 0; r < kMine; r++) {
+        if (!block.owns(r)) break;
+#pragma unroll
+        for (int w = 0; w < kUnits; w++) dh[r][w] += through[r][w][0];
       }
+    }
+    if (s < 0) break;
 
-      Ahead now[K];
+    Ahead now[kMine];
 #pragma unroll
-      for (int i = 0; i < K; i++) now[i] = ahead[i];
-      const bool last = b + 1 == g.row_blocks;
-      if (s - last >= 0) load(s - last, last ? 0 : b + 1);
+    for (int r = 0; r < kMine; r++) now[r] = ahead[r];
+    if (s > 0) load(s - 1, before, before_that);
 
-      float d[K][kGrads];
+    float d[kMine][kUnits][kGrads];
 #pragma unroll
-      for (int i = 0; i < K; i++) {
+    for (int r = 0; r < kMine; r++) {
+      if (!block.owns(r)) break;
+      T da[G][kUnits];
+#pragma unroll
+      for (int w = 0; w < kUnits; w++) {
         F saved[S ? S : 1], grads[kGrads];
 #pragma unroll
-        for (int k = 0; k < S; k++) saved[k] = float(now[i].saved[k]);
-        const float h = float(now[i].h), old_h = now[i].keeps ? float(now[i].old_h) : 0;
-        F dh = block.state(kDh, b, i) + float(now[i].dy), c = 0, old_c = 0, dc = 0;
-        if (Cell::kHasCell) {
-          c = block.state(kC, b, i);
-          old_c = now[i].keeps ? now[i].old_c : 0;
-          dc = block.state(kDc, b, i);
-          if (p.dcs && now[i].valid) dc = dc + p.dcs[place_of(t, block.batch(b, i)) + block.unit(i)];
-          block.state(kC, b, i) = now[i].old_c;
+        for (int k = 0; k < S; k++) saved[k] = float(now[r].saved[k][w]);
+        const bool keeps = now[r].keeps && (w == 0 || both);
+        const float old_h = keeps ? float(now[r].old_h[w]) : 0, old_c = keeps ? now[r].old_c[w] : 0;
+        F new_dc = dc[r][w];
+        if (Cell::kHasCell && p.dcs && now[r].valid && (w == 0 || both)) {
+          new_dc = new_dc + p.dcs[output_at(begin, r) + w];
         }
-        const F direct = Cell::backward(saved, F(h), F(old_h), c, old_c, dh, dc, grads);
+        const F direct = Cell::backward(saved, F(float(now[r].h[w])), F(old_h), F(c[r][w]), F(old_c),
+                                        F(dh[r][w] + float(now[r].dy[w])), new_dc, grads);
+        if (Cell::kHasCell) c[r][w] = now[r].old_c[w];
 #pragma unroll
-        for (int k = 0; k < kGrads; k++) d[i][k] = grads[k].value;
-        if (now[i].valid) {
-          block.state(kDh, b, i) = now[i].keeps ? direct.value : 0;
-          if (Cell::kHasCell) block.state(kDc, b, i) = now[i].keeps ? dc.value : 0;
+        for (int k = 0; k < kGrads; k++) d[r][w][k] = grads[k].value;
+        if (now[r].valid) {
+          dh[r][w] = keeps ? direct.value : 0;
+          if (Cell::kHasCell) dc[r][w] = keeps ? new_dc.value : 0;
         }
 #pragma unroll
         for (int gate = 0; gate < G; gate++) {
-          const float da = now[i].keeps ? float(T(d[i][Cell::hidden(gate)])) : 0;
-          block.template vector<T>(done + 1, b, i, gate) = P::operand(da);
+          da[gate][w] = P::operand(keeps ? float(T(grads[Cell::hidden(gate)].value)) : 0);
         }
       }
-      sync_block();
-      Exchange::send(g, member, done + 1, b);
-
 #pragma unroll
-      for (int i = 0; i < K; i++) {
-        if (!now[i].valid) continue;
-        const int64_t row = p.sequence.row(t, block.batch(b, i));
-        T* to = static_cast<T*>(p.dgates) + (direction * R + row) * (kGrads * H) + block.unit(i);
-#pragma unroll
-        for (int k = 0; k < kGrads; k++) to[k * H] = T(d[i][k]);
+      for (int gate = 0; gate < G; gate++) {
+        write(block.template vector<T>(done + 1, r, gate), da[gate], true, true);
       }
     }
+    sync_block();
+    Exchange::send(g, member, done + 1);
+
+#pragma unroll
+    for (int r = 0; r < kMine; r++) {
+      if (!now[r].valid) continue;
+      T* to = static_cast<T*>(p.dgates) + gates_at(begin, r);
+#pragma unroll
+      for (int k = 0; k < kGrads; k++) {
+        T values[kUnits];
+#pragma unroll
+        for (int w = 0; w < kUnits; w++) values[w] = T(d[r][w][k]);
+        write(to + k * H, values, wide, both);
+      }
+    }
+    begin = before, before = before_that;
   }
 
-#pragma unroll 1
-  for (int b = 0; b < g.row_blocks; b++) {
 #pragma unroll
-    for (int i = 0; i < K; i++) {
-      const int64_t n = block.batch(b, i), at = (direction * N + n) * H + block.unit(i);
-      if (n >= N || block.unit(i) >= H) continue;
-      p.dh[at] = block.state(kDh, b, i);
-      if (Cell::kHasCell) p.dc[at] = block.state(kDc, b, i);
+  for (int r = 0; r < kMine; r++) {
+#pragma unroll
+    for (int w = 0; w < kUnits; w++) {
+      const int64_t at = (direction * N + block.batch(r)) * H + unit + w;
+      if (!exists[r] || unit + w >= H) continue;
+      p.dh[at] = dh[r][w];
+      if (Cell::kHasCell) p.dc[at] = dc[r][w];
     }
   }
   Exchange::end();

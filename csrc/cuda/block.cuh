@@ -10,56 +10,74 @@
 namespace rnnfast {
 
 // Threads of a block at most, and registers of each that hold the matrix. Of a multiprocessor's 64 K registers each of
-// 256 threads gets 255, each of 512 gets 128; beside the matrix the kernels need 75 to 120.
+// 256 threads gets 255, each of 512 gets 128; beside the matrix the kernels need 50 to 120.
 template <class Cell, class Exchange>
-constexpr int kThreads = Cell::kGates == 1 && Exchange::kSplit == 1 ? 512 : 256;
-template <class Cell, class Exchange>
-constexpr int kMatrixRegisters = kThreads<Cell, Exchange> == 512 ? 32 : 128;
+constexpr int kThreads = std::is_same<Exchange, Local<4>>::value ||
+                                 (Cell::kGates == 1 && std::is_same<Exchange, Local<1>>::value)
+                             ? 512
+                             : 256;
+template <class Cell, class P, class Exchange, int kBlocks, int M>
+constexpr int matrix_registers() {
+  if (std::is_same<Exchange, Local<4>>::value || kThreads<Cell, Exchange> == 512) return 32;
+  if (std::is_same<Exchange, Local<1>>::value) return M > 1 ? 96 : 112;
+  if (std::is_same<Exchange, Cluster>::value && kBlocks == 4) return M > 1 ? 64 : 96;
+  if (std::is_same<Exchange, Cluster>::value && kBlocks == 2 && sizeof(typename P::Value) == 4) return 96;
+  return 128;
+}
 
 // The pairs that a warp keeps in registers of a matrix of M tiles.
-template <class Cell, class P, class Exchange, int M>
-constexpr int kKeptPairs = kMatrixRegisters<Cell, Exchange> / (M * 2 * kLaneBytes / 4 * P::kParts);
+template <class Cell, class P, class Exchange, int kBlocks, int M>
+constexpr int kKeptPairs = matrix_registers<Cell, P, Exchange, kBlocks, M>() / (M * 2 * kLaneBytes / 4 * P::kParts);
 
-// A product leaves 4 sums of a tile with each lane: units lane / 4 and 8 above, of batch rows 2 (lane % 4) and the
+// Which unit of a tile its row is. Rows 8 apart are one lane's: they are units side by side.
+RNNFAST_DEVICE int unit_of(int row) { return row % 8 * 2 + row / 8; }
+
+// A product leaves 4 sums of a tile with each lane: units 2 (lane / 4) and the next, of batch rows 2 (lane % 4) and the
 // next. The warps that share a tile add up their parts, and each owns some of the sums: all gates of them, so that a
-// cell is computed where its sums are.
-template <class Exchange>
+// cell is computed where its sums are. A thread owns kMine batch rows, and of each kUnits units that lie together.
+template <class Exchange, int kBlocks>
 class Block {
+  static constexpr int kSplit = Exchange::kSplit;
+  static constexpr int kRowsOfBlock = kSplit == 1 ? 2 : 1;
+  static constexpr int kStride = kSplit == 8 ? 2 : 1;  // of the row blocks in which a thread owns a row
+
  public:
-  static constexpr int kOwned = 4 / Exchange::kSplit;
+  static constexpr int kMine = (kBlocks + kStride - 1) / kStride * kRowsOfBlock;
+  static constexpr int kUnits = kSplit == 1 ? 2 : 1;
 
   const Geometry& g;
   Member member;
-  int direction, steps, warp, lane, split, first_unit;
+  int direction, steps, warp, lane, split, first_unit, unit;  // unit: the first of its own
   int64_t first_row;
 
   RNNFAST_DEVICE Block(const Geometry& g, const Sequence& sequence, int first_group, int value_bytes, uint64_t* words,
                        bool sends_last)
-      : g(g), warp(threadIdx.x / kWarp), lane(threadIdx.x % kWarp), split(warp % Exchange::kSplit) {
+      : g(g), member{thread_of_block()}, warp(member.thread / kWarp), lane(member.thread % kWarp),
+        split(warp % kSplit) {
     const int group = first_group + blockIdx.x / g.size;
     direction = group / g.direction_groups;
-    first_row = int64_t(group % g.direction_groups) * g.row_blocks * kRows;
+    first_row = int64_t(group % g.direction_groups) * kBlocks * kRows;
     member.rank = Exchange::rank(g);
     member.unit_bytes = g.tiles * kTile * value_bytes;
-    first_unit = (member.rank * g.tiles + warp / Exchange::kSplit) * kTile;
+    first_unit = (member.rank * g.tiles + warp / kSplit) * kTile;
+    unit = first_unit + lane / 4 * 2 + (kSplit == 1 ? 0 : split % 4 / 2);
     char* shared = shared_memory();
     member.barriers = reinterpret_cast<uint64_t*>(shared);
     member.vectors = shared + g.vectors;
-    member.words = words + int64_t(group) * kSets * g.row_blocks * (g.vector_bytes / Grid::kData);
+    member.words = words + int64_t(group) * kSets * (g.set_bytes / Grid::kData);
     partials_ = reinterpret_cast<float*>(shared + g.partials);
-    states_ = reinterpret_cast<float*>(shared + g.states) + threadIdx.x;
     lengths_ = reinterpret_cast<int*>(shared + g.lengths);
 
 #pragma unroll 1
-    for (int i = threadIdx.x; i < g.row_blocks * kRows; i += blockDim.x) lengths_[i] = sequence.length(first_row + i);
+    for (int i = member.thread; i < kBlocks * kRows; i += blockDim.x) lengths_[i] = sequence.length(first_row + i);
     uint4* vectors = reinterpret_cast<uint4*>(member.vectors);
-    const int count = kSets * g.row_blocks * g.vector_bytes / kLaneBytes;
+    const int count = kSets * g.set_bytes / kLaneBytes;
 #pragma unroll 1
-    for (int i = threadIdx.x; i < count; i += blockDim.x) vectors[i] = make_uint4(0, 0, 0, 0);
+    for (int i = member.thread; i < count; i += blockDim.x) vectors[i] = make_uint4(0, 0, 0, 0);
     sync_block();
     steps = 0;
 #pragma unroll 1
-    for (int i = 0; i < g.row_blocks * kRows; i++) steps = steps < lengths_[i] ? lengths_[i] : steps;
+    for (int i = 0; i < kBlocks * kRows; i++) steps = steps < lengths_[i] ? lengths_[i] : steps;
     member.last = sends_last ? steps : steps - 1;
   }
 
@@ -69,64 +87,116 @@ class Block {
   // The s-th step in the order of the direction.
   RNNFAST_DEVICE int time(int s) const { return direction ? steps - 1 - s : s; }
 
-  RNNFAST_DEVICE int unit(int i) const { return first_unit + lane / 4 + (split * kOwned + i) / 2 * 8; }
-  RNNFAST_DEVICE int row(int i) const { return lane % 4 * 2 + (split * kOwned + i) % 2; }
-  RNNFAST_DEVICE int64_t batch(int b, int i) const { return first_row + b * kRows + row(i); }
-  RNNFAST_DEVICE int length(int b, int i) const { return lengths_[b * kRows + row(i)]; }
+  // Of the thread's own rows: which of the block's it is, how far that is from the first of them, whether it is one, its
+  // place in the batch, and its steps.
+  RNNFAST_DEVICE int row(int r) const {
+    return (kStride == 2 ? split / 4 : 0) * kRows + lane % 4 * 2 + (kSplit == 1 ? 0 : split % 2) + further(r);
+  }
+  static constexpr RNNFAST_DEVICE int further(int r) { return r / kRowsOfBlock * kStride * kRows + r % kRowsOfBlock; }
+  RNNFAST_DEVICE bool owns(int r) const { return kBlocks % kStride == 0 || row(r) < kBlocks * kRows; }
+  RNNFAST_DEVICE int64_t batch(int r) const { return first_row + row(r); }
+  RNNFAST_DEVICE int length(int r) const { return owns(r) ? lengths_[row(r)] : 0; }
 
-  // The k-th number that the thread keeps for one of its elements.
-  RNNFAST_DEVICE float& state(int k, int b, int i) const {
-    return states_[((k * g.row_blocks + b) * kOwned + i) * blockDim.x];
+  // Hands a row block's sums to those who own them, all of a sum together; the thread's own ones are there after
+  // collect(), in which all threads take part.
+  template <int M>
+  RNNFAST_DEVICE void hand_over(int b, const float (&sum)[M][4], float (&owned)[kMine][kUnits][M]) const {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      Together<M> values;
+#pragma unroll
+      for (int m = 0; m < M; m++) {
+        if constexpr (kSplit == 1) {
+          owned[b * 2 + i % 2][i / 2][m] = sum[m][i];
+        } else {
+          values.of[m] = sum[m][i];
+        }
+      }
+      if constexpr (kSplit > 1) partials<M>(warp, b, i) = values;
+    }
   }
 
-  // The thread's own sums out of its warp's; all threads take part.
   template <int M>
-  RNNFAST_DEVICE void own(const float (&sum)[M][4], float (&owned)[M][kOwned]) const {
-    if constexpr (Exchange::kSplit == 1) {
-#pragma unroll
-      for (int m = 0; m < M; m++) {
-#pragma unroll
-        for (int i = 0; i < kOwned; i++) owned[m][i] = sum[m][i];
-      }
-    } else {
-#pragma unroll
-      for (int m = 0; m < M; m++) {
-#pragma unroll
-        for (int i = 0; i < 4; i++) partials_[((warp * M + m) * 4 + i) * kWarp + lane] = sum[m][i];
-      }
+  RNNFAST_DEVICE void collect(float (&owned)[kMine][kUnits][M]) const {
+    if constexpr (kSplit > 1) {
       sync_block();
 #pragma unroll
-      for (int m = 0; m < M; m++) {
+      for (int r = 0; r < kMine; r++) {
+        if (!owns(r)) break;
+        Together<M> sum = partials<M>(warp - split, row(r) / kRows, split % 4);
 #pragma unroll
-        for (int i = 0; i < kOwned; i++) {
-          owned[m][i] = 0;
+        for (int part = 1; part < kSplit; part++) {
+          const Together<M> values = partials<M>(warp - split + part, row(r) / kRows, split % 4);
 #pragma unroll
-          for (int part = 0; part < Exchange::kSplit; part++) {
-            const int of = warp - split + part;
-            owned[m][i] += partials_[((of * M + m) * 4 + split * kOwned + i) * kWarp + lane];
-          }
+          for (int m = 0; m < M; m++) sum.of[m] += values.of[m];
         }
+#pragma unroll
+        for (int m = 0; m < M; m++) owned[r][0][m] = sum.of[m];
       }
     }
   }
 
-  // Where the warp's share of a vector begins.
-  RNNFAST_DEVICE const char* share(int step, int b) const { return member.at(g, step, b) + split * g.pairs * kPair; }
+  // Where the warp's share of a row block's vector begins.
+  RNNFAST_DEVICE const char* share(int step, int b) const {
+    return member.at(g, step) + b * g.vector_bytes + split * g.pairs * kPair;
+  }
   RNNFAST_DEVICE int share_pairs() const {
     const int left = g.gates * g.gate_bytes / kPairBytes - split * g.pairs;
     return left < g.pairs ? (left > 0 ? left : 0) : g.pairs;
   }
 
-  // An element of the block's units in the vector of a step.
+  // The thread's own units in the vector of a step.
   template <class T>
-  RNNFAST_DEVICE T& vector(int step, int b, int i, int gate) const {
-    return *reinterpret_cast<T*>(member.at(g, step, b) + place(row(i), gate * g.gate_bytes + unit(i) * int(sizeof(T))));
+  RNNFAST_DEVICE T* vector(int step, int r, int gate) const {
+    const int row = this->row(r);
+    return reinterpret_cast<T*>(member.at(g, step) + row / kRows * g.vector_bytes + gate * g.gate_bytes * kRows +
+                                place(row % kRows, unit * int(sizeof(T))));
   }
 
  private:
-  float *partials_, *states_;
+  template <int M>
+  struct alignas(M == 1 ? 4 : M == 2 ? 8 : 16) Together {
+    float of[M];
+  };
+  template <int M>
+  RNNFAST_DEVICE Together<M>& partials(int warp, int b, int i) const {
+    return reinterpret_cast<Together<M>*>(partials_)[((warp * kBlocks + b) * 4 + i) * kWarp + lane];
+  }
+
+  float* partials_;
   int* lengths_;
 };
+
+// Units of a row that lie together: read and written at once if `wide`, one by one if the layer's rows are not aligned
+// so; it may then end after the first, which `both` tells.
+template <class T, int kUnits>
+RNNFAST_DEVICE void read(T (&to)[kUnits], const T* from, bool wide, bool both) {
+  using Word = std::conditional_t<sizeof(T) == 2, uint32_t, uint64_t>;
+  if constexpr (kUnits == 1) {
+    to[0] = from[0];
+  } else if (wide) {
+    const Word word = *reinterpret_cast<const Word*>(from);
+    memcpy(to, &word, sizeof(word));
+  } else {
+    to[0] = from[0];
+    if (both) to[1] = from[1];
+  }
+}
+
+template <class T, int kUnits>
+RNNFAST_DEVICE void write(T* to, const T (&from)[kUnits], bool wide, bool both) {
+  using Word = std::conditional_t<sizeof(T) == 2, uint32_t, uint64_t>;
+  if constexpr (kUnits == 1) {
+    to[0] = from[0];
+  } else if (wide) {
+    Word word;
+    memcpy(&word, from, sizeof(word));
+    *reinterpret_cast<Word*>(to) = word;
+  } else {
+    to[0] = from[0];
+    if (both) to[1] = from[1];
+  }
+}
 
 // 16 bytes of values, each from get(j).
 template <class T, class Get>

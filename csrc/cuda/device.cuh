@@ -35,8 +35,10 @@ struct Chip {
 }  // namespace rnnfast
 
 #ifndef __CUDACC__
+#define RNNFAST_ON_GPU false
 #include "emulation.h"
 #else
+#define RNNFAST_ON_GPU true
 
 #include <cuda_runtime.h>
 
@@ -61,6 +63,19 @@ RNNFAST_DEVICE uint32_t shared_address(const void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
 
+// threadIdx.x, kept in a register: the compiler would read the slow special one wherever it is used.
+RNNFAST_DEVICE int thread_of_block() {
+  int x;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+  return x;
+}
+
+// The same number; but what follows from it is computed here, not before a loop, to be kept in registers all along.
+RNNFAST_DEVICE int anew(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // ---- products: sum[16, 8] += a[16, k] b[k, 8], by a warp; k is 16 in 16 bit and 8 in TF32
 
 #define RNNFAST_MMA(T, SHAPE)                                                                               \
@@ -83,7 +98,11 @@ RNNFAST_DEVICE uint32_t to_tf32(float x) {
 
 // ---- maths, good to a few units in the last place
 
-RNNFAST_DEVICE float fast_exp(float x) { return __expf(x); }
+RNNFAST_DEVICE float fast_exp(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(1.4426950408889634f * x));
+  return y;
+}
 
 RNNFAST_DEVICE float fast_divide(float x, float y) { return __fdividef(x, y); }
 

@@ -24,88 +24,87 @@ struct Geometry {
   int row_blocks;        // of 8 rows, of a group
   int gate_bytes;        // of a row's vector: all units of one gate, whole pairs
   int gates;             // of a vector: 1, or of gradients all
+  int parts;             // of a step's vectors: one for each row block and gate
   int vector_bytes;      // of 8 rows
+  int set_bytes;         // of all row blocks
   int pairs;             // a warp's share of the vector
   int threads;
-  size_t vectors, partials, states, biases, lengths, matrix, shared;  // offsets; the last one is the size
+  size_t vectors, partials, lengths, matrix, shared;  // offsets; the last one is the size
   size_t matrix_of_warp;
 };
 
 // What an exchange knows of its block.
 struct Member {
+  int thread;          // of the block
   int rank;            // among the group's blocks
   int unit_bytes;      // of a row: a block's units of one gate
   int last;            // the last step that is sent
   char* vectors;       // [kSets][row_blocks][vector_bytes]
-  uint64_t* barriers;  // [kSets][row_blocks]
+  uint64_t* barriers;  // [kSets]
   uint64_t* words;     // [kSets][row_blocks][vector_bytes / 4], the group's, in global memory
 
-  RNNFAST_DEVICE int slot(const Geometry& g, int step, int row_block) const {
-    return step % kSets * g.row_blocks + row_block;
-  }
-  RNNFAST_DEVICE char* at(const Geometry& g, int step, int row_block) const {
-    return vectors + int64_t(slot(g, step, row_block)) * g.vector_bytes;
-  }
-  // Calls use(offset) for pieces of so many bytes of the block's units in a vector: every stride-th, from the first on.
+  RNNFAST_DEVICE char* at(const Geometry& g, int step) const { return vectors + step % kSets * g.set_bytes; }
+  // Calls use(offset) for pieces of so many bytes of the block's units in a step's vectors: every stride-th of each
+  // part, from the first on.
   template <int kBytes, class Use>
   RNNFAST_DEVICE void each_piece(const Geometry& g, int first, int stride, const Use& use) const {
+    int part_at = 0;
 #pragma unroll 1
-    for (int gate = 0; gate < g.gates; gate++) {
+    for (int part = 0; part < g.parts; part++, part_at += g.gate_bytes * kRows) {
 #pragma unroll 1
       for (int i = first; i < kRows * unit_bytes / kBytes; i += stride) {
-        use(place(i % kRows, gate * g.gate_bytes + rank * unit_bytes + i / kRows * kBytes));
+        use(part_at + place(i % kRows, rank * unit_bytes + i / kRows * kBytes));
       }
     }
   }
 };
 
-// One block has all units.
+// One block has all units, and kWarps warps share a tile.
+template <int kWarps>
 struct Local {
-  static constexpr int kSplit = 1;
+  static constexpr int kSplit = kWarps;
 
   static RNNFAST_DEVICE int rank(const Geometry&) { return 0; }
   static RNNFAST_DEVICE void begin(const Geometry&, const Member&) {}
-  static RNNFAST_DEVICE void wait(const Geometry&, const Member&, int, int) {}
-  static RNNFAST_DEVICE void send(const Geometry&, const Member&, int, int) {}
+  static RNNFAST_DEVICE void wait(const Geometry&, const Member&, int) {}
+  static RNNFAST_DEVICE void send(const Geometry&, const Member&, int) {}
   static RNNFAST_DEVICE void end() {}
 };
 
-// The blocks of a thread-block cluster, over distributed shared memory. Each vector has a barrier, whose phase ends
-// when all bytes of the other blocks have come.
+// The blocks of a thread-block cluster, over distributed shared memory. Each set of vectors has a barrier, whose phase
+// ends when all bytes of the other blocks have come.
 struct Cluster {
   static constexpr int kSplit = 4;
 
   static RNNFAST_DEVICE int rank(const Geometry&) { return cluster_rank(); }
 
   static RNNFAST_DEVICE void begin(const Geometry& g, const Member& m) {
-    if (threadIdx.x == 0) {
-#pragma unroll 1
-      for (int i = 0; i < kSets * g.row_blocks; i++) barrier_init(m.barriers + i);
+    if (m.thread == 0) {
+#pragma unroll
+      for (int i = 0; i < kSets; i++) barrier_init(m.barriers + i);
       barrier_init_fence();
-#pragma unroll 1
-      for (int step = 1; step <= kSets; step++) {
-#pragma unroll 1
-        for (int b = 0; b < g.row_blocks; b++) expect(g, m, step, b);
-      }
+#pragma unroll
+      for (int step = 1; step <= kSets; step++) expect(g, m, step);
     }
     sync_cluster();
   }
 
-  static RNNFAST_DEVICE void wait(const Geometry& g, const Member& m, int step, int b) {
+  static RNNFAST_DEVICE void wait(const Geometry& g, const Member& m, int step) {
     // A phase that waits for nobody could end twice before each thread has seen it end once.
     if (step == 0 || g.members == 1) return;
-    barrier_wait(m.barriers + m.slot(g, step, b), (step - 1) / kSets % 2);
+    barrier_wait(m.barriers + step % kSets, (step - 1) / kSets % 2);
     // Before this block sends step + 1, and so before anybody sends step + 2.
-    if (threadIdx.x == 0) expect(g, m, step + kSets, b);
+    if (m.thread == 0) expect(g, m, step + kSets);
   }
 
-  static RNNFAST_DEVICE void send(const Geometry& g, const Member& m, int step, int b) {
-    char* vectors = m.at(g, step, b);
-    uint64_t* barrier = m.barriers + m.slot(g, step, b);
-    m.each_piece<kLaneBytes>(g, threadIdx.x % kWarp, kWarp, [&](int offset) {
+  static RNNFAST_DEVICE void send(const Geometry& g, const Member& m, int step) {
+    char* vectors = m.at(g, step);
+    uint64_t* barrier = m.barriers + step % kSets;
+    const int thread = anew(m.thread);
+    m.each_piece<kLaneBytes>(g, thread % kWarp, kWarp, [&](int offset) {
       const uint4 piece = *reinterpret_cast<const uint4*>(vectors + offset);
 #pragma unroll 1
-      for (int peer = threadIdx.x / kWarp; peer < g.members; peer += blockDim.x / kWarp) {
+      for (int peer = thread / kWarp; peer < g.members; peer += blockDim.x / kWarp) {
         if (peer != m.rank) store_async(vectors + offset, piece, barrier, peer);
       }
     });
@@ -115,16 +114,16 @@ struct Cluster {
   static RNNFAST_DEVICE void end() { sync_cluster(); }
 
  private:
-  static RNNFAST_DEVICE void expect(const Geometry& g, const Member& m, int step, int b) {
-    const uint32_t bytes = (g.members - 1) * g.gates * kRows * m.unit_bytes;
-    if (step <= m.last) barrier_expect(m.barriers + m.slot(g, step, b), bytes);
+  static RNNFAST_DEVICE void expect(const Geometry& g, const Member& m, int step) {
+    const uint32_t bytes = (g.members - 1) * g.parts * kRows * m.unit_bytes;
+    if (step <= m.last) barrier_expect(m.barriers + step % kSets, bytes);
   }
 };
 
 // Blocks anywhere on the chip, through L2. There is no barrier: each word of data is published with the number of its
 // step (Persistent RNNs, Diamos et al. 2016, synchronise by such polling), and read until that is the one waited for.
 struct Grid {
-  static constexpr int kSplit = 4;
+  static constexpr int kSplit = 8;
   static constexpr int kData = 4;   // bytes of a word's data
   static constexpr int kRun = kTile * 2;
   static constexpr int kBatch = 8;  // loads of a thread at once
@@ -133,21 +132,21 @@ struct Grid {
   static RNNFAST_DEVICE void begin(const Geometry&, const Member&) {}
   static RNNFAST_DEVICE void end() {}
 
-  static RNNFAST_DEVICE void wait(const Geometry& g, const Member& m, int step, int b) {
+  static RNNFAST_DEVICE void wait(const Geometry& g, const Member& m, int step) {
     if (step == 0) return;
-    uint2* vectors = reinterpret_cast<uint2*>(m.at(g, step, b));
-    const uint64_t* words = published(g, m, step, b);
-    // Of a gate: 8 bytes of data for each two words. A run is what a tile's units take of a row in 16 bit: the block's
+    uint2* vectors = reinterpret_cast<uint2*>(m.at(g, step));
+    const uint64_t* words = published(g, m, step);
+    // Of a part: 8 bytes of data for each two words. A run is what a tile's units take of a row in 16 bit: the block's
     // own are there already, and those that fill up the last pair belong to nobody, and stay zero.
-    const int count = g.gate_bytes * kRows / (2 * kData), own = m.unit_bytes / kRun;
+    const int count = g.gate_bytes * kRows / (2 * kData), own = m.unit_bytes / kRun, thread = anew(m.thread);
     const auto is_sent = [&](int i) {
       const int run = i * 2 * kData / kPair * (kPairBytes / kRun) + i * 2 * kData % kPairBytes / kRun;
       return i < count && run < g.members * own && unsigned(run - m.rank * own) >= unsigned(own);
     };
 #pragma unroll 1
-    for (int gate = 0; gate < g.gates; gate++, vectors += count, words += 2 * count) {
+    for (int part = 0; part < g.parts; part++, vectors += count, words += 2 * count) {
 #pragma unroll 1
-      for (int first = threadIdx.x; first < count; first += kBatch * blockDim.x) {
+      for (int first = thread; first < count; first += kBatch * blockDim.x) {
         uint64_t two[kBatch][2];  // all on their way before the first is looked at
 #pragma unroll
         for (int j = 0; j < kBatch; j++) {
@@ -169,18 +168,18 @@ struct Grid {
     sync_block();
   }
 
-  static RNNFAST_DEVICE void send(const Geometry& g, const Member& m, int step, int b) {
-    const char* vectors = m.at(g, step, b);
-    uint64_t* words = published(g, m, step, b);
-    m.each_piece<kData>(g, threadIdx.x, blockDim.x, [&](int offset) {
+  static RNNFAST_DEVICE void send(const Geometry& g, const Member& m, int step) {
+    const char* vectors = m.at(g, step);
+    uint64_t* words = published(g, m, step);
+    m.each_piece<kData>(g, anew(m.thread), blockDim.x, [&](int offset) {
       const uint32_t data = *reinterpret_cast<const uint32_t*>(vectors + offset);
       store_relaxed(words + offset / kData, uint64_t(step) << 32 | data);
     });
   }
 
  private:
-  static RNNFAST_DEVICE uint64_t* published(const Geometry& g, const Member& m, int step, int b) {
-    return m.words + int64_t(m.slot(g, step, b)) * (g.vector_bytes / kData);
+  static RNNFAST_DEVICE uint64_t* published(const Geometry& g, const Member& m, int step) {
+    return m.words + step % kSets * (g.set_bytes / kData);
   }
 };
 

@@ -4,8 +4,9 @@
 //
 // A block keeps the gate rows of its units: G tiles of 16 rows for every 16 units, so that all gates of a unit end up
 // in one thread. Where what lies:
-//   registers      fragments of W_hh as far as they go; the sums of a step; the input gates of the next one
-//   shared memory  the rest of W_hh; h of this step and the next, [8 rows] of all units; h and c of the own elements
+//   registers      fragments of W_hh as far as they go; the sums of a step; h and c of the own elements; the input
+//                  gates of the next step
+//   shared memory  the rest of W_hh; h of this step and the next, [8 rows] of all units
 //   L2             h on its way to other blocks (Grid only)
 // Floors of a step of a block with U units and 8 rows: G U H multiply-adds a row, at 1024 (16 bit) or 512 (TF32) a
 // cycle; the bytes of W_hh beyond the registers and of h, H values a row, at 128 bytes a cycle; of memory 8 rows (G +
@@ -22,6 +23,7 @@ struct ForwardArguments {
   Sequence sequence;
   Geometry geometry;
   int first_group, H, D;
+  bool wide;         // rows of all tensors begin at multiples of two values
   const void* x;     // [D, R, G*H]: W_ih x + b_ih
   const void* w[2];  // [G*H, H] of each direction: W_hh
   const void* b[2];  // [G*H]: b_hh; or null
@@ -34,13 +36,12 @@ struct ForwardArguments {
   uint64_t* words;   // of Grid
 };
 
-template <class Cell, class P, class Exchange>
+template <class Cell, class P, class Exchange, int kBlocks>
 __global__ void __launch_bounds__(kThreads<Cell, Exchange>, 1) forward(const __grid_constant__ ForwardArguments p) {
   using T = typename P::Value;
   using F = Real<float, sizeof(T) == 2>;
-  using Owner = Block<Exchange>;
-  constexpr int G = Cell::kGates, S = Cell::kSaved, K = Owner::kOwned;
-  constexpr int kH = 0, kC = 1;  // states
+  using Owner = Block<Exchange, kBlocks>;
+  constexpr int G = Cell::kGates, S = Cell::kSaved, kMine = Owner::kMine, kUnits = Owner::kUnits;
   const Geometry& g = p.geometry;
   const Owner block(g, p.sequence, p.first_group, sizeof(T), p.words, false);
   const Member& member = block.member;
@@ -48,138 +49,171 @@ __global__ void __launch_bounds__(kThreads<Cell, Exchange>, 1) forward(const __g
     Exchange::begin(g, member);
     return Exchange::end();
   }
-  const int H = p.H, direction = block.direction;
+  const int H = p.H, direction = block.direction, steps = block.steps, unit = block.unit;
   const int64_t R = p.sequence.R, N = p.sequence.N;
 
   const T* w = static_cast<const T*>(p.w[direction]);
   constexpr int kLane = kLaneBytes / sizeof(T);
   const bool aligned = H % kLane == 0 && reinterpret_cast<uintptr_t>(w) % kLaneBytes == 0;
   const auto load_w = [&](int gate, int row, int k) {
-    const int unit = block.first_unit + row, column = (block.split * g.pairs * kPairBytes + k) / int(sizeof(T));
+    const int unit = block.first_unit + unit_of(row), column = (block.split * g.pairs * kPairBytes + k) / int(sizeof(T));
     if (unit >= H || column >= H) return make_uint4(0, 0, 0, 0);
     const T* from = w + (int64_t(gate) * H + unit) * H + column;
     if (aligned) return *reinterpret_cast<const uint4*>(from);
     return gather<T>([&](int j) { return column + j < H ? from[j] : T(0); });
   };
-  const Matrix<P, G, kKeptPairs<Cell, P, Exchange, G>> matrix(
+  const Matrix<P, G, kKeptPairs<Cell, P, Exchange, kBlocks, G>> matrix(
       shared_memory() + g.matrix + block.warp * g.matrix_of_warp, block.share_pairs(), block.lane, load_w);
 
-  float* bias = reinterpret_cast<float*>(shared_memory() + g.biases);  // [G][units of the block]
-  const int units = g.tiles * kTile, first_unit = member.rank * units;
-#pragma unroll 1
-  for (int i = threadIdx.x; i < G * units; i += blockDim.x) {
-    const int unit = first_unit + i % units;
-    const T* b = static_cast<const T*>(p.b[direction]);
-    bias[i] = b && unit < H ? float(b[i / units * H + unit]) : 0;
-  }
   const T* h0 = static_cast<const T*>(p.h0) + (direction * N + block.first_row) * H;
-  const int rows = int(N - block.first_row < g.row_blocks * kRows ? N - block.first_row : g.row_blocks * kRows);
+  const int rows = int(N - block.first_row < kBlocks * kRows ? N - block.first_row : kBlocks * kRows);
 #pragma unroll 1
   for (int n = 0; n < rows; n++, h0 += H) {
-    char* vectors = member.at(g, 0, n / kRows);
+    char* vectors = member.at(g, 0) + n / kRows * g.vector_bytes;
 #pragma unroll 4
-    for (int unit = threadIdx.x; unit < H; unit += blockDim.x) {
-      *reinterpret_cast<T*>(vectors + place(n % kRows, unit * int(sizeof(T)))) = P::operand(float(h0[unit]));
+    for (int i = member.thread; i < H; i += blockDim.x) {
+      *reinterpret_cast<T*>(vectors + place(n % kRows, i * int(sizeof(T)))) = P::operand(float(h0[i]));
     }
   }
-#pragma unroll 1
-  for (int b = 0; b < g.row_blocks; b++) {
+
+  // The thread's own: its units' biases and states, and where its rows' data lie.
+  const bool wide = p.wide, both = unit + 1 < H;
+  float bias[G][kUnits], h[kMine][kUnits], c[kMine][kUnits];
+  int length[kMine];  // 0 where there is nothing to compute
+  int64_t x_at, y_at, gates_at;  // of the first row
 #pragma unroll
-    for (int i = 0; i < K; i++) {
-      const int64_t n = block.batch(b, i), at = (direction * N + n) * H + block.unit(i);
-      const bool inside = n < N && block.unit(i) < H;
-      block.state(kH, b, i) = inside ? float(static_cast<const T*>(p.h0)[at]) : 0;
-      if (Cell::kHasCell) block.state(kC, b, i) = inside ? p.c[at] : 0;
+  for (int w = 0; w < kUnits; w++) {
+    const T* b = static_cast<const T*>(p.b[direction]);
+#pragma unroll
+    for (int gate = 0; gate < G; gate++) bias[gate][w] = b && unit + w < H ? float(b[gate * H + unit + w]) : 0;
+  }
+#pragma unroll
+  for (int r = 0; r < kMine; r++) {
+    const int64_t n = block.batch(r);
+    length[r] = unit < H ? block.length(r) : 0;
+#pragma unroll
+    for (int w = 0; w < kUnits; w++) {
+      const int64_t at = (direction * N + n) * H + unit + w;
+      const bool inside = block.owns(r) && n < N && unit + w < H;
+      h[r][w] = inside ? float(static_cast<const T*>(p.h0)[at]) : 0;
+      c[r][w] = inside && Cell::kHasCell ? p.c[at] : 0;
     }
   }
   sync_block();
   Exchange::begin(g, member);
 
-  T x_ahead[G][K];
-  bool keeps_ahead[K];
-  const auto load_x = [&](int s, int b) {
-    const int t = block.time(s);
+  T x_ahead[kMine][G][kUnits] = {};
+  bool valid_ahead[kMine], keeps_ahead[kMine];
+  const auto load_x = [&](int t, int64_t begin) {
 #pragma unroll
-    for (int i = 0; i < K; i++) {
-      const int64_t n = block.batch(b, i);
-      const bool inside = t < block.length(b, i) && block.unit(i) < H;
-      keeps_ahead[i] = inside && p.sequence.keeps(t, n, block.length(b, i), direction);
-      const T* from = static_cast<const T*>(p.x);
-      if (inside) from += (direction * R + p.sequence.row(t, n)) * (G * H) + block.unit(i);
+    for (int r = 0; r < kMine; r++) {
+      const int64_t n = block.batch(r);
+      valid_ahead[r] = t < length[r] && p.sequence.has(begin, n);
+      keeps_ahead[r] = valid_ahead[r] && p.sequence.keeps(t, n, length[r], direction);
+      if (!valid_ahead[r]) continue;
+      const T* from = static_cast<const T*>(p.x) + x_at + Owner::further(r) * (G * H);
 #pragma unroll
-      for (int gate = 0; gate < G; gate++) x_ahead[gate][i] = inside ? from[gate * H] : T(0);
+      for (int gate = 0; gate < G; gate++) read(x_ahead[r][gate], from + gate * H, wide, both);
     }
   };
-  if (block.steps) load_x(0, 0);
+  int64_t begin = 0;
+  if (steps) begin = p.sequence.begin(block.time(0));
+  const int64_t row = begin + block.batch(0);
+  x_at = (direction * R + row) * (G * H) + unit;
+  y_at = (row * p.D + direction) * H + unit;
+  gates_at = (direction * R + row) * (S * H) + unit;
+  if (steps) load_x(block.time(0), begin);
 
 #pragma unroll 1
-  for (int s = 0; s < block.steps; s++) {
-    const int t = block.time(s);
-#pragma unroll 1
-    for (int b = 0; b < g.row_blocks; b++) {
-      Exchange::wait(g, member, s, b);
-      float sum[G][4], a[G][K];
+  for (int s = 0; s < steps; s++) {
+    const bool more = s + 1 < steps;
+    const int64_t next = more ? p.sequence.begin(block.time(s + 1)) : begin;
+
+    Exchange::wait(g, member, s);
+    float a[kMine][kUnits][G];
+#pragma unroll
+    for (int b = 0; b < kBlocks; b++) {
+      float sum[G][4];
       matrix.product(sum, block.share(s, b), block.lane);
-      block.own(sum, a);
+      block.template hand_over<G>(b, sum, a);
+    }
+    block.template collect<G>(a);
 
-      F x[G][K];
-      bool keeps[K];
+    F x[kMine][kUnits][G];
+    bool valid[kMine], keeps[kMine];
 #pragma unroll
-      for (int i = 0; i < K; i++) {
-        keeps[i] = keeps_ahead[i];
+    for (int r = 0; r < kMine; r++) {
+      valid[r] = valid_ahead[r], keeps[r] = keeps_ahead[r];
 #pragma unroll
-        for (int gate = 0; gate < G; gate++) x[gate][i] = float(x_ahead[gate][i]);
+      for (int gate = 0; gate < G; gate++) {
+#pragma unroll
+        for (int w = 0; w < kUnits; w++) x[r][w][gate] = float(x_ahead[r][gate][w]);
       }
-      const bool last = b + 1 == g.row_blocks;
-      if (s + last < block.steps) load_x(s + last, last ? 0 : b + 1);
+    }
+    x_at += (next - begin) * (G * H);
+    if (more) load_x(block.time(s + 1), next);
 
-      float h[K], c[K];
-      F saved[K][S ? S : 1];
+    F saved[kMine][kUnits][S ? S : 1];
 #pragma unroll
-      for (int i = 0; i < K; i++) {
-        const int unit = block.unit(i);
-        F of_x[G], of_h[G], new_h = keeps[i] ? block.state(kH, b, i) : 0, new_c = 0;
-        if (Cell::kHasCell && keeps[i]) new_c = block.state(kC, b, i);
+    for (int r = 0; r < kMine; r++) {
+      if (!block.owns(r)) break;
+      T operands[kUnits];
 #pragma unroll
-        for (int gate = 0; gate < G; gate++) {
-          of_x[gate] = x[gate][i];
-          of_h[gate] = (keeps[i] ? a[gate][i] : 0) + bias[gate * units + unit - first_unit];
+      for (int w = 0; w < kUnits; w++) {
+        F of_h[G], new_h = h[r][w], new_c = c[r][w];
+#pragma unroll
+        for (int gate = 0; gate < G; gate++) of_h[gate] = a[r][w][gate];
+        if (p.sequence.resets && !keeps[r]) {
+          new_h = new_c = 0;
+#pragma unroll
+          for (int gate = 0; gate < G; gate++) of_h[gate] = 0;
         }
-        Cell::forward(of_x, of_h, new_h, new_c, saved[i]);
-        h[i] = float(T(new_h.value)), c[i] = new_c.value;
-        if (t < block.length(b, i) && unit < H) {
-          block.state(kH, b, i) = h[i];
-          if (Cell::kHasCell) block.state(kC, b, i) = c[i];
+#pragma unroll
+        for (int gate = 0; gate < G; gate++) of_h[gate] = of_h[gate] + bias[gate][w];
+        Cell::forward(x[r][w], of_h, new_h, new_c, saved[r][w]);
+        if (valid[r] && (w == 0 || both)) {
+          h[r][w] = float(T(new_h.value));
+          if (Cell::kHasCell) c[r][w] = new_c.value;
         }
-        block.template vector<T>(s + 1, b, i, 0) = P::operand(block.state(kH, b, i));
+        operands[w] = P::operand(h[r][w]);
       }
-      sync_block();
-      if (s + 1 < block.steps) Exchange::send(g, member, s + 1, b);
+      write(block.template vector<T>(s + 1, r, 0), operands, true, true);
+    }
+    sync_block();
+    if (more) Exchange::send(g, member, s + 1);
 
 #pragma unroll
-      for (int i = 0; i < K; i++) {
-        const int unit = block.unit(i);
-        if (t >= block.length(b, i) || unit >= H) continue;
-        const int64_t row = p.sequence.row(t, block.batch(b, i)), at = (row * p.D + direction) * H + unit;
-        static_cast<T*>(p.y)[at] = T(h[i]);
-        if (Cell::kHasCell && p.cs) p.cs[at] = c[i];
+    for (int r = 0; r < kMine; r++) {
+      if (valid[r]) {
+        T values[kUnits];
+#pragma unroll
+        for (int w = 0; w < kUnits; w++) values[w] = T(h[r][w]);
+        const int64_t at = y_at + Owner::further(r) * (p.D * H);
+        write(static_cast<T*>(p.y) + at, values, wide, both);
+        if (Cell::kHasCell && p.cs) write(p.cs + at, c[r], wide, both);
         if (S && p.gates) {
-          T* to = static_cast<T*>(p.gates) + (direction * R + row) * (S * H) + unit;
+          T* to = static_cast<T*>(p.gates) + gates_at + Owner::further(r) * (S * H);
 #pragma unroll
-          for (int k = 0; k < S; k++) to[k * H] = T(saved[i][k].value);
+          for (int k = 0; k < S; k++) {
+#pragma unroll
+            for (int w = 0; w < kUnits; w++) values[w] = T(saved[r][w][k].value);
+            write(to + k * H, values, wide, both);
+          }
         }
       }
     }
+    y_at += (next - begin) * (p.D * H), gates_at += (next - begin) * (S * H);
+    begin = next;
   }
 
-#pragma unroll 1
-  for (int b = 0; b < g.row_blocks; b++) {
 #pragma unroll
-    for (int i = 0; i < K; i++) {
-      const int64_t n = block.batch(b, i), at = (direction * N + n) * H + block.unit(i);
-      if (n >= N || block.unit(i) >= H) continue;
-      static_cast<T*>(p.h_n)[at] = T(block.state(kH, b, i));
-      if (Cell::kHasCell) p.c[at] = block.state(kC, b, i);
+  for (int r = 0; r < kMine; r++) {
+#pragma unroll
+    for (int w = 0; w < kUnits; w++) {
+      const int64_t n = block.batch(r), at = (direction * N + n) * H + unit + w;
+      if (!block.owns(r) || n >= N || unit + w >= H) continue;
+      static_cast<T*>(p.h_n)[at] = T(h[r][w]);
+      if (Cell::kHasCell) p.c[at] = c[r][w];
     }
   }
   Exchange::end();

@@ -10,22 +10,27 @@ namespace rnnfast {
 // Numbered as cuda_regime() numbers them.
 enum Regime { kByTable, kMultiprocessor, kCluster, kChip, kStepwise, kRegimes };
 
+constexpr int kBlockings = 3;
+
 enum Arithmetic { kOfBFloat16, kOfHalf, kOfTf32, kOfExact, kArithmetics };
 
-// A kernel of a persistent regime, and what its geometry depends on.
+// Kernels of a persistent regime, and what their geometry depends on.
 template <class Arguments>
 struct Persistent {
-  void (*kernel)(Arguments);
-  int tiles, kept;  // of a warp's matrix: M, and the pairs in registers
-  int gates;        // of an exchanged vector
-  int states;       // numbers kept for each element
-  int threads;      // at most
-  int split;        // warps that share a tile
+  Regime regime;
+  void (*kernels[kBlockings])(Arguments);  // for 1, 2, 4 row blocks; or null
+  int kept[kBlockings];                    // pairs of a warp's matrix in its registers
+  int tiles;                               // of a warp's matrix: M
+  int gates;                               // of an exchanged vector
+  int threads;                             // at most
+  int split;                               // warps that share a tile
 };
 
+constexpr int kVariants = 4;  // a multiprocessor with 1 or 4 warps a tile, a cluster, the chip
+
 struct CellKernels {
-  Persistent<ForwardArguments> forward[kArithmetics][kStepwise];  // by Regime
-  Persistent<BackwardArguments> backward[kArithmetics][kStepwise];
+  Persistent<ForwardArguments> forward[kArithmetics][kVariants];
+  Persistent<BackwardArguments> backward[kArithmetics][kVariants];
 };
 
 extern const CellKernels tanh_kernels, relu_kernels, lstm_kernels, gru_kernels;

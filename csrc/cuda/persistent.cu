@@ -5,34 +5,57 @@
 namespace rnnfast {
 namespace {
 
-template <class Arguments, class Cell, class P, class Exchange, int kTiles, int kGates, int kStates>
-constexpr Persistent<Arguments> describe(void (*kernel)(Arguments)) {
-  return {kernel,          kTiles, kKeptPairs<Cell, P, Exchange, kTiles>, kGates, kStates, kThreads<Cell, Exchange>,
-          Exchange::kSplit};
-}
+// Of the forward W_hh has a tile for each gate, and h is exchanged.
+template <class Cell, class P>
+struct Forward {
+  using Arguments = ForwardArguments;
+  static constexpr int kTiles = Cell::kGates, kGates = 1;
+  template <class Exchange, int kBlocks>
+  static constexpr auto kKernel = &forward<Cell, P, Exchange, kBlocks>;
+};
 
-// Of the forward W_hh has a tile for each gate, and h is exchanged; each element keeps h and c.
-template <class Cell, class P, class Exchange>
-constexpr auto forward_kernel() {
-  return describe<ForwardArguments, Cell, P, Exchange, Cell::kGates, 1, 2>(forward<Cell, P, Exchange>);
-}
-
-// Of the backward W_hh^T has one, and the gradients of all gates are exchanged; each element keeps dh, dc and c.
-template <class Cell, class P, class Exchange>
-constexpr auto backward_kernel() {
-  return describe<BackwardArguments, Cell, P, Exchange, 1, Cell::kGates, 3>(backward<Cell, P, Exchange>);
-}
-
-#define RNNFAST_REGIMES(kernel, P) {{}, kernel<Cell, P, Local>(), kernel<Cell, P, Cluster>(), kernel<Cell, P, Grid>()}
-#define RNNFAST_ARITHMETICS(kernel)                                                      \
-  {RNNFAST_REGIMES(kernel, Products<BFloat16>), RNNFAST_REGIMES(kernel, Products<Half>), \
-   RNNFAST_REGIMES(kernel, Products<float>), RNNFAST_REGIMES(kernel, ExactProducts)}
+// Of the backward W_hh^T has one, and the gradients of all gates are exchanged.
+template <class Cell, class P>
+struct Backward {
+  using Arguments = BackwardArguments;
+  static constexpr int kTiles = 1, kGates = Cell::kGates;
+  template <class Exchange, int kBlocks>
+  static constexpr auto kKernel = &backward<Cell, P, Exchange, kBlocks>;
+};
 
 using Cell = RNNFAST_CELL;
+
+template <class Pass, class P, class Exchange, int kBlocking>
+constexpr void describe(Persistent<typename Pass::Arguments>& k) {
+  constexpr int kBlocks = 1 << kBlocking;
+  k.kernels[kBlocking] = Pass::template kKernel<Exchange, kBlocks>;
+  k.kept[kBlocking] = kKeptPairs<Cell, P, Exchange, kBlocks, Pass::kTiles>;
+}
+
+template <class Pass, class P, class Exchange>
+constexpr Persistent<typename Pass::Arguments> describe(Regime regime) {
+  Persistent<typename Pass::Arguments> k = {};
+  describe<Pass, P, Exchange, 0>(k);
+  if constexpr (!std::is_same<Exchange, Local<Exchange::kSplit>>::value) {
+    // A multiprocessor that has all of W_hh takes another block for other rows.
+    describe<Pass, P, Exchange, 1>(k), describe<Pass, P, Exchange, 2>(k);
+  }
+  k.regime = regime, k.tiles = Pass::kTiles, k.gates = Pass::kGates;
+  k.threads = kThreads<Cell, Exchange>, k.split = Exchange::kSplit;
+  return k;
+}
+
+#define RNNFAST_VARIANTS(Pass, P)                                                                         \
+  {describe<Pass<Cell, P>, P, Local<1>>(kMultiprocessor), describe<Pass<Cell, P>, P, Local<4>>(kMultiprocessor), \
+   describe<Pass<Cell, P>, P, Cluster>(kCluster), describe<Pass<Cell, P>, P, Grid>(kChip)}
+#define RNNFAST_ARITHMETICS(Pass)                                                          \
+  {RNNFAST_VARIANTS(Pass, Products<BFloat16>), RNNFAST_VARIANTS(Pass, Products<Half>), \
+   RNNFAST_VARIANTS(Pass, Products<float>), RNNFAST_VARIANTS(Pass, ExactProducts)}
+
 using ExactProducts = Products<float, true>;
 
 }  // namespace
 
-const CellKernels RNNFAST_KERNELS = {RNNFAST_ARITHMETICS(forward_kernel), RNNFAST_ARITHMETICS(backward_kernel)};
+const CellKernels RNNFAST_KERNELS = {RNNFAST_ARITHMETICS(Forward), RNNFAST_ARITHMETICS(Backward)};
 
 }  // namespace rnnfast

@@ -8,6 +8,7 @@
 #include <mutex>
 
 #include "../ops.h"
+#include "blas.h"
 #include "plan.h"
 
 namespace rnnfast {
@@ -36,7 +37,7 @@ const StepKernels& step_kernels_of(ScalarType dtype) {
 }
 
 template <class Arguments>
-const Persistent<Arguments> (&persistent_of(const Layer& layer)) [kStepwise] {
+const Persistent<Arguments> (&persistent_of(const Layer& layer)) [kVariants] {
   const CellKernels& kernels = kernels_of(layer.cell);
   if constexpr (std::is_same<Arguments, ForwardArguments>::value) {
     return kernels.forward[layer.arithmetic];
@@ -80,7 +81,7 @@ struct Call {
   ScalarType dtype, acc_dtype;
   int64_t T, N, R, H, P, D, G, saved, grads, stream;
   int32_t device;
-  bool projected;
+  bool projected, tf32;
   Arithmetic arithmetic;
   Sequence sequence;
 
@@ -146,7 +147,7 @@ Call make_call(const Checker& check, const std::string& mode, const Tensor& like
   c.cell = parse_cell(mode);
   c.dtype = like.scalar_type();
   c.acc_dtype = accumulated(c.dtype);
-  c.arithmetic = arithmetic_of(c.dtype, tf32);
+  c.arithmetic = arithmetic_of(c.dtype, tf32), c.tf32 = tf32;
   c.G = c.cell == kLstm ? 4 : c.cell == kGru ? 3 : 1;
   c.saved = c.G > 1 ? 4 : 0, c.grads = c.G > 1 ? 4 : 1;
   c.D = w_hh.size(), c.device = like.get_device_index(), c.stream = stream;
@@ -166,6 +167,23 @@ Call make_call(const Checker& check, const std::string& mode, const Tensor& like
   return c;
 }
 
+// ---- whether rows begin at multiples of two values
+
+bool begin_so(std::initializer_list<const void*> pointers, size_t bytes) {
+  return std::all_of(pointers.begin(), pointers.end(),
+                     [=](const void* p) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; });
+}
+
+bool is_wide(const Call& c, const ForwardArguments& f) {
+  const size_t bytes = c.dtype == ScalarType::Float ? 8 : 4;
+  return c.H % 2 == 0 && begin_so({f.x, f.y, f.gates}, bytes) && begin_so({f.cs}, 8);
+}
+
+bool is_wide(const Call& c, const BackwardArguments& f) {
+  const size_t bytes = c.dtype == ScalarType::Float ? 8 : 4;
+  return c.H % 2 == 0 && begin_so({f.dy, f.gates, f.y, f.dgates}, bytes) && begin_so({f.cs}, 8);
+}
+
 // ---- persistent: one launch, or a few where the chip cannot hold all groups at once
 
 template <class Arguments>
@@ -173,6 +191,7 @@ void run(const Call& c, const Plan& plan, Arguments& arguments, const Tensor& li
   const Geometry& g = plan.geometry;
   arguments.sequence = c.sequence, arguments.geometry = g;
   arguments.H = c.H, arguments.D = c.D;
+  arguments.wide = is_wide(c, arguments);
   std::optional<Tensor> words;
   if (plan.regime == kChip) {  // zero is no step's number
     const int64_t bytes = plan.groups * kSets * g.row_blocks * g.vector_bytes / Grid::kData * sizeof(uint64_t);
@@ -181,7 +200,7 @@ void run(const Call& c, const Plan& plan, Arguments& arguments, const Tensor& li
   }
   Launch launch = plan.launch;
   launch.stream = c.stream;
-  const auto kernel = persistent_of<Arguments>(c.layer())[plan.regime].kernel;
+  const auto kernel = reinterpret_cast<void (*)(Arguments)>(const_cast<void*>(plan.kernel));
   for (int64_t first = 0; first < plan.groups; first += plan.groups_at_once) {
     arguments.first_group = first;
     launch.blocks = std::min(plan.groups_at_once, plan.groups - first) * g.size;
@@ -189,20 +208,81 @@ void run(const Call& c, const Plan& plan, Arguments& arguments, const Tensor& li
   }
 }
 
-// ---- stepwise: cuBLAS's products, and what is between them
+// ---- products
 
-// out = a b
-void multiply(const Tensor& a, const Tensor& b, const Tensor& out) {
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
-                                    torch::stable::detail::from(out)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
-  torch::stable::detail::to<Tensor>(stack[0]);
+bool has_strides_for_blas(const Tensor& t) {
+  const bool rows = t.stride(1) == 1 && t.stride(0) >= t.size(1), columns = t.stride(0) == 1 && t.stride(1) >= t.size(0);
+  return (rows || columns) && std::max(t.stride(0), t.stride(1)) < INT32_MAX;
 }
 
-// out[d] = a[d] w[d], of each direction
-void multiply(const Tensor& a, const std::vector<Tensor>& w, const Tensor& out) {
-  for (size_t d = 0; d < w.size(); d++)
-    multiply(torch::stable::select(a, 0, d), w[d], torch::stable::select(out, 0, d));
+Operand operand_of(const Tensor& t) {
+  return t.stride(1) == 1 && t.stride(0) >= t.size(1) ? Operand{t.data_ptr(), t.stride(0), 1}
+                                                      : Operand{t.data_ptr(), 1, t.stride(1)};
+}
+
+// cuBLAS with its workspace, for the products of one call.
+class Multiplier {
+ public:
+  Multiplier(const Tensor& like, bool tf32, int64_t stream)
+      : tf32_(tf32), device_(like.get_device_index()), stream_(stream), blas_(RNNFAST_ON_GPU ? Blas::find() : nullptr) {
+    if (blas_) workspace_ = torch::stable::new_empty(like, Shape{Blas::kWorkspace}, ScalarType::Byte);
+  }
+
+  // out = a b, matrices, or out += a b; whether cuBLAS could.
+  bool by_blas(const Tensor& a, const Tensor& b, const Tensor& out, bool accumulate) const {
+    const int64_t m = out.size(0), n = out.size(1), k = a.size(1);
+    if (!blas_ || std::min({m, n, k}) == 0 || std::max({m, n, k}) >= INT32_MAX || out.stride(1) != 1) return false;
+    if (!has_strides_for_blas(a) || !has_strides_for_blas(b) || !has_strides_for_blas(out)) return false;
+    const ScalarType dtype = out.scalar_type();
+    const BlasType type = dtype == ScalarType::Float    ? BlasType::kFloat
+                          : dtype == ScalarType::Double ? BlasType::kDouble
+                          : dtype == ScalarType::Half   ? BlasType::kHalf
+                                                        : BlasType::kBFloat16;
+    OnDevice on(device_);
+    return blas_->multiply(operand_of(out), operand_of(a), operand_of(b), m, n, k, type, accumulate, tf32_, device_,
+                           stream_, workspace_->data_ptr());
+  }
+
+  // out = a b; by torch where cuBLAS can't.
+  void operator()(const Tensor& a, const Tensor& b, const Tensor& out) const {
+    if (by_blas(a, b, out, false)) return;
+    std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
+                                      torch::stable::detail::from(out)};
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+    torch::stable::detail::to<Tensor>(stack[0]);
+  }
+
+  // out[d] = a[d] w[d], of each direction
+  void operator()(const std::vector<Tensor>& a, const std::vector<Tensor>& w, const std::vector<Tensor>& out) const {
+    for (size_t d = 0; d < w.size(); d++) (*this)(a[d], w[d], out[d]);
+  }
+
+ private:
+  bool tf32_;
+  int device_;
+  int64_t stream_;
+  Blas* blas_;
+  std::optional<Tensor> workspace_;
+};
+
+bool cuda_multiply(Tensor a, Tensor b, Tensor out, bool accumulate, bool tf32, int64_t stream) {
+  RNNFAST_CHECK(a.defined() && b.defined() && out.defined() && a.dim() == 2 && b.dim() == 2 && out.dim() == 2 &&
+                    a.size(0) == out.size(0) && a.size(1) == b.size(0) && b.size(1) == out.size(1),
+                "a, b and out have to be matrices that fit");
+  accumulated(out.scalar_type());
+  for (const Tensor* t : {&a, &b}) {
+    RNNFAST_CHECK(t->scalar_type() == out.scalar_type() && t->get_device_index() == out.get_device_index(),
+                  "a, b and out have to be of one dtype and on one device");
+  }
+  return Multiplier(out, tf32, stream).by_blas(a, b, out, accumulate);
+}
+
+// ---- stepwise: a product, and what is between it and the next one
+
+std::vector<Tensor> directions_of(const Tensor& t) {
+  std::vector<Tensor> out;
+  for (int64_t d = 0; d < t.size(0); d++) out.push_back(torch::stable::select(t, 0, d));
+  return out;
 }
 
 std::vector<Tensor> transposed(const std::vector<Tensor>& weights) {
@@ -233,12 +313,14 @@ void forward_stepwise(const Call& c, ForwardStep f, const Tensor& x, const std::
   f.a = a.data_ptr();
   f.h = c.projected ? m.data_ptr() : h.data_ptr(), f.y = c.projected ? nullptr : y;
   project.projected = p.data_ptr(), project.h = h.data_ptr(), project.y = y;
+  const Multiplier multiply(x, c.tf32, c.stream);
+  const auto hs = directions_of(h), as = directions_of(a), ms = directions_of(m), ps = directions_of(p);
   for (int64_t step = 0; step < c.T; step++) {
     f.step = project.step = step;
-    multiply(h, w, a);
+    multiply(hs, w, as);
     over(c.D * c.N * c.H, c, k.forward[c.cell], f);
     if (!c.projected) continue;
-    multiply(m, projection, p);
+    multiply(ms, projection, ps);
     over(c.D * c.N * c.P, c, k.project_forward, project);
   }
 }
@@ -256,14 +338,17 @@ void backward_stepwise(const Call& c, BackwardStep f, const Tensor& y, const std
   project.dprojected = projected.data_ptr(), project.dprojections = dprojections;
   f.da = da.data_ptr(), f.through = through.data_ptr(), f.dh = dh.data_ptr();
   if (c.projected) f.through = through_projection.data_ptr(), f.dh = nullptr, f.dy = nullptr;
+  const Multiplier multiply(y, c.tf32, c.stream);
+  const auto das = directions_of(da), throughs = directions_of(through), projecteds = directions_of(projected),
+             through_projections = directions_of(through_projection);
   for (int64_t step = c.T - 1; step >= 0; step--) {
     f.step = project.step = step;
     if (c.projected) {
       over(c.D * c.N * c.P, c, k.project_backward, project);
-      multiply(projected, w_hr, through_projection);
+      multiply(projecteds, w_hr, through_projections);
     }
     over(c.D * c.N * c.H, c, k.backward[c.cell], f);
-    multiply(da, w_hh, through);
+    multiply(das, w_hh, throughs);
   }
   const int64_t count = c.D * c.N * c.P;
   over(count, c, k.accumulate, Accumulate{through.data_ptr(), dh.data_ptr(), count});
@@ -387,6 +472,7 @@ STABLE_TORCH_LIBRARY_IMPL(rnnfast, RNNFAST_DEVICE_KEY, m) {
   m.impl("cuda_forward_steps", TORCH_BOX(&rnnfast::forward_steps));
   m.impl("cuda_backward_steps", TORCH_BOX(&rnnfast::backward_steps));
   m.impl("cuda_states_before", TORCH_BOX(&rnnfast::states_before));
+  m.impl("cuda_multiply", TORCH_BOX(&rnnfast::cuda_multiply));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rnnfast, CompositeExplicitAutograd, m) {

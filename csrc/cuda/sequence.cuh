@@ -25,10 +25,15 @@ struct Sequence {
     return row < uint64_t(R) ? row : 0;
   }
 
+  // Where step t begins among the rows, and whether a row of it lies within the sequence.
+  RNNFAST_DEVICE int64_t begin(int64_t t) const { return offsets ? offsets[t] : t * N; }
+  RNNFAST_DEVICE bool has(int64_t begin, int64_t n) const { return !offsets || uint64_t(begin + n) < uint64_t(R); }
+
   // Whether the state enters step t, and is not zeroed: seen from the end, an episode's border lies above t.
   RNNFAST_DEVICE bool keeps(int64_t t, int64_t n, int length, int direction) const {
+    if (!resets) return true;
     const int64_t border = t + direction;
-    return !resets || border >= length || !resets[border * N + n];
+    return border >= length || !resets[border * N + n];
   }
 };
 
