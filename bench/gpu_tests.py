@@ -18,6 +18,9 @@ from gpu_work import AGAIN, is_usable
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--report", type=Path, required=True, help="the file for a line of JSON at each start and end")
     parser.addoption("--done", type=Path, required=True, help="a file of the tests to leave out, one a line")
+    parser.addoption(
+        "--without", action="append", default=[], metavar="WORD", help="leave out what has it as parameter"
+    )
     parser.addoption("--rehearse", action="store_true")
 
 
@@ -38,7 +41,9 @@ class Report:
     @pytest.hookimpl(trylast=True)  # after conftest.py, which skips tests of a GPU
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         done = set(self.config.getoption("done").read_text().splitlines())
-        items[:] = [item for item in items if item.nodeid not in done]
+        without = set(self.config.getoption("without"))
+        is_left = lambda item: item.nodeid not in done and not without.intersection(re.split(r"[\[\]-]", item.nodeid))
+        items[:] = [item for item in items if is_left(item)]
         if self.config.getoption("rehearse"):
             for item in items:
                 item.module.DEVICE = "cpu"
