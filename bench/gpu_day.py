@@ -88,7 +88,7 @@ def stages(rehearsed: bool) -> list[Stage]:
         return Stage(name, *args, command, (0, 1, 2, 5))  # 1: some failed; 2: too many; 5: none is left
 
     return [
-        work("versions", 50, 150, 60, max, "largest error"),
+        work("versions", 50, 200, 40, max, "largest error"),
         tests("smoke", 35, 150, 30, workers=8),
         tests("triton", 60, 120, 90, workers=14),
         work("cudnn", 120, 160, 60, min, "least ratio"),
@@ -108,7 +108,8 @@ class Results:
         self.folder, self.path = folder, folder / "records.jsonl"
         folder.mkdir(parents=True, exist_ok=True)
         lines = self.path.read_text().splitlines() if self.path.exists() else []
-        self.records = [record for record in map(json.loads, lines) if record["stage"] not in anew]
+        whole = [line for line in lines if line.endswith("}")]  # the last one may have been cut short
+        self.records = [record for record in map(json.loads, whole) if record["stage"] not in anew]
         self.path.write_text("".join(json.dumps(record) + "\n" for record in self.records))
         self.write()
 
@@ -136,8 +137,8 @@ class Results:
         bad = [record for record in self.records if record.get("outcome", "passed") not in GOOD]
         text = "".join(f"{r['stage']}: {r['item']}: {r['outcome']}: {r.get('reason', '')}\n" for r in bad)
         (self.folder / "failures.txt").write_text(text)
-        text = "".join(f"{record['line']}\n" for record in self.records if "line" in record)
-        (self.folder / "summary.txt").write_text(text)
+        last = {record["stage"]: record["line"] for record in self.records if "line" in record}
+        (self.folder / "summary.txt").write_text("".join(f"{line}\n" for line in last.values()))
 
 
 def run_stage(stage: Stage, results: Results, until: float, environment: dict[str, str]) -> str:
@@ -161,7 +162,7 @@ def _attempt(stage: Stage, results: Results, until: float, environment: dict[str
     """One process: its exit status, ``hang`` or ``late``. Items that were running at its death or hang are recorded."""
     running: dict[str, float] = {}
     done = {record["item"] for record in results.of(stage.name)}
-    with tempfile.TemporaryDirectory() as folder, (results.folder / "log.txt").open("a+") as log:
+    with tempfile.TemporaryDirectory() as folder, (results.folder / "log.txt").open("a+", errors="replace") as log:
         report, left_out = Path(folder, "report"), Path(folder, "done")
         report.touch()
         left_out.write_text("\n".join(done))

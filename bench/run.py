@@ -85,7 +85,7 @@ COLUMNS = [
     "ours_step_us",
     *("ours_tf32_ms", "torch_tf32_ms", "ratio_tf32", "ours_default_ms", "torch_default_ms", "ratio_default"),
     *("ours_ran", "ours_tf32_ran", "ours_default_ran", "torch_ran", "torch_tf32_ran", "torch_default_ran"),
-    *("ours_gpu_ms", "torch_gpu_ms"),
+    *("ours_gpu_ms", "torch_gpu_ms", "ours_kernels"),
     *("gflops", "ceiling_gflops", "share_of_ceiling"),
     *("ours_kept_mb", "ours_recompute_kept_mb", "torch_kept_mb", "ours_peak_mb", "torch_peak_mb", "elsewhere"),
 ]
@@ -262,7 +262,9 @@ def what_ran(calls: dict[str, Callable]) -> dict[str, str | float]:
             found[f"ours{suffix}_ran"] = f"{choice.backend} {choice.reason.partition(':')[0]}"
             found[f"torch{suffix}_ran"] = ";".join(kernels := profiled(calls[f"torch{suffix}"]))
             if not suffix:
-                found |= {"ours_gpu_ms": sum(profiled(ours).values()), "torch_gpu_ms": sum(kernels.values())}
+                own = profiled(ours)
+                found |= {"ours_gpu_ms": sum(own.values()), "torch_gpu_ms": sum(kernels.values())}
+                found["ours_kernels"] = ";".join(f"{name} {ms:.3g}" for name, ms in own.items())
     return found
 
 

@@ -66,6 +66,7 @@ def test_columns_of_a_gpu(tmp_path):
         assert float(row["ratio_tf32"]) == pytest.approx(
             float(row["torch_tf32_ms"]) / float(row["ours_tf32_ms"]), rel=2e-3
         )
+        assert float(row["ratio_default"]) > 0 and float(row["ours_gpu_ms"]) > 0 and float(row["torch_gpu_ms"]) > 0
         assert row["best_peer"] == "torch"
         assert row["ours_ran"] == row["ours_tf32_ran"] in ("cuda multiprocessor", "triton fused")
         for kernels in (row["torch_ran"], row["torch_tf32_ran"]):
