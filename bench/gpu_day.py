@@ -54,7 +54,7 @@ TESTS = {
 # Of each a few that take the emulation or the interpreter seconds.
 REHEARSED = {
     "smoke": "every_regime[ and lstm-5-float32-rect",
-    "triton": "one-step and gru and bfloat16",
+    "triton": "H63 and tanh and float32 and packed",
     "forms": "eval_mode and lstm",
     "sanitizer": "chip",
     "deep": "sizes[ and tanh-1-9 and bfloat16",
@@ -77,9 +77,7 @@ def stages(rehearsed: bool) -> list[Stage]:
         return Stage(name, *args[:3], [sys.executable, str(BENCH / "gpu_work.py"), name], (0,), *args[3:])
 
     def tests(name: str, *args: Any, workers: int) -> Stage:
-        chosen = f"({TESTS[name]}) and ({REHEARSED[name]})" if rehearsed and name != "triton" else TESTS[name]
-        if rehearsed and name == "triton":
-            chosen = f"triton and twice_torchs and {REHEARSED[name]}"
+        chosen = f"({TESTS[name]}) and ({REHEARSED[name]})" if rehearsed else TESTS[name]
         command = [sys.executable, "-m", "pytest", str(ROOT / "tests" / "test_gpu.py"), "-p", "gpu_tests", "-k", chosen]
         command += ["-q", "--tb=line", "-p", "no:cacheprovider", "--maxfail", "40"]  # more tell no more
         workers = min(workers, os.cpu_count() or 1)
@@ -117,7 +115,8 @@ class Results:
         self.records.append({"stage": stage, **record})
         with self.path.open("a") as file:
             file.write(json.dumps(self.records[-1]) + "\n")
-        self.write()
+        if stage == "costs" or record.keys() & {"row", "line"} or record["outcome"] not in GOOD:
+            self.write()
 
     def of(self, stage: str) -> list[dict[str, Any]]:
         return [record for record in self.records if record["stage"] == stage and "item" in record]

@@ -6,6 +6,7 @@ import csv
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -152,6 +153,16 @@ def test_regimes_that_hang_are_left_out(day, tmp_path):
     results.add("versions", item="cuda stepwise", outcome="failed", reason="off by 1")
     results.add("versions", item="triton", outcome="died")
     assert day.unusable(results) == ["chip", "cluster"]
+
+
+@pytest.mark.full
+def test_each_test_of_a_gpu_is_in_one_set(day):
+    def count(*chosen: str) -> int:
+        command = [sys.executable, "-m", "pytest", str(ROOT / "tests" / "test_gpu.py"), "--collect-only", "-q", *chosen]
+        last = subprocess.run(command, capture_output=True, text=True, cwd=ROOT / "tests").stdout.splitlines()[-1]
+        return int(re.match(r"\d+", last)[0])
+
+    assert sum(count("-k", chosen) for chosen in day.TESTS.values()) == count()
 
 
 def _rehearse(folder: Path, *args: object, status: int = 0) -> str:
