@@ -3,6 +3,8 @@
 # make test      run the tests on all cores, in a few minutes; ARGS="-k lstm" goes to pytest
 # make test-full run every combination, what takes long, and the core tests as on lesser processors
 # make cuda      build rnnfast/_cuda.so, which needs nvcc, but neither a GPU nor a torch that can use one
+# make wheel-cuda  a wheel with both libraries, dist/rnnfast-*.whl; CUDA_ARCHS="80 90" names the GPUs that it is for
+# make gpu       test and measure on a GPU, in half an hour; ARGS="--minutes 9" goes to bench/gpu_day.py
 # make lint      check style
 # make clean     remove what these made
 #
@@ -13,6 +15,7 @@
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 ARGS   ?=
+CUDA_ARCHS ?= 90
 
 VENV := .venv
 BIN  := $(VENV)/bin
@@ -25,7 +28,7 @@ sources := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' 
 core := $(addprefix tests/test_,recurrence.py modules.py module_db.py errors.py properties.py threads.py)
 core += -m "not full" -k "not ([reference or [triton or [cuda)"
 
-.PHONY: demo examples test test-full test-lesser cuda lint clean
+.PHONY: demo examples test test-full test-lesser cuda wheel-cuda gpu lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/demo.py $(ARGS)
@@ -48,6 +51,13 @@ test-lesser: $(VENV)/installed
 
 cuda: $(VENV)/torch
 	RNNFAST_CUDA=1 $(BIN)/python setup.py --quiet build_ext --inplace
+
+wheel-cuda: $(VENV)/torch
+	RNNFAST_CUDA=1 RNNFAST_CUDA_ARCHS="$(CUDA_ARCHS)" $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps \
+		--wheel-dir dist .
+
+gpu: $(VENV)/installed
+	$(BIN)/python bench/gpu_day.py $(ARGS)
 
 lint: $(VENV)/linters
 	$(BIN)/ruff check .

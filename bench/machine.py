@@ -25,7 +25,7 @@ def describe(device: str) -> dict[str, str]:
     if device == "cuda":
         name = torch.cuda.get_device_name()
         smi = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        versions += [f"driver {_output(smi)}", f"CUDA {torch.version.cuda}", f"cuDNN {torch.backends.cudnn.version()}"]
+        versions += [f"driver {output(smi)}", f"CUDA {torch.version.cuda}", f"cuDNN {torch.backends.cudnn.version()}"]
     else:
         info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
         model = re.search(r"model name\s*: (.*)", info)
@@ -33,12 +33,13 @@ def describe(device: str) -> dict[str, str]:
         name += f", {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
         versions += [f"{peer} {importlib.metadata.version(peer)}" for peer in peers.installed()]
     here = ["git", "-C", str(Path(__file__).parent)]
-    changed = _output([*here, "status", "--porcelain", "--untracked-files=no"])
-    commit = _output([*here, "rev-parse", "--short", "HEAD"]) + ("+" if changed else "")
+    changed = output([*here, "status", "--porcelain", "--untracked-files=no"])
+    commit = output([*here, "rev-parse", "--short", "HEAD"]) + ("+" if changed else "")
     return {"machine": " ".join(name.split()), "versions": ", ".join(versions), "commit": commit}
 
 
-def _output(command: list[str]) -> str:
+def output(command: list[str]) -> str:
+    """What a command prints; nothing where it is missing or fails."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

@@ -44,6 +44,8 @@ GPU_SHAPES = [
     ("float16", (128, 512), (1, 64), 1, 1),
     ("bfloat16", (128, 512), (64,), 2, 2),
 ]
+# Whether float32 may become TF32 on a GPU, by the suffix of a contender: in recurrent layers, and in other products.
+TF32 = {"": (False, False), "_tf32": (True, True), "_default": (True, False)}  # the last is torch's own default
 BURST = 0.02  # seconds that one contender runs before the next one has its turn
 PAUSE = 0.02  # and rests before it: the threads of an OpenMP team spin for about 15 ms after their last work
 
@@ -81,7 +83,9 @@ COLUMNS = [
     *("machine", "versions", "commit", "device", *Case._fields),
     *("ours_ms", "torch_ms", *(f"{peer}_ms" for peer in PEERS), "best_peer", "ratio_torch", "ratio_best"),
     "ours_step_us",
-    *("ours_tf32_ms", "torch_tf32_ms", "ratio_tf32", "ours_ran", "ours_tf32_ran", "torch_ran", "torch_tf32_ran"),
+    *("ours_tf32_ms", "torch_tf32_ms", "ratio_tf32", "ours_default_ms", "torch_default_ms", "ratio_default"),
+    *("ours_ran", "ours_tf32_ran", "ours_default_ran", "torch_ran", "torch_tf32_ran", "torch_default_ran"),
+    *("ours_gpu_ms", "torch_gpu_ms", "ours_kernels"),
     *("gflops", "ceiling_gflops", "share_of_ceiling"),
     *("ours_kept_mb", "ours_recompute_kept_mb", "torch_kept_mb", "ours_peak_mb", "torch_peak_mb", "elsewhere"),
 ]
@@ -116,52 +120,82 @@ def contenders(case: Case, device: str = "cpu", verify: bool = True) -> dict[str
             "ours": functools.partial(ours, lengths=lengths.to(device)),
             "torch": _pack_and_pad(theirs, lengths),
         }
-    calls = {
-        name: Call(function, module, inputs, case.mode)
-        for (name, function), module in zip(functions.items(), (ours, theirs))
-    }
     if device == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-        if case.dtype == "float32":
-            calls |= {f"{name}_tf32": functools.partial(_with_tf32, call) for name, call in calls.items()}
-    elif (case.mode, case.dtype, case.form) == ("infer", "float32", "rectangular"):
-        x = inputs[0].numpy()
-        for name, run in peers.runners(theirs, case.T, case.N, case.threads).items():
-            calls[name] = lambda run=run: [torch.from_numpy(run(x))]
+        suffixes = TF32 if case.dtype == "float32" else [""]
+        calls = {
+            f"{name}{suffix}": Call(function, module, inputs, case.mode, TF32[suffix])
+            for suffix in suffixes
+            for (name, function), module in zip(functions.items(), (ours, theirs))
+        }
+    else:
+        calls = {
+            name: Call(function, module, inputs, case.mode)
+            for (name, function), module in zip(functions.items(), (ours, theirs))
+        }
+        if (case.mode, case.dtype, case.form) == ("infer", "float32", "rectangular"):
+            x = inputs[0].numpy()
+            for name, run in peers.runners(theirs, case.T, case.N, case.threads).items():
+                calls[name] = lambda run=run: [torch.from_numpy(run(x))]
+    if verify and (wrong := too_far_off(case, errors(case, calls))):
+        raise RuntimeError(f"{wrong}: {case}")
+    return calls
 
-    if not verify:
-        return calls
-    # In the dtype itself torch.nn's sums over many steps are no measure, least of all in the half types.
-    exact = copy.deepcopy(theirs).to(wide := torch.float64)
-    function = _pack_and_pad(exact, lengths) if case.form == "lengths" else exact
-    expected = Call(function, exact, [x.to(wide) for x in inputs], case.mode)()
-    errors = {
+
+def errors(case: Case, calls: dict[str, Callable[[], list[Tensor]]]) -> dict[str, float]:
+    """How far each call that was not made before is off torch.nn's result in float64, by the largest value.
+
+    In the dtype itself torch.nn's sums over many steps are no measure, least of all in the half types.
+    """
+    theirs, wide = calls["torch"], torch.float64
+    exact = copy.deepcopy(theirs.module).to(wide)
+    function = _pack_and_pad(exact, case.row_lengths) if case.form == "lengths" else exact
+    expected = Call(function, exact, [_detached(x).to(wide) for x in theirs.inputs[:1]], case.mode)()
+    return {
         name: max(
             ((a - e).abs().max() / e.abs().max().clamp(min=1e-9)).item()  # of a single step dW_hh is zero
             for a, e in zip(call(), expected, strict=True)
         )
         for name, call in calls.items()
     }
-    for name in calls.keys() - {"torch", "torch_tf32"}:
-        eps = 2**-10 if name == "ours_tf32" else torch.finfo(dtype).eps
+
+
+def too_far_off(case: Case, off: dict[str, float]) -> str:
+    """Which result differs from torch.nn's in float64 by more than rounding, and by how much; empty if none does."""
+    for name in off.keys() - {f"torch{suffix}" for suffix in TF32}:
+        dtype = getattr(torch, case.dtype)
+        eps = 2**-10 if name in ("ours_tf32", "ours_default") else torch.finfo(dtype).eps
         # Sums over very many steps can cancel: there torch.nn's own error is allowed for.
-        allowed = max(eps**0.5, 2 * errors["torch"] if dtype.itemsize > 2 else 0)
-        if not errors[name] < allowed:
-            raise RuntimeError(f"{name} is off by {errors[name]:.1e} of the largest value: {case}")
-    return calls
+        allowed = max(eps**0.5, 2 * off["torch"] if dtype.itemsize > 2 else 0)
+        if not off[name] < allowed:
+            return f"{name} is off by {off[name]:.1e} of the largest value"
+    return ""
 
 
 class Call:
     """One contender on rotated inputs: its output, or for ``train`` the gradients of input and weights."""
 
-    def __init__(self, function: Callable, module: nn.Module, inputs: list[Tensor | PackedSequence], mode: str):
-        self.function, self.module, self.mode = function, module, mode
+    def __init__(
+        self,
+        function: Callable,
+        module: nn.Module,
+        inputs: list[Tensor | PackedSequence],
+        mode: str,
+        tf32: tuple[bool, bool] | None = None,
+    ):
+        """Args: tf32: as in TF32; None leaves torch's switches alone."""
+        self.function, self.module, self.mode, self.tf32 = function, module, mode, tf32
         self.parameters = list(module.train(mode != "infer").parameters())
         self.inputs = [_copy(x, requires_grad=mode != "infer") for x in inputs]
         self.rotated = itertools.cycle(self.inputs)
         self.d_output = None
 
+    def switch(self) -> None:
+        """Sets both of torch's switches: recurrent layers have one of their own, and ours also make products."""
+        if self.tf32:
+            torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = self.tf32
+
     def __call__(self) -> list[Tensor]:
+        self.switch()
         x = next(self.rotated)
         with torch.set_grad_enabled(self.mode != "infer"):
             output = _data(self.function(x)[0])
@@ -208,39 +242,43 @@ def _copy(x: Tensor | PackedSequence, requires_grad: bool) -> Tensor | PackedSeq
     return x._replace(data=data) if isinstance(x, PackedSequence) else data
 
 
+def _detached(x: Tensor | PackedSequence) -> Tensor | PackedSequence:
+    return x._replace(data=x.data.detach()) if isinstance(x, PackedSequence) else x.detach()
+
+
 def _pack_and_pad(module: nn.Module, lengths: Tensor) -> Callable:
     """What one writes with torch.nn for padded rows of several lengths."""
     return lambda x: pad_packed_sequence(module(pack_padded_sequence(x, lengths, enforce_sorted=False))[0])
 
 
-def _with_tf32(call: Callable, *args: Any) -> Any:
-    """A call under both of torch's switches: recurrent layers have one of their own, and ours also make products."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    try:
-        return call(*args)
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-
-
-def what_ran(calls: dict[str, Callable]) -> dict[str, str]:
-    """On a GPU, of ours the backend and its kind of kernel, and of torch.nn the names of the kernels."""
+def what_ran(calls: dict[str, Callable]) -> dict[str, str | float]:
+    """On a GPU, of ours the backend and its kind of kernel, of torch.nn the names of the kernels, and their time."""
     found = {}
-    for suffix, under in (("", lambda call, *args: call(*args)), ("_tf32", _with_tf32)):
+    for suffix in TF32:
         if f"ours{suffix}" in calls:
-            choice = under(rnnfast.explain, calls["ours"].module, calls["ours"].inputs[0])[0]
+            ours = calls[f"ours{suffix}"]
+            ours.switch()
+            choice = rnnfast.explain(ours.module, ours.inputs[0])[0]
             found[f"ours{suffix}_ran"] = f"{choice.backend} {choice.reason.partition(':')[0]}"
-            found[f"torch{suffix}_ran"] = ";".join(_kernels(calls[f"torch{suffix}"]))
+            found[f"torch{suffix}_ran"] = ";".join(kernels := profiled(calls[f"torch{suffix}"]))
+            if not suffix:
+                own = profiled(ours)
+                found |= {"ours_gpu_ms": sum(own.values()), "torch_gpu_ms": sum(kernels.values())}
+                found["ours_kernels"] = ";".join(f"{name} {ms:.3g}" for name, ms in own.items())
     return found
 
 
-def _kernels(call: Callable) -> list[str]:
-    """The names of the kernels that a call runs, each once, without types and arguments."""
+def profiled(call: Callable) -> dict[str, float]:
+    """The kernels of a call, and the milliseconds that each takes in all, by name without types and arguments."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         call()
         torch.cuda.synchronize()
-    names = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    names = [name for name in names if not name.startswith(("Memcpy", "Memset"))]
-    return list(dict.fromkeys(shortened(name) for name in names))
+    found = {}
+    for event in profile.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA and not event.name.startswith(("Memcpy", "Memset")):
+            name = shortened(event.name)
+            found[name] = found.get(name, 0) + event.time_range.elapsed_us() / 1e3
+    return found
 
 
 def shortened(kernel: str) -> str:
@@ -281,10 +319,7 @@ def row_of(
             ms = measure(calls | {"product": product}, rounds, device, burst)
         tries.append((elsewhere.cores, ms))
     elsewhere, ms = min(tries, key=lambda found: found[0])
-    peak = product_gflop / ms.pop("product") * 1e3
-    others = {name: value for name, value in ms.items() if name in ("torch", *PEERS)}
-    best_peer = min(others, key=others.get)
-    gflops = case.gflop / ms["ours"] * 1e3
+    ceiling = product_gflop / ms.pop("product") * 1e3
     kept = {}
     if case.mode != "infer":
         kept = {f"{name}_kept_mb": calls[name].kept_mb() for name in ("ours", "torch")}
@@ -294,14 +329,26 @@ def row_of(
         for name in ("ours", "torch"):
             with multiprocessing.get_context("spawn").Pool(1) as fresh:
                 kept[f"{name}_peak_mb"] = fresh.apply(peak_mb, (case, device, name, backend))
-    row = {"device": device, **case._asdict(), **{f"{name}_ms": value for name, value in ms.items()}, **kept}
+    row = compared(case, device, ms, ceiling) | kept | {"elsewhere": elsewhere}
+    return rounded(row | (what_ran(calls) if device == "cuda" else {}))
+
+
+def compared(case: Case, device: str, ms: dict[str, float], ceiling: float) -> dict[str, Any]:
+    """The columns that follow from the milliseconds of each contender, and from the ceiling in GFLOP/s."""
+    others = {name: value for name, value in ms.items() if name in ("torch", *PEERS)}
+    best_peer = min(others, key=others.get)
+    gflops = case.gflop / ms["ours"] * 1e3
+    row = {"device": device, **case._asdict(), **{f"{name}_ms": value for name, value in ms.items()}}
     row["ours_step_us"] = ms["ours"] * 1e3 / (case.T * case.layers)
     row |= {"best_peer": best_peer, "ratio_torch": ms["torch"] / ms["ours"], "ratio_best": ms[best_peer] / ms["ours"]}
-    if "ours_tf32" in ms:
-        row["ratio_tf32"] = ms["torch_tf32"] / ms["ours_tf32"]
-    if device == "cuda":
-        row |= what_ran(calls)
-    row |= {"gflops": gflops, "ceiling_gflops": peak, "share_of_ceiling": gflops / peak, "elsewhere": elsewhere}
+    for suffix in ("_tf32", "_default"):
+        if f"ours{suffix}" in ms:
+            row[f"ratio{suffix}"] = ms[f"torch{suffix}"] / ms[f"ours{suffix}"]
+    return row | {"gflops": gflops, "ceiling_gflops": ceiling, "share_of_ceiling": gflops / ceiling}
+
+
+def rounded(row: dict[str, Any]) -> dict[str, Any]:
+    """Its floats to four digits."""
     return {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in row.items()}
 
 
