@@ -39,7 +39,8 @@ class Tile(NamedTuple):
 
 
 @triton.jit
-def tile(i_rows, p_offsets, p_lengths, p_resets, T, N, H, BH: tl.constexpr, BN: tl.constexpr):
+def tile(i_rows, p_lengths, T, N, H, BH: tl.constexpr, BN: tl.constexpr):
+    """A Tile's tensors. The kernels make it, for Triton 3.6 returns no tuple that holds a None."""
     d = tl.program_id(2)
     unit = (tl.program_id(1) * BH + tl.arange(0, BH))[:, None]
     n = (i_rows.to(tl.int64) * BN + tl.arange(0, BN))[None, :]
@@ -50,7 +51,7 @@ def tile(i_rows, p_offsets, p_lengths, p_resets, T, N, H, BH: tl.constexpr, BN: 
         # 32 bits, for another comparison spills on AMD; what has more wraps, and still leads nowhere outside.
         length = tl.minimum(tl.load(p_lengths + n, mask=n < N, other=0).to(tl.int32), T)
     is_unit, is_row = unit < H, n < N
-    return Tile(d, unit, n, is_unit, is_row, is_unit & is_row, length, p_offsets, p_resets, T, N)
+    return d, unit, n, is_unit, is_row, is_unit & is_row, length
 
 
 @triton.jit
@@ -228,7 +229,7 @@ def forward(
 ):
     G: tl.constexpr = 4 if MODE == "LSTM" else 3 if MODE == "GRU" else 1
     acc: tl.constexpr = tl.float64 if p_h.dtype.element_ty == tl.float64 else tl.float32
-    at = tile(tl.program_id(0), p_offsets, p_lengths, p_resets, T, N, H, BH, BN)
+    at = Tile(*tile(tl.program_id(0), p_lengths, T, N, H, BH, BN), p_offsets, p_resets, T, N)
     p_w = tl.where(at.d == 0, p_w, p_w_reverse)
     bias = None
     if p_b is not None:
@@ -288,7 +289,7 @@ def project_forward(
     PRECISION: tl.constexpr,
 ):
     acc: tl.constexpr = tl.float64 if p_h.dtype.element_ty == tl.float64 else tl.float32
-    at = tile(tl.program_id(0), p_offsets, p_lengths, p_resets, T, N, H, BH, BN)
+    at = Tile(*tile(tl.program_id(0), p_lengths, T, N, H, BH, BN), p_offsets, p_resets, T, N)
     p_w = tl.where(at.d == 0, p_w, p_w_reverse)
     (h,) = products(at, p_w, p_m, P, 0, P, 1, tl.zeros([BH, BN], acc), 1, PRECISION)
     h = h.to(p_h.dtype.element_ty)
@@ -390,7 +391,7 @@ def backward(
     S: tl.constexpr = 0 if G == 1 else 4
     K: tl.constexpr = 1 if G == 1 else 4
     acc: tl.constexpr = tl.float64 if p_dgates.dtype.element_ty == tl.float64 else tl.float32
-    at = tile(tl.program_id(0), p_offsets, p_lengths, p_resets, T, N, H, BH, BN)
+    at = Tile(*tile(tl.program_id(0), p_lengths, T, N, H, BH, BN), p_offsets, p_resets, T, N)
     p_w = tl.where(at.d == 0, p_w, p_w_reverse)
     state = (at.d * N + at.n) * H + at.unit
     zeros = tl.zeros([BH, BN], acc)
@@ -454,7 +455,7 @@ def project_backward(
     PRECISION: tl.constexpr,
 ):
     acc: tl.constexpr = p_dh.dtype.element_ty
-    at = tile(tl.program_id(0), p_offsets, p_lengths, p_resets, T, N, H, BH, BN)
+    at = Tile(*tile(tl.program_id(0), p_lengths, T, N, H, BH, BN), p_offsets, p_resets, T, N)
     p_w = tl.where(at.d == 0, p_w, p_w_reverse)
     t = time(at, step, T)
     valid = t < at.length
@@ -488,7 +489,7 @@ def states_before(
 ):
     """A program is one step of a tile, in the grid's first dimension: the others end at 65,535."""
     tiles = tl.cdiv(N, BN)
-    at = tile(tl.program_id(0) % tiles, p_offsets, p_lengths, p_resets, T, N, H, BH, BN)
+    at = Tile(*tile(tl.program_id(0) % tiles, p_lengths, T, N, H, BH, BN), p_offsets, p_resets, T, N)
     t = tl.program_id(0) // tiles
     valid = t < at.length
     h = tl.where(valid & keep(at, t), before(at, t, p_y, p_h0, H, D), 0.0)
