@@ -5,13 +5,11 @@ Its numbers are tested with those of every other backend, in Triton's interprete
 
 from __future__ import annotations
 
-import contextlib
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import interpreter
 import pytest
@@ -19,7 +17,7 @@ import torch
 
 import rnnfast
 from rnnfast import recurrence
-from rnnfast.triton import graphs, kernels, plan_on
+from rnnfast.triton import kernels, plan_on
 from rnnfast.triton.plan import Chip, plan
 
 ROOT = Path(__file__).parents[1]
@@ -149,78 +147,3 @@ def test_other_backends_leave_the_gpu_asleep(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(recurrence, backend, lambda device=None: pytest.fail("looked for a GPU"))
     with rnnfast.use_backend("reference"):
         rnnfast.LSTM(4, 5)(torch.randn(3, 2, 4))
-
-
-class FakeGraph:
-    """Stands for a CUDA graph: it holds the launches made while it was captured."""
-
-    capturing: FakeGraph | None = None
-
-    def __init__(self) -> None:
-        self.launches: list[Callable[[], None]] = []
-
-    def capture_begin(self, capture_error_mode: str) -> None:
-        FakeGraph.capturing = self
-
-    def capture_end(self) -> None:
-        FakeGraph.capturing = None
-
-    def replay(self) -> None:
-        for launch in self.launches:
-            launch()
-
-
-@pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What ran, on a fake GPU."""
-    monkeypatch.setattr(graphs, "_graphs", type(graphs._graphs)())
-    monkeypatch.setattr(graphs, "_enabled", True)
-    monkeypatch.setattr(graphs, "_streams", {})
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda priority: None)
-    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    return []
-
-
-def loop_of(launched: list[str], name: str) -> Callable[[], None]:
-    def loop() -> None:
-        launch = lambda: launched.append(name)
-        if FakeGraph.capturing is None:
-            launched.append("eager")
-            launch()
-        else:
-            FakeGraph.capturing.launches.append(launch)
-
-    return loop
-
-
-def test_a_loop_is_captured_when_it_comes_back(launched: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    first, second = torch.zeros(2), torch.zeros(2)
-    for tensor in (first, second, first, second, first, None):
-        graphs.run(CUDA, loop_of(launched, "a" if tensor is first else "b"), tensor, "key")
-    assert launched == ["eager", "a", "eager", "b", "a", "b", "a", "eager", "b"]
-    monkeypatch.setattr(graphs, "_CAPACITY", 2)
-    for k in range(9):
-        graphs.run(CUDA, loop_of(launched, "c"), k)
-        assert len(graphs._graphs) <= 4
-    graphs.run(CPU, loop_of(launched, "cpu"), first, "key")
-    assert launched[-2:] == ["eager", "cpu"]
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    graphs.run(CUDA, loop_of(launched, "theirs"), first, "key")
-    assert launched[-2:] == ["eager", "theirs"]
-
-
-def test_what_cannot_be_captured_runs(launched: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(graph: FakeGraph) -> None:
-        FakeGraph.capturing = None
-        raise RuntimeError("operation not permitted")
-
-    monkeypatch.setattr(FakeGraph, "capture_end", refuse)
-    graphs.run(CUDA, loop_of(launched, "a"), "key")
-    with pytest.warns(UserWarning, match="without CUDA graphs, which is slower: operation not permitted"):
-        graphs.run(CUDA, loop_of(launched, "a"), "key")
-    graphs.run(CUDA, loop_of(launched, "a"), "key")
-    assert launched == ["eager", "a"] * 3
