@@ -45,7 +45,7 @@ def test_calls_compile(target: str) -> None:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_kernels_compile_without_spills(target: str) -> None:
-    """Of every cell and dtype; the command fails if a fused kernel spills or wants more shared memory than there is."""
+    """Of every cell and dtype; the command fails if a fused kernel spills or wants more than there is."""
     lines = compiled("bench/resources.py", "--largest", "--target", target).splitlines()
     found = {tuple(line.split()[1:4]) for line in lines if f"{target} " in line and "fused" in line}
     dtypes = ("bf16", "tf32", "fp32") if target == "gfx942" else ("bf16", "tf32", "fp32", "fp64")

@@ -102,6 +102,12 @@ def before(at, t, p_states, p_initial, H, D: tl.constexpr):
 
 
 @triton.jit
+def after(at, t, p_states, H, D: tl.constexpr):
+    """The state after step t, from those after every step."""
+    return tl.load(p_states + (row(at, t) * D + at.d) * H + at.unit, mask=at.inside & (t < at.length), other=0.0)
+
+
+@triton.jit
 def load(p, count: tl.constexpr, stride, mask):
     """Tiles that lie side by side."""
     tiles = ()
@@ -306,15 +312,14 @@ def project_forward(
 def load_backward(
     at, t, p_dy, p_dcs, p_gates, p_y, p_cs, p_h0, p_c0, R, H, MODE: tl.constexpr, D: tl.constexpr, S: tl.constexpr
 ):
-    """Of step t: what was saved, h and c before and after it, and dy and dc of its own outputs."""
+    """Of step t: what was saved, h before and after it, c before it, and dy and dc of its own outputs."""
     mask = at.inside & (t < at.length)
     place = row(at, t)
     unit = (place * D + at.d) * H + at.unit
     none = tl.zeros(mask.shape, p_gates.dtype.element_ty)
     saved = load(p_gates + (at.d * R + place) * (S * H) + at.unit, S, H, mask)
-    h, old_h, c, old_c, dy, dc = none, none, none, none, none, none
+    h, old_h, old_c, dy, dc = none, none, none, none, none
     if MODE == "LSTM":
-        c = tl.load(p_cs + unit, mask=mask, other=0.0)
         old_c = before(at, t, p_cs, p_c0, H, D)
     elif MODE == "GRU":
         old_h = before(at, t, p_y, p_h0, H, D)
@@ -324,17 +329,17 @@ def load_backward(
         dy = tl.load(p_dy + unit, mask=mask, other=0.0)
     if p_dcs is not None:
         dc = tl.load(p_dcs + unit, mask=mask, other=0.0)
-    return saved, (h, old_h, c, old_c, dy, dc), keep(at, t)
+    return saved, (h, old_h, old_c, dy, dc), keep(at, t)
 
 
 @triton.jit
 def step_backward(
-    at, t, saved, values, is_kept, dh, dc, p_dgates, R, H, MODE: tl.constexpr, S: tl.constexpr, K: tl.constexpr
+    at, t, saved, values, is_kept, c, dh, dc, p_dgates, R, H, MODE: tl.constexpr, S: tl.constexpr, K: tl.constexpr
 ):
-    """Step t, from dh and dc after it: the gradients at W_hh h, and what of dh and dc goes to the state before it
+    """Step t, from c, dh and dc after it: the gradients at W_hh h, and what of dh and dc goes to the state before it
     beside what goes through W_hh."""
     acc: tl.constexpr = dh.dtype
-    h, old_h, c, old_c, dy, dc_out = cast(values, 6, acc)
+    h, old_h, old_c, dy, dc_out = cast(values, 5, acc)
     if at.resets is not None:
         old_h = tl.where(is_kept, old_h, 0.0)
         old_c = tl.where(is_kept, old_c, 0.0)
@@ -395,7 +400,7 @@ def backward(
     p_w = tl.where(at.d == 0, p_w, p_w_reverse)
     state = (at.d * N + at.n) * H + at.unit
     zeros = tl.zeros([BH, BN], acc)
-    dh, dc = zeros, zeros
+    c, dh, dc = zeros, zeros, zeros
     if p_dh is not None:
         dh = tl.load(p_dh + state, mask=at.inside, other=0.0)
     if MODE == "LSTM":
@@ -407,22 +412,28 @@ def backward(
         steps = longest(at, p_lengths)
         t = time(at, steps - 1, steps)
         saved, values, is_kept = load_backward(at, t, p_dy, p_dcs, p_gates, p_y, p_cs, p_h0, p_c0, R, H, MODE, D, S)
+        if MODE == "LSTM":
+            c = after(at, t, p_cs, H, D)
         for i in range(steps):
             t = time(at, steps - 1 - i, steps)
             t_ahead = time(at, tl.maximum(steps - 2 - i, 0), steps)
             ahead = load_backward(at, t_ahead, p_dy, p_dcs, p_gates, p_y, p_cs, p_h0, p_c0, R, H, MODE, D, S)
-            da, dh, dc = step_backward(at, t, saved, values, is_kept, dh, dc, p_dgates, R, H, MODE, S, K)
+            da, dh, dc = step_backward(at, t, saved, values, is_kept, c, dh, dc, p_dgates, R, H, MODE, S, K)
             # An accumulator of their own: Triton for Blackwell fails at one that is carried from step to step.
             through = zeros
             for j in tl.static_range(G):
                 through = tl.dot(w[j], da[j], through, out_dtype=acc, input_precision=PRECISION)
             dh = tl.where(at.inside, dh + through, 0.0)
+            if MODE == "LSTM":
+                c = values[2]  # what was before this step is after the next one
             saved, values, is_kept = ahead
     else:
         t = time(at, step, T)
         saved, values, is_kept = load_backward(at, t, p_dy, p_dcs, p_gates, p_y, p_cs, p_h0, p_c0, R, H, MODE, D, S)
+        if MODE == "LSTM":
+            c = after(at, t, p_cs, H, D)
         (through,) = products(at, p_w, p_through, P, 0, 1, H, zeros, 1, PRECISION)
-        da, dh, dc = step_backward(at, t, saved, values, is_kept, dh + through, dc, p_dgates, R, H, MODE, S, K)
+        da, dh, dc = step_backward(at, t, saved, values, is_kept, c, dh + through, dc, p_dgates, R, H, MODE, S, K)
         store(p_da + (at.d * N + at.n) * (G * H) + at.unit, da, G, H, at.inside)
 
     if p_dh is not None:
