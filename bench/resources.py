@@ -36,7 +36,8 @@ TARGETS = {  # and what a program may have there of shared memory, by the vendor
     "sm_80": (GPUTarget("cuda", 80, 32), Chip(163 * KB, 108, 8)),
     "sm_90": (GPUTarget("cuda", 90, 32), Chip(227 * KB, 132, 9)),
     "sm_100": (GPUTarget("cuda", 100, 32), Chip(227 * KB, 148, 10)),
-    "gfx942": (GPUTarget("hip", "gfx942", 64), Chip(64 * KB, 304)),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), Chip(64 * KB, 304, warp_size=64)),
+    "gfx1100": (GPUTarget("hip", "gfx1100", 32), Chip(64 * KB, 48, warp_size=32)),
 }
 # bfloat16 stands for float16 also: the same sizes, the same instructions.
 DTYPES = {"bf16": (torch.bfloat16, False), "tf32": (torch.float32, True), "fp32": (torch.float32, False)}

@@ -17,6 +17,7 @@ import torch
 
 import rnnfast
 from rnnfast import recurrence
+from rnnfast.reference import GATES
 from rnnfast.triton import kernels, plan_on
 from rnnfast.triton.plan import Chip, plan
 
@@ -25,7 +26,10 @@ H200 = Chip(shared_memory=227 * 1024, processors=132, generation=9)
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 
-TARGETS = ["sm_90", *(pytest.param(target, marks=pytest.mark.full) for target in ("sm_80", "sm_100", "gfx942"))]
+TARGETS = [
+    "sm_90",
+    *(pytest.param(target, marks=pytest.mark.full) for target in ("sm_80", "sm_100", "gfx942", "gfx1100")),
+]
 
 
 def compiled(*command: str) -> str:
@@ -48,7 +52,7 @@ def test_kernels_compile_without_spills(target: str) -> None:
     """Of every cell and dtype; the command fails if a fused kernel spills or wants more than there is."""
     lines = compiled("bench/resources.py", "--largest", "--target", target).splitlines()
     found = {tuple(line.split()[1:4]) for line in lines if f"{target} " in line and "fused" in line}
-    dtypes = ("bf16", "tf32", "fp32") if target == "gfx942" else ("bf16", "tf32", "fp32", "fp64")
+    dtypes = ("bf16", "tf32", "fp32") if target.startswith("gfx") else ("bf16", "tf32", "fp32", "fp64")
     cells = ("RNN_TANH", "LSTM", "GRU")
     assert found == {(kernel, cell, d) for kernel in ("forward", "backward") for cell in cells for d in dtypes}
 
@@ -81,6 +85,23 @@ def test_plan(mode: str, dtype: torch.dtype, largest: int, tf32: bool) -> None:
     small = Chip(shared_memory=48 * 1024, processors=16, generation=8)
     assert plan(mode, dtype, 16, 1, False, tf32, small).fused
     assert not plan(mode, dtype, largest, 1, False, tf32, small).fused or dtype == torch.float64
+
+
+@pytest.mark.parametrize("mode", GATES)
+@pytest.mark.parametrize("dtype", recurrence.DTYPES)
+def test_plan_of_other_chips(mode: str, dtype: torch.dtype) -> None:
+    """Blackwell's tensor memory would take tiles of 64 units by 16 rows; RDNA fuses only what does not spill there."""
+    blackwell = Chip(shared_memory=227 * 1024, processors=148, generation=10)
+    cdna, rdna = (Chip(64 * 1024, 48, warp_size=size) for size in (64, 32))
+    for hidden in range(1, 1100, 9):
+        for batch in (1, 64, 5000):
+            how = plan(mode, dtype, hidden, batch, False, False, blackwell)
+            assert how.units < 64 or how.rows < 16
+            on_cdna, on_rdna = (plan(mode, dtype, hidden, batch, False, False, chip) for chip in (cdna, rdna))
+            assert on_cdna.fused >= on_rdna.fused
+            assert not on_rdna.fused or GATES[mode] * on_rdna.units**2 * dtype.itemsize < 8 * 1024
+    assert plan(mode, torch.bfloat16, 16, 1, False, False, rdna).fused
+    assert plan(mode, torch.bfloat16, 64, 1, False, False, cdna).fused
 
 
 def test_batch_and_steps_make_no_new_kernels() -> None:

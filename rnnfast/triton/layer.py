@@ -20,7 +20,7 @@ def _chip(device: torch.device) -> Chip:
         return Chip(shared_memory=227 * 1024, processors=1, generation=9)
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip is not None:
-        return Chip(64 * 1024, properties.multi_processor_count)
+        return Chip(64 * 1024, properties.multi_processor_count, warp_size=properties.warp_size)
     return Chip(properties.shared_memory_per_block_optin, properties.multi_processor_count, properties.major)
 
 
