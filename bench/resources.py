@@ -87,7 +87,7 @@ def compile(variant: Variant) -> Resources:
     how, kernel = variant.how, getattr(kernels, variant.kernel)
     dtype = "fp32" if variant.dtype == "tf32" else variant.dtype
     acc = "fp64" if dtype == "fp64" else "fp32"
-    constants = {"MODE": variant.mode, "D": 2, "FUSED": how.fused, "BH": how.units, "BN": how.rows}
+    constants = {"MODE": variant.mode, "D": 2, "ALIGN": 16, "FUSED": how.fused, "BH": how.units, "BN": how.rows}
     constants["PRECISION"] = how.precision
     absent = TABLES.keys() - FORMS[variant.form]
     if how.fused:

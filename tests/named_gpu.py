@@ -94,7 +94,7 @@ class Call(NamedTuple):
     return_states: bool = False
 
 
-SIZES = (16, 40, 128, 300)
+SIZES = (2, 16, 40, 128, 300)
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 ALL = [Call(*values) for values in itertools.product(CELLS, DTYPES, SIZES, FORMS, (False, True), (False, True))]
 # In the last, many rows make other tiles.

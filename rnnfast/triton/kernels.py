@@ -55,6 +55,12 @@ def tile(i_rows, p_lengths, T, N, H, BH: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit
+def aligned(size, ALIGN: tl.constexpr):
+    """A size that ALIGN divides, so that Triton sees it: of its own it asks for 16 only, and else loads one by one."""
+    return size // ALIGN * ALIGN
+
+
+@triton.jit
 def longest(at, p_lengths):
     """The steps of the tile's longest row, but one at least: it is loaded before the loop over the steps."""
     if p_lengths is None:
@@ -228,6 +234,7 @@ def forward(
     P,
     MODE: tl.constexpr,
     D: tl.constexpr,
+    ALIGN: tl.constexpr,
     FUSED: tl.constexpr,
     BH: tl.constexpr,  # units of a tile
     BN: tl.constexpr,  # rows of a tile
@@ -235,6 +242,7 @@ def forward(
 ):
     G: tl.constexpr = 4 if MODE == "LSTM" else 3 if MODE == "GRU" else 1
     acc: tl.constexpr = tl.float64 if p_h.dtype.element_ty == tl.float64 else tl.float32
+    H, P = aligned(H, ALIGN), aligned(P, ALIGN)
     at = Tile(*tile(tl.program_id(0), p_lengths, T, N, H, BH, BN), p_offsets, p_resets, T, N)
     p_w = tl.where(at.d == 0, p_w, p_w_reverse)
     bias = None
@@ -290,11 +298,13 @@ def project_forward(
     H,
     P,
     D: tl.constexpr,
+    ALIGN: tl.constexpr,
     BH: tl.constexpr,
     BN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     acc: tl.constexpr = tl.float64 if p_h.dtype.element_ty == tl.float64 else tl.float32
+    H, P = aligned(H, ALIGN), aligned(P, ALIGN)
     at = Tile(*tile(tl.program_id(0), p_lengths, T, N, H, BH, BN), p_offsets, p_resets, T, N)
     p_w = tl.where(at.d == 0, p_w, p_w_reverse)
     (h,) = products(at, p_w, p_m, P, 0, P, 1, tl.zeros([BH, BN], acc), 1, PRECISION)
@@ -387,6 +397,7 @@ def backward(
     P,
     MODE: tl.constexpr,
     D: tl.constexpr,
+    ALIGN: tl.constexpr,
     FUSED: tl.constexpr,
     BH: tl.constexpr,
     BN: tl.constexpr,
@@ -396,6 +407,7 @@ def backward(
     S: tl.constexpr = 0 if G == 1 else 4
     K: tl.constexpr = 1 if G == 1 else 4
     acc: tl.constexpr = tl.float64 if p_dgates.dtype.element_ty == tl.float64 else tl.float32
+    H, P = aligned(H, ALIGN), aligned(P, ALIGN)
     at = Tile(*tile(tl.program_id(0), p_lengths, T, N, H, BH, BN), p_offsets, p_resets, T, N)
     p_w = tl.where(at.d == 0, p_w, p_w_reverse)
     state = (at.d * N + at.n) * H + at.unit
@@ -461,11 +473,13 @@ def project_backward(
     H,
     P,
     D: tl.constexpr,
+    ALIGN: tl.constexpr,
     BH: tl.constexpr,
     BN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     acc: tl.constexpr = p_dh.dtype.element_ty
+    H, P = aligned(H, ALIGN), aligned(P, ALIGN)
     at = Tile(*tile(tl.program_id(0), p_lengths, T, N, H, BH, BN), p_offsets, p_resets, T, N)
     p_w = tl.where(at.d == 0, p_w, p_w_reverse)
     t = time(at, step, T)
@@ -495,10 +509,12 @@ def states_before(
     R,
     H,
     D: tl.constexpr,
+    ALIGN: tl.constexpr,
     BH: tl.constexpr,
     BN: tl.constexpr,
 ):
     """A program is one step of a tile, in the grid's first dimension: the others end at 65,535."""
+    H = aligned(H, ALIGN)
     tiles = tl.cdiv(N, BN)
     at = Tile(*tile(tl.program_id(0) % tiles, p_lengths, T, N, H, BH, BN), p_offsets, p_resets, T, N)
     t = tl.program_id(0) // tiles

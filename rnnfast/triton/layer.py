@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -53,9 +54,11 @@ class Layer(gpu.Layer):
         """A kernel over all rows and directions, and ``width`` units."""
         form, how = self.form, self.plan
         grid = steps * triton.cdiv(form.N, how.rows), triton.cdiv(width, how.units), self.D
+        align = math.gcd(self.H, self.P, 16)
         kernel[grid](
             *pointers, p_offsets=form.offsets, p_lengths=form.lengths, p_resets=form.resets, T=form.T, N=form.N,
-            R=form.R, **rest, H=width, D=self.D, BH=how.units, BN=how.rows, **how.options,
+            R=form.R, **rest, H=width, D=self.D, ALIGN=align, BH=how.units, BN=how.rows,
+            **how.options,
         )  # fmt: skip
 
     def launch_step(self, kernel: Any, width: int, inputs: int, *pointers: Tensor | None, step: int) -> None:
