@@ -14,9 +14,10 @@ from pathlib import Path
 import interpreter
 import pytest
 import torch
+from torch.nn.utils.rnn import PackedSequence
 
 import rnnfast
-from rnnfast import recurrence
+from rnnfast import gpu, recurrence
 from rnnfast.reference import GATES
 from rnnfast.triton import kernels, plan_on
 from rnnfast.triton.plan import Chip, plan
@@ -168,3 +169,26 @@ def test_other_backends_leave_the_gpu_asleep(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(recurrence, backend, lambda device=None: pytest.fail("looked for a GPU"))
     with rnnfast.use_backend("reference"):
         rnnfast.LSTM(4, 5)(torch.randn(3, 2, 4))
+
+
+@pytest.mark.skipif(not interpreter.ENABLED, reason="counts calls on a CPU")
+def test_tables_of_packed_rows_are_made_once_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For all layers and their backward; and anew for other batch sizes, also if they come in the same tensor."""
+    made: list[list[int]] = []
+    make = gpu._make_tables
+    monkeypatch.setattr(gpu, "_last_tables", {})
+    monkeypatch.setattr(gpu, "_make_tables", lambda sizes, device: made.append(sizes.tolist()) or make(sizes, device))
+    layer = rnnfast.GRU(3, 4, num_layers=2, bidirectional=True)
+    x = torch.randn(5, 3, requires_grad=True)
+    sizes = torch.tensor([3, 1, 1])
+    found = []
+    for backend in ("triton", "reference"):
+        with rnnfast.use_backend(backend):
+            for values in ([3, 1, 1], [2, 2, 1], [2, 2, 1]):
+                sizes.copy_(torch.tensor(values))
+                y, h = layer(PackedSequence(x, sizes))
+                (dx,) = torch.autograd.grad(y.data.sum() + h.sum(), x)
+                found += [y.data, h, dx]
+    assert made == [[3, 1, 1], [2, 2, 1]]
+    for ours, theirs in zip(found[:9], found[9:]):
+        torch.testing.assert_close(ours, theirs)
