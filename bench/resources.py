@@ -2,8 +2,9 @@
 
     python bench/resources.py                          # for every target
     python bench/resources.py --target sm_90 -k LSTM   # for one, and one cell
+    python bench/resources.py --largest                # of what is fused the largest tiles only, which need most
 
-The exit code is 1 if a fused kernel spills, or takes more shared memory than its target has.
+The exit code is 1 if a fused kernel spills more than four registers, or takes more shared memory than its target has.
 """
 
 from __future__ import annotations
@@ -30,11 +31,13 @@ from rnnfast.triton import kernels
 from rnnfast.triton.plan import Chip, Plan, plan
 
 KB = 1024
+TOLERATED = 16  # bytes of spills: four registers, a read of the L1 cache a step. Fewer rows would double the launch.
 TARGETS = {  # and what a program may have there of shared memory, by the vendors' guides
     "sm_80": (GPUTarget("cuda", 80, 32), Chip(163 * KB, 108, 8)),
     "sm_90": (GPUTarget("cuda", 90, 32), Chip(227 * KB, 132, 9)),
     "sm_100": (GPUTarget("cuda", 100, 32), Chip(227 * KB, 148, 10)),
-    "gfx942": (GPUTarget("hip", "gfx942", 64), Chip(64 * KB, 304)),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), Chip(64 * KB, 304, warp_size=64)),
+    "gfx1100": (GPUTarget("hip", "gfx1100", 32), Chip(64 * KB, 48, warp_size=32)),
 }
 # bfloat16 stands for float16 also: the same sizes, the same instructions.
 DTYPES = {"bf16": (torch.bfloat16, False), "tf32": (torch.float32, True), "fp32": (torch.float32, False)}
@@ -42,6 +45,7 @@ DTYPES["fp64"] = torch.float64, False
 MODES = [mode for mode in GATES if mode != "RNN_RELU"]  # as RNN_TANH, with less maths
 STATES = {"p_c", "p_cs", "p_dcs", "p_dh", "p_dc"}  # of the accumulation dtype
 TABLES = {"p_offsets": "*i64", "p_lengths": "*i64", "p_resets": "*u8"}
+FORMS = {"packed": {"p_offsets", "p_lengths"}, "resets": {"p_lengths", "p_resets"}}  # each with all it may have
 
 
 class Variant(NamedTuple):
@@ -49,6 +53,7 @@ class Variant(NamedTuple):
     kernel: str
     mode: str
     dtype: str
+    form: str
     how: Plan
 
 
@@ -60,30 +65,33 @@ class Resources(NamedTuple):
 
 
 def variants(target: str, only_largest: bool = False) -> Iterator[Variant]:
-    """All that the plan uses on a target; or of each kernel, cell, dtype and number of rows the most units only."""
+    """All that the plan uses on a target; or of each fused kernel, cell, dtype, rows and form the most units only."""
     chip = TARGETS[target][1]
     for mode in MODES:
         for dtype, (torch_dtype, tf32) in DTYPES.items():
             plans = {}
             for hidden, batch in itertools.product((16, 32, 64, 128, 256, 512, 2048), (1, 64, 8 * chip.processors + 1)):
                 how = plan(mode, torch_dtype, hidden, batch, False, tf32, chip)
-                plans[how.fused, how.rows, None if only_largest else how.units] = how
+                if how.fused or not only_largest:
+                    plans[how.fused, how.rows, None if only_largest else how.units] = how
             for how in plans.values():
                 kinds = ["forward", "backward"]
                 if mode == "LSTM" and not how.fused:
                     kinds += ["project_forward", "project_backward", "states_before"]
-                for kernel in kinds:
-                    yield Variant(target, kernel, mode, dtype, how)
+                for kernel, form in itertools.product(kinds, FORMS):
+                    yield Variant(target, kernel, mode, dtype, form, how)
 
 
 def compile(variant: Variant) -> Resources:
-    """Compile a variant in training, with every sequence form at once: what needs most."""
+    """Compile a variant in training, with a gradient at every output: what needs most."""
     how, kernel = variant.how, getattr(kernels, variant.kernel)
     dtype = "fp32" if variant.dtype == "tf32" else variant.dtype
     acc = "fp64" if dtype == "fp64" else "fp32"
-    constants = {"MODE": variant.mode, "D": 2, "FUSED": how.fused, "BH": how.units, "BN": how.rows}
+    constants = {"MODE": variant.mode, "D": 2, "ALIGN": 16, "FUSED": how.fused, "BH": how.units, "BN": how.rows}
     constants["PRECISION"] = how.precision
-    absent = {"p_through", "p_da"} if how.fused else set()
+    absent = TABLES.keys() - FORMS[variant.form]
+    if how.fused:
+        absent |= {"p_through", "p_da"}
     if variant.mode != "LSTM":
         absent |= {"p_c", "p_cs", "p_c0", "p_dcs", "p_dc"}
     signature: dict[str, str] = {}
@@ -123,22 +131,23 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", nargs="*", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("-k", default="", help="only variants whose line has this")
-    parser.add_argument("--largest", action="store_true", help="only the largest tiles, which need most")
+    parser.add_argument("--largest", action="store_true", help="only the largest fused tiles")
     args = parser.parse_args()
-    found = [v for target in args.target for v in variants(target, args.largest) if args.k in " ".join(v[:4])]
+    found = [v for target in args.target for v in variants(target, args.largest) if args.k in " ".join(v[:5])]
+    print(f"Triton {triton.__version__}")
     print(
-        f"{'target':<8}{'kernel':<17}{'cell':<9}{'dtype':<6}{'units x rows':>13} {'':<9}{'warps':>6}{'registers':>10}"
-        f"{'spilled':>8}{'shared KB':>10}{'compile s':>10}"
+        f"{'target':<8}{'kernel':<17}{'cell':<9}{'dtype':<6}{'form':<8}{'units x rows':>13} {'':<9}{'warps':>6}"
+        f"{'registers':>10}{'spilled':>8}{'shared KB':>10}{'compile s':>10}"
     )
     bad = 0
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         for v, r in zip(found, pool.map(compile, found)):
             print(
-                f"{v.target:<8}{v.kernel:<17}{v.mode:<9}{v.dtype:<6}{v.how.units:>8} x {v.how.rows:<2} "
+                f"{v.target:<8}{v.kernel:<17}{v.mode:<9}{v.dtype:<6}{v.form:<8}{v.how.units:>8} x {v.how.rows:<2} "
                 f"{'fused' if v.how.fused else 'stepwise':<9}{v.how.options['num_warps']:>6}{r.registers:>10}"
                 f"{r.spilled:>8}{r.shared / KB:>10.1f}{r.seconds:>10.1f}", flush=True,
             )  # fmt: skip
-            bad += v.how.fused and (r.spilled > 0 or r.shared > TARGETS[v.target][1].shared_memory)
+            bad += v.how.fused and (r.spilled > TOLERATED or r.shared > TARGETS[v.target][1].shared_memory)
     return min(bad, 1)
 
 

@@ -36,12 +36,33 @@ def _form(x: Tensor, batch_sizes: Tensor | None, lengths: Tensor | None, resets:
         T, N, _ = x.shape
         resets = None if resets is None else resets.contiguous().view(torch.uint8)
         return Form(T, N, T * N, None, None if lengths is None else lengths.contiguous(), resets)
+    T, tables = len(batch_sizes), _tables(batch_sizes, x.device)
+    return Form(T, len(tables) - T, len(x), tables[:T], tables[T:], None)
+
+
+# The last tables of each device and stream, and the batch sizes that they are of: the layers of a call, and their
+# backward, need the same. Another stream's may still be on their way.
+_last_tables: dict[tuple[torch.device, int], tuple[Tensor, Tensor]] = {}
+
+
+def _tables(batch_sizes: Tensor, device: torch.device) -> Tensor:
+    """Of packed rows: where each step begins, and the length of each row, ``[T + N]``."""
+    is_cuda = device.type == "cuda"
+    if is_cuda and torch.cuda.is_current_stream_capturing():  # memory of the graph
+        return _make_tables(batch_sizes, device)
+    where = device, torch.cuda.current_stream(device).cuda_stream if is_cuda else 0
+    sizes, tables = _last_tables.get(where, (None, None))
+    if sizes is None or not torch.equal(sizes, batch_sizes):
+        tables = _make_tables(batch_sizes, device)
+        _last_tables[where] = batch_sizes.clone(), tables
+    return tables
+
+
+def _make_tables(batch_sizes: Tensor, device: torch.device) -> Tensor:
     ends = torch.cat([batch_sizes[1:], batch_sizes.new_zeros(1)])
     lengths = torch.arange(1, len(ends) + 1).repeat_interleave(batch_sizes - ends).flip(0)
     tables = torch.cat([batch_sizes.cumsum(0) - batch_sizes, lengths])
-    if x.is_cuda:
-        tables = tables.pin_memory().to(x.device, non_blocking=True)
-    return Form(len(ends), len(lengths), len(x), tables[: len(ends)], tables[len(ends) :], None)
+    return tables.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tables
 
 
 def allows_tf32() -> bool:
@@ -117,7 +138,8 @@ class Layer(abc.ABC):
 
     def of_rows(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """A tensor over the rows of the sequence: zero in those that the kernels leave out."""
-        return (self.x.new_empty if self.form.lengths is None else self.x.new_zeros)(shape, dtype=dtype)
+        leaves_out = self.form.lengths is not None and self.form.offsets is None
+        return (self.x.new_zeros if leaves_out else self.x.new_empty)(shape, dtype=dtype)
 
     def state(self, initial: Tensor | None, width: int, dtype: torch.dtype | None = None) -> Tensor:
         """A state ``[D, N, width]`` of its own, zero or as given."""

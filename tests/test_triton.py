@@ -5,21 +5,21 @@ Its numbers are tested with those of every other backend, in Triton's interprete
 
 from __future__ import annotations
 
-import contextlib
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import interpreter
 import pytest
 import torch
+from torch.nn.utils.rnn import PackedSequence
 
 import rnnfast
-from rnnfast import recurrence
-from rnnfast.triton import graphs, kernels, plan_on
+from rnnfast import gpu, recurrence
+from rnnfast.reference import GATES
+from rnnfast.triton import kernels, plan_on
 from rnnfast.triton.plan import Chip, plan
 
 ROOT = Path(__file__).parents[1]
@@ -27,18 +27,33 @@ H200 = Chip(shared_memory=227 * 1024, processors=132, generation=9)
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 
-@pytest.mark.parametrize(
-    "target", ["sm_90", *(pytest.param(target, marks=pytest.mark.full) for target in ("sm_80", "sm_100", "gfx942"))]
-)
-def test_kernels_compile_without_spills(target: str) -> None:
-    """Of every cell and dtype; the command fails if a fused kernel spills or wants more shared memory than there is."""
+TARGETS = [
+    "sm_90",
+    *(pytest.param(target, marks=pytest.mark.full) for target in ("sm_80", "sm_100", "gfx942", "gfx1100")),
+]
+
+
+def compiled(*command: str) -> str:
+    """What a command says that compiles, for which Triton must not interpret."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, str(ROOT / "bench" / "resources.py"), "--largest", "--target", target]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
-    found = {tuple(line.split()[1:4]) for line in done.stdout.splitlines() if f"{target} " in line and "fused" in line}
-    dtypes = ("bf16", "tf32", "fp32") if target == "gfx942" else ("bf16", "tf32", "fp32", "fp64")
+    return done.stdout
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_calls_compile(target: str) -> None:
+    """What layers' calls launch, as Triton specialises it."""
+    assert " 0 fail" in compiled("tests/named_gpu.py", target)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_kernels_compile_without_spills(target: str) -> None:
+    """Of every cell and dtype; the command fails if a fused kernel spills or wants more than there is."""
+    lines = compiled("bench/resources.py", "--largest", "--target", target).splitlines()
+    found = {tuple(line.split()[1:4]) for line in lines if f"{target} " in line and "fused" in line}
+    dtypes = ("bf16", "tf32", "fp32") if target.startswith("gfx") else ("bf16", "tf32", "fp32", "fp64")
     cells = ("RNN_TANH", "LSTM", "GRU")
     assert found == {(kernel, cell, d) for kernel in ("forward", "backward") for cell in cells for d in dtypes}
 
@@ -71,6 +86,23 @@ def test_plan(mode: str, dtype: torch.dtype, largest: int, tf32: bool) -> None:
     small = Chip(shared_memory=48 * 1024, processors=16, generation=8)
     assert plan(mode, dtype, 16, 1, False, tf32, small).fused
     assert not plan(mode, dtype, largest, 1, False, tf32, small).fused or dtype == torch.float64
+
+
+@pytest.mark.parametrize("mode", GATES)
+@pytest.mark.parametrize("dtype", recurrence.DTYPES)
+def test_plan_of_other_chips(mode: str, dtype: torch.dtype) -> None:
+    """Blackwell's tensor memory would take tiles of 64 units by 16 rows; RDNA fuses only what does not spill there."""
+    blackwell = Chip(shared_memory=227 * 1024, processors=148, generation=10)
+    cdna, rdna = (Chip(64 * 1024, 48, warp_size=size) for size in (64, 32))
+    for hidden in range(1, 1100, 9):
+        for batch in (1, 64, 5000):
+            how = plan(mode, dtype, hidden, batch, False, False, blackwell)
+            assert how.units < 64 or how.rows < 16
+            on_cdna, on_rdna = (plan(mode, dtype, hidden, batch, False, False, chip) for chip in (cdna, rdna))
+            assert on_cdna.fused >= on_rdna.fused
+            assert not on_rdna.fused or GATES[mode] * on_rdna.units**2 * dtype.itemsize < 8 * 1024
+    assert plan(mode, torch.bfloat16, 16, 1, False, False, rdna).fused
+    assert plan(mode, torch.bfloat16, 64, 1, False, False, cdna).fused
 
 
 def test_batch_and_steps_make_no_new_kernels() -> None:
@@ -139,76 +171,24 @@ def test_other_backends_leave_the_gpu_asleep(monkeypatch: pytest.MonkeyPatch) ->
         rnnfast.LSTM(4, 5)(torch.randn(3, 2, 4))
 
 
-class FakeGraph:
-    """Stands for a CUDA graph: it holds the launches made while it was captured."""
-
-    capturing: FakeGraph | None = None
-
-    def __init__(self) -> None:
-        self.launches: list[Callable[[], None]] = []
-
-    def capture_begin(self, capture_error_mode: str) -> None:
-        FakeGraph.capturing = self
-
-    def capture_end(self) -> None:
-        FakeGraph.capturing = None
-
-    def replay(self) -> None:
-        for launch in self.launches:
-            launch()
-
-
-@pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What ran, on a fake GPU."""
-    monkeypatch.setattr(graphs, "_graphs", type(graphs._graphs)())
-    monkeypatch.setattr(graphs, "_enabled", True)
-    monkeypatch.setattr(graphs, "_streams", {})
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda priority: None)
-    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    return []
-
-
-def loop_of(launched: list[str], name: str) -> Callable[[], None]:
-    def loop() -> None:
-        launch = lambda: launched.append(name)
-        if FakeGraph.capturing is None:
-            launched.append("eager")
-            launch()
-        else:
-            FakeGraph.capturing.launches.append(launch)
-
-    return loop
-
-
-def test_a_loop_is_captured_when_it_comes_back(launched: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    first, second = torch.zeros(2), torch.zeros(2)
-    for tensor in (first, second, first, second, first, None):
-        graphs.run(CUDA, loop_of(launched, "a" if tensor is first else "b"), tensor, "key")
-    assert launched == ["eager", "a", "eager", "b", "a", "b", "a", "eager", "b"]
-    monkeypatch.setattr(graphs, "_CAPACITY", 2)
-    for k in range(9):
-        graphs.run(CUDA, loop_of(launched, "c"), k)
-        assert len(graphs._graphs) <= 4
-    graphs.run(CPU, loop_of(launched, "cpu"), first, "key")
-    assert launched[-2:] == ["eager", "cpu"]
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    graphs.run(CUDA, loop_of(launched, "theirs"), first, "key")
-    assert launched[-2:] == ["eager", "theirs"]
-
-
-def test_what_cannot_be_captured_runs(launched: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(graph: FakeGraph) -> None:
-        FakeGraph.capturing = None
-        raise RuntimeError("operation not permitted")
-
-    monkeypatch.setattr(FakeGraph, "capture_end", refuse)
-    graphs.run(CUDA, loop_of(launched, "a"), "key")
-    with pytest.warns(UserWarning, match="without CUDA graphs, which is slower: operation not permitted"):
-        graphs.run(CUDA, loop_of(launched, "a"), "key")
-    graphs.run(CUDA, loop_of(launched, "a"), "key")
-    assert launched == ["eager", "a"] * 3
+@pytest.mark.skipif(not interpreter.ENABLED, reason="counts calls on a CPU")
+def test_tables_of_packed_rows_are_made_once_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For all layers and their backward; and anew for other batch sizes, also if they come in the same tensor."""
+    made: list[list[int]] = []
+    make = gpu._make_tables
+    monkeypatch.setattr(gpu, "_last_tables", {})
+    monkeypatch.setattr(gpu, "_make_tables", lambda sizes, device: made.append(sizes.tolist()) or make(sizes, device))
+    layer = rnnfast.GRU(3, 4, num_layers=2, bidirectional=True)
+    x = torch.randn(5, 3, requires_grad=True)
+    sizes = torch.tensor([3, 1, 1])
+    found = []
+    for backend in ("triton", "reference"):
+        with rnnfast.use_backend(backend):
+            for values in ([3, 1, 1], [2, 2, 1], [2, 2, 1]):
+                sizes.copy_(torch.tensor(values))
+                y, h = layer(PackedSequence(x, sizes))
+                (dx,) = torch.autograd.grad(y.data.sum() + h.sum(), x)
+                found += [y.data, h, dx]
+    assert made == [[3, 1, 1], [2, 2, 1]]
+    for ours, theirs in zip(found[:9], found[9:]):
+        torch.testing.assert_close(ours, theirs)

@@ -39,7 +39,8 @@ class Tile(NamedTuple):
 
 
 @triton.jit
-def tile(i_rows, p_offsets, p_lengths, p_resets, T, N, H, BH: tl.constexpr, BN: tl.constexpr):
+def tile(i_rows, p_lengths, T, N, H, BH: tl.constexpr, BN: tl.constexpr):
+    """A Tile's tensors. The kernels make it, for Triton 3.6 returns no tuple that holds a None."""
     d = tl.program_id(2)
     unit = (tl.program_id(1) * BH + tl.arange(0, BH))[:, None]
     n = (i_rows.to(tl.int64) * BN + tl.arange(0, BN))[None, :]
@@ -50,7 +51,13 @@ def tile(i_rows, p_offsets, p_lengths, p_resets, T, N, H, BH: tl.constexpr, BN: 
         # 32 bits, for another comparison spills on AMD; what has more wraps, and still leads nowhere outside.
         length = tl.minimum(tl.load(p_lengths + n, mask=n < N, other=0).to(tl.int32), T)
     is_unit, is_row = unit < H, n < N
-    return Tile(d, unit, n, is_unit, is_row, is_unit & is_row, length, p_offsets, p_resets, T, N)
+    return d, unit, n, is_unit, is_row, is_unit & is_row, length
+
+
+@triton.jit
+def aligned(size, ALIGN: tl.constexpr):
+    """A size that ALIGN divides, so that Triton sees it: of its own it asks for 16 only, and else loads one by one."""
+    return size // ALIGN * ALIGN
 
 
 @triton.jit
@@ -98,6 +105,12 @@ def before(at, t, p_states, p_initial, H, D: tl.constexpr):
         initial = tl.load(p_initial + (at.d * at.N + at.n) * H + at.unit, mask=at.inside & (exists == 0), other=0.0)
         b = tl.where(exists, b, initial.to(b.dtype))
     return b
+
+
+@triton.jit
+def after(at, t, p_states, H, D: tl.constexpr):
+    """The state after step t, from those after every step."""
+    return tl.load(p_states + (row(at, t) * D + at.d) * H + at.unit, mask=at.inside & (t < at.length), other=0.0)
 
 
 @triton.jit
@@ -221,6 +234,7 @@ def forward(
     P,
     MODE: tl.constexpr,
     D: tl.constexpr,
+    ALIGN: tl.constexpr,
     FUSED: tl.constexpr,
     BH: tl.constexpr,  # units of a tile
     BN: tl.constexpr,  # rows of a tile
@@ -228,7 +242,8 @@ def forward(
 ):
     G: tl.constexpr = 4 if MODE == "LSTM" else 3 if MODE == "GRU" else 1
     acc: tl.constexpr = tl.float64 if p_h.dtype.element_ty == tl.float64 else tl.float32
-    at = tile(tl.program_id(0), p_offsets, p_lengths, p_resets, T, N, H, BH, BN)
+    H, P = aligned(H, ALIGN), aligned(P, ALIGN)
+    at = Tile(*tile(tl.program_id(0), p_lengths, T, N, H, BH, BN), p_offsets, p_resets, T, N)
     p_w = tl.where(at.d == 0, p_w, p_w_reverse)
     bias = None
     if p_b is not None:
@@ -283,12 +298,14 @@ def project_forward(
     H,
     P,
     D: tl.constexpr,
+    ALIGN: tl.constexpr,
     BH: tl.constexpr,
     BN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     acc: tl.constexpr = tl.float64 if p_h.dtype.element_ty == tl.float64 else tl.float32
-    at = tile(tl.program_id(0), p_offsets, p_lengths, p_resets, T, N, H, BH, BN)
+    H, P = aligned(H, ALIGN), aligned(P, ALIGN)
+    at = Tile(*tile(tl.program_id(0), p_lengths, T, N, H, BH, BN), p_offsets, p_resets, T, N)
     p_w = tl.where(at.d == 0, p_w, p_w_reverse)
     (h,) = products(at, p_w, p_m, P, 0, P, 1, tl.zeros([BH, BN], acc), 1, PRECISION)
     h = h.to(p_h.dtype.element_ty)
@@ -305,15 +322,14 @@ def project_forward(
 def load_backward(
     at, t, p_dy, p_dcs, p_gates, p_y, p_cs, p_h0, p_c0, R, H, MODE: tl.constexpr, D: tl.constexpr, S: tl.constexpr
 ):
-    """Of step t: what was saved, h and c before and after it, and dy and dc of its own outputs."""
+    """Of step t: what was saved, h before and after it, c before it, and dy and dc of its own outputs."""
     mask = at.inside & (t < at.length)
     place = row(at, t)
     unit = (place * D + at.d) * H + at.unit
     none = tl.zeros(mask.shape, p_gates.dtype.element_ty)
     saved = load(p_gates + (at.d * R + place) * (S * H) + at.unit, S, H, mask)
-    h, old_h, c, old_c, dy, dc = none, none, none, none, none, none
+    h, old_h, old_c, dy, dc = none, none, none, none, none
     if MODE == "LSTM":
-        c = tl.load(p_cs + unit, mask=mask, other=0.0)
         old_c = before(at, t, p_cs, p_c0, H, D)
     elif MODE == "GRU":
         old_h = before(at, t, p_y, p_h0, H, D)
@@ -323,17 +339,17 @@ def load_backward(
         dy = tl.load(p_dy + unit, mask=mask, other=0.0)
     if p_dcs is not None:
         dc = tl.load(p_dcs + unit, mask=mask, other=0.0)
-    return saved, (h, old_h, c, old_c, dy, dc), keep(at, t)
+    return saved, (h, old_h, old_c, dy, dc), keep(at, t)
 
 
 @triton.jit
 def step_backward(
-    at, t, saved, values, is_kept, dh, dc, p_dgates, R, H, MODE: tl.constexpr, S: tl.constexpr, K: tl.constexpr
+    at, t, saved, values, is_kept, c, dh, dc, p_dgates, R, H, MODE: tl.constexpr, S: tl.constexpr, K: tl.constexpr
 ):
-    """Step t, from dh and dc after it: the gradients at W_hh h, and what of dh and dc goes to the state before it
+    """Step t, from c, dh and dc after it: the gradients at W_hh h, and what of dh and dc goes to the state before it
     beside what goes through W_hh."""
     acc: tl.constexpr = dh.dtype
-    h, old_h, c, old_c, dy, dc_out = cast(values, 6, acc)
+    h, old_h, old_c, dy, dc_out = cast(values, 5, acc)
     if at.resets is not None:
         old_h = tl.where(is_kept, old_h, 0.0)
         old_c = tl.where(is_kept, old_c, 0.0)
@@ -381,6 +397,7 @@ def backward(
     P,
     MODE: tl.constexpr,
     D: tl.constexpr,
+    ALIGN: tl.constexpr,
     FUSED: tl.constexpr,
     BH: tl.constexpr,
     BN: tl.constexpr,
@@ -390,11 +407,12 @@ def backward(
     S: tl.constexpr = 0 if G == 1 else 4
     K: tl.constexpr = 1 if G == 1 else 4
     acc: tl.constexpr = tl.float64 if p_dgates.dtype.element_ty == tl.float64 else tl.float32
-    at = tile(tl.program_id(0), p_offsets, p_lengths, p_resets, T, N, H, BH, BN)
+    H, P = aligned(H, ALIGN), aligned(P, ALIGN)
+    at = Tile(*tile(tl.program_id(0), p_lengths, T, N, H, BH, BN), p_offsets, p_resets, T, N)
     p_w = tl.where(at.d == 0, p_w, p_w_reverse)
     state = (at.d * N + at.n) * H + at.unit
     zeros = tl.zeros([BH, BN], acc)
-    dh, dc = zeros, zeros
+    c, dh, dc = zeros, zeros, zeros
     if p_dh is not None:
         dh = tl.load(p_dh + state, mask=at.inside, other=0.0)
     if MODE == "LSTM":
@@ -406,22 +424,28 @@ def backward(
         steps = longest(at, p_lengths)
         t = time(at, steps - 1, steps)
         saved, values, is_kept = load_backward(at, t, p_dy, p_dcs, p_gates, p_y, p_cs, p_h0, p_c0, R, H, MODE, D, S)
+        if MODE == "LSTM":
+            c = after(at, t, p_cs, H, D)
         for i in range(steps):
             t = time(at, steps - 1 - i, steps)
             t_ahead = time(at, tl.maximum(steps - 2 - i, 0), steps)
             ahead = load_backward(at, t_ahead, p_dy, p_dcs, p_gates, p_y, p_cs, p_h0, p_c0, R, H, MODE, D, S)
-            da, dh, dc = step_backward(at, t, saved, values, is_kept, dh, dc, p_dgates, R, H, MODE, S, K)
+            da, dh, dc = step_backward(at, t, saved, values, is_kept, c, dh, dc, p_dgates, R, H, MODE, S, K)
             # An accumulator of their own: Triton for Blackwell fails at one that is carried from step to step.
             through = zeros
             for j in tl.static_range(G):
                 through = tl.dot(w[j], da[j], through, out_dtype=acc, input_precision=PRECISION)
             dh = tl.where(at.inside, dh + through, 0.0)
+            if MODE == "LSTM":
+                c = values[2]  # what was before this step is after the next one
             saved, values, is_kept = ahead
     else:
         t = time(at, step, T)
         saved, values, is_kept = load_backward(at, t, p_dy, p_dcs, p_gates, p_y, p_cs, p_h0, p_c0, R, H, MODE, D, S)
+        if MODE == "LSTM":
+            c = after(at, t, p_cs, H, D)
         (through,) = products(at, p_w, p_through, P, 0, 1, H, zeros, 1, PRECISION)
-        da, dh, dc = step_backward(at, t, saved, values, is_kept, dh + through, dc, p_dgates, R, H, MODE, S, K)
+        da, dh, dc = step_backward(at, t, saved, values, is_kept, c, dh + through, dc, p_dgates, R, H, MODE, S, K)
         store(p_da + (at.d * N + at.n) * (G * H) + at.unit, da, G, H, at.inside)
 
     if p_dh is not None:
@@ -449,12 +473,14 @@ def project_backward(
     H,
     P,
     D: tl.constexpr,
+    ALIGN: tl.constexpr,
     BH: tl.constexpr,
     BN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     acc: tl.constexpr = p_dh.dtype.element_ty
-    at = tile(tl.program_id(0), p_offsets, p_lengths, p_resets, T, N, H, BH, BN)
+    H, P = aligned(H, ALIGN), aligned(P, ALIGN)
+    at = Tile(*tile(tl.program_id(0), p_lengths, T, N, H, BH, BN), p_offsets, p_resets, T, N)
     p_w = tl.where(at.d == 0, p_w, p_w_reverse)
     t = time(at, step, T)
     valid = t < at.length
@@ -483,12 +509,14 @@ def states_before(
     R,
     H,
     D: tl.constexpr,
+    ALIGN: tl.constexpr,
     BH: tl.constexpr,
     BN: tl.constexpr,
 ):
     """A program is one step of a tile, in the grid's first dimension: the others end at 65,535."""
+    H = aligned(H, ALIGN)
     tiles = tl.cdiv(N, BN)
-    at = tile(tl.program_id(0) % tiles, p_offsets, p_lengths, p_resets, T, N, H, BH, BN)
+    at = Tile(*tile(tl.program_id(0) % tiles, p_lengths, T, N, H, BH, BN), p_offsets, p_resets, T, N)
     t = tl.program_id(0) // tiles
     valid = t < at.length
     h = tl.where(valid & keep(at, t), before(at, t, p_y, p_h0, H, D), 0.0)

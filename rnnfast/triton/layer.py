@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ import triton
 from torch import Tensor
 
 from .. import gpu
-from . import graphs, kernels
+from . import kernels
 from .plan import Chip, Plan, plan
 
 
@@ -20,7 +21,7 @@ def _chip(device: torch.device) -> Chip:
         return Chip(shared_memory=227 * 1024, processors=1, generation=9)
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip is not None:
-        return Chip(64 * 1024, properties.multi_processor_count)
+        return Chip(64 * 1024, properties.multi_processor_count, warp_size=properties.warp_size)
     return Chip(properties.shared_memory_per_block_optin, properties.multi_processor_count, properties.major)
 
 
@@ -44,12 +45,6 @@ class Layer(gpu.Layer):
     def gates_replace_x(self) -> bool:
         return not self.plan.fused  # there x is loaded a step ahead
 
-    @property
-    def key(self) -> tuple:
-        """What the launches depend on beside the tensors that they are given."""
-        how = self.plan._replace(options=tuple(self.plan.options.items()))
-        return self.mode, self.x.dtype, self.D, self.H, self.P, how, *self.form
-
     def of_directions(self, name: str) -> tuple[Tensor | None, Tensor | None]:
         """A weight of both directions; of a single one, twice."""
         found = [getattr(w, name) for w in self.directions]
@@ -59,9 +54,11 @@ class Layer(gpu.Layer):
         """A kernel over all rows and directions, and ``width`` units."""
         form, how = self.form, self.plan
         grid = steps * triton.cdiv(form.N, how.rows), triton.cdiv(width, how.units), self.D
+        align = math.gcd(self.H, self.P, 16)
         kernel[grid](
             *pointers, p_offsets=form.offsets, p_lengths=form.lengths, p_resets=form.resets, T=form.T, N=form.N,
-            R=form.R, **rest, H=width, D=self.D, BH=how.units, BN=how.rows, **how.options,
+            R=form.R, **rest, H=width, D=self.D, ALIGN=align, BH=how.units, BN=how.rows,
+            **how.options,
         )  # fmt: skip
 
     def launch_step(self, kernel: Any, width: int, inputs: int, *pointers: Tensor | None, step: int) -> None:
@@ -83,17 +80,13 @@ class Layer(gpu.Layer):
             return
         T, P = self.form.T, self.P
         m = h.new_empty(self.D, self.form.N, self.H) if self.projected else torch.empty_like(h)
-
-        def steps() -> None:
-            for step in range(T):
-                if self.projected:
-                    self.launch_cells(kernels.forward, P, x_gates, *w_hh, *b_hh, h, m, c, None, cs, gates, step=step)
-                    self.launch_step(kernels.project_forward, P, self.H, m, *w_hr, h, y, step=step)
-                else:  # programs read all of the old state, and write some of the new one
-                    states = (h, m) if step % 2 == 0 else (m, h)
-                    self.launch_cells(kernels.forward, P, x_gates, *w_hh, *b_hh, *states, c, y, cs, gates, step=step)
-
-        graphs.run(self.x.device, steps, "forward", *self.key, x_gates, *w_hh, *w_hr, *b_hh, h, m, c, y, cs, gates)
+        for step in range(T):
+            if self.projected:
+                self.launch_cells(kernels.forward, P, x_gates, *w_hh, *b_hh, h, m, c, None, cs, gates, step=step)
+                self.launch_step(kernels.project_forward, P, self.H, m, *w_hr, h, y, step=step)
+            else:  # programs read all of the old state, and write some of the new one
+                states = (h, m) if step % 2 == 0 else (m, h)
+                self.launch_cells(kernels.forward, P, x_gates, *w_hh, *b_hh, *states, c, y, cs, gates, step=step)
         if T % 2 and not self.projected:
             h.copy_(m)
 
@@ -119,26 +112,15 @@ class Layer(gpu.Layer):
         T, P, inputs = self.form.T, self.P, self.G * self.H
         da = y.new_zeros(self.D, self.form.N, inputs)
         other = torch.empty_like(dh, dtype=y.dtype) if self.projected else torch.empty_like(da)
-
-        def steps() -> None:
-            for step in reversed(range(T)):
-                if self.projected:
-                    self.launch_step(
-                        kernels.project_backward, P, inputs, dy, *w_hh, da, dh, other, dprojections, step=step
-                    )
-                    self.launch_cells(
-                        kernels.backward, P, None, dcs, *saved, *w_hr, other, da, None, dc, dgates, step=step
-                    )
-                else:
-                    gradients = (da, other) if (T - 1 - step) % 2 == 0 else (other, da)
-                    self.launch_cells(
-                        kernels.backward, inputs, dy, dcs, *saved, *w_hh, *gradients, dh, dc, dgates, step=step
-                    )
-
-        graphs.run(
-            self.x.device, steps, "backward", *self.key, dy, dcs, *saved, *w_hh, *w_hr, da, other, dh, dc, dgates,
-            dprojections,
-        )  # fmt: skip
+        for step in reversed(range(T)):
+            if self.projected:
+                self.launch_step(kernels.project_backward, P, inputs, dy, *w_hh, da, dh, other, dprojections, step=step)
+                self.launch_cells(kernels.backward, P, None, dcs, *saved, *w_hr, other, da, None, dc, dgates, step=step)
+            else:
+                gradients = (da, other) if (T - 1 - step) % 2 == 0 else (other, da)
+                self.launch_cells(
+                    kernels.backward, inputs, dy, dcs, *saved, *w_hh, *gradients, dh, dc, dgates, step=step
+                )
         for d, w in enumerate(self.directions):
             dh[d] += (other if T % 2 and not self.projected else da)[d] @ w.w_hh
 

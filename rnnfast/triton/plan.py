@@ -17,17 +17,28 @@ class Chip(NamedTuple):
     shared_memory: int  # bytes that a program may have
     processors: int
     generation: int = 0  # of NVIDIA's, the compute capability's first digits; 0 is AMD
+    warp_size: int = 32
 
     @property
     def is_amd(self) -> bool:
         return self.generation == 0
 
     @property
+    def is_rdna(self) -> bool:
+        return self.is_amd and self.warp_size == 32
+
+    @property
+    def is_blackwell(self) -> bool:
+        return self.generation >= 10
+
+    @property
     def room(self) -> int:
         """Bytes of a layer's W_hh that stay on one multiprocessor without spills."""
+        if self.is_rdna:  # W_hh stays in registers there, several times: 8 KB of an LSTM spill
+            return 6 * _KB
         # Beside W_hh there are h and tiles on their way to another layout. And W_hh comes in through the registers,
         # which spill at more than half of their 256 KB; sooner where tensor memory takes part.
-        return min(self.shared_memory - 16 * _KB, (96 if self.generation >= 10 else 128) * _KB)
+        return min(self.shared_memory - 16 * _KB, (96 if self.is_blackwell else 128) * _KB)
 
 
 class Plan(NamedTuple):
@@ -69,14 +80,17 @@ def plan(mode: str, dtype: torch.dtype, hidden: int, batch: int, projected: bool
         if not chip.is_amd:
             options["maxnreg"] = 255  # one program a multiprocessor: nothing is gained by spilling for more
         # 8 rows are the least that a product takes (16 on AMD). More only for more tiles than multiprocessors, and of
-        # half types: others spill.
-        many = batch > 8 * chip.processors and dtype.itemsize == 2
+        # half types: others spill. Not on Blackwell, where 16 rows by 64 units go to asynchronous products in tensor
+        # memory, with which other recurrences had wrong results, and which nobody has tried with these.
+        many = batch > 8 * chip.processors and dtype.itemsize == 2 and not chip.is_blackwell
         reason = f"fused: W_hh, padded to {units} units, is {size // _KB} KB a direction and stays on a multiprocessor"
         return Plan(True, units, 16 if chip.is_amd or many else 8, options, precision, reason)
     # Every program reads its part of W_hh anew in each step, so the more programs the less each waits for it: the large
     # tiles only where they leave one for every multiprocessor. Sums of wider types fill the registers sooner.
     rows = 16 if batch <= 16 else 128 // dtype.itemsize
-    large = 128 // dtype.itemsize
+    large = min(128 // dtype.itemsize, 32 if chip.is_blackwell else 64)  # there no tensor memory either
     units = large if -(-hidden // large) * -(-batch // rows) >= chip.processors else 16
     options["num_warps"] = 4 if units * rows < 1024 else 8
+    if chip.is_rdna:  # larger ones spill hundreds of registers
+        units, rows, options["num_warps"] = 16, 16, 8
     return Plan(False, units, rows, options, precision, f"stepwise: {reason}")
