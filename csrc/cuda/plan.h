@@ -126,16 +126,19 @@ void each_cut(const Persistent<Arguments>& k, const Layer& layer, const Chip& ch
   }
 }
 
-// The plan of a layer: the cheapest of all, or of a regime.
+// The plan of a layer: the cheapest of all, or of a regime, or the regime's cut of that number.
 template <class Arguments>
-Plan make_plan(const Persistent<Arguments> (&variants)[kVariants], const Layer& layer, const Chip& chip,
-               Regime forced) {
+Plan make_plan(const Persistent<Arguments> (&variants)[kVariants], const Layer& layer, const Chip& chip, Regime forced,
+               std::optional<int> only) {
   Plan best;
+  int number = 0;
   best.cycles = forced == kByTable ? kStepwiseCycles : std::numeric_limits<double>::infinity();
   for (const auto& k : variants) {
     if (forced != kByTable && forced != k.regime) continue;
-    each_cut(k, layer, chip, forced != kByTable, [&](const std::optional<Plan>& plan) {
-      if (!plan || plan->cycles >= best.cycles) return;
+    each_cut(k, layer, chip, forced != kByTable && !only, [&](const std::optional<Plan>& plan) {
+      const bool asked_for = !only || *only == number;
+      number++;
+      if (!plan || plan->cycles >= best.cycles || !asked_for) return;
       best = *plan;
       const Geometry& g = best.geometry;
       const char* kWhere[] = {"", "multiprocessor", "cluster", "chip"};

@@ -14,11 +14,13 @@
 namespace rnnfast {
 namespace {
 
+// A Regime, and added to it kCuts * (1 + the number of one of its cuts).
+constexpr int64_t kCuts = 16;
 std::atomic<int64_t> forced_regime{kByTable};
 
 int64_t cuda_regime(std::optional<int64_t> use) {
   if (use) {
-    RNNFAST_CHECK(*use >= 0 && *use < kRegimes, "no regime has number ", *use);
+    RNNFAST_CHECK(*use >= 0 && *use % kCuts < kRegimes, "no regime has number ", *use);
     forced_regime = *use;
   }
   return forced_regime;
@@ -49,7 +51,8 @@ const Persistent<Arguments> (&persistent_of(const Layer& layer)) [kVariants] {
 // The plan of a layer's forward or backward, found once: it asks the driver what the device can hold.
 template <class Arguments>
 Plan plan_of(const Layer& layer, ScalarType dtype, bool projected) {
-  const Regime forced = Regime(forced_regime.load());
+  const int64_t asked_for = forced_regime;
+  const Regime forced = Regime(asked_for % kCuts);
   Plan plan;
   plan.reason = forced == kStepwise           ? "stepwise: asked for"
                 : projected                   ? "stepwise: a projection makes another product a step"
@@ -60,11 +63,12 @@ Plan plan_of(const Layer& layer, ScalarType dtype, bool projected) {
     using Key = std::array<int64_t, 7>;
     static std::map<Key, Plan> plans;
     static std::mutex mutex;
-    const Key key = {layer.cell, layer.arithmetic, layer.N, layer.H, layer.D, layer.device, forced};
+    const Key key = {layer.cell, layer.arithmetic, layer.N, layer.H, layer.D, layer.device, asked_for};
     std::lock_guard<std::mutex> lock(mutex);
     auto found = plans.find(key);
     if (found == plans.end()) {
-      Plan made = make_plan(persistent_of<Arguments>(layer), layer, chip(layer.device), forced);
+      const auto only = asked_for < kCuts ? std::nullopt : std::optional<int>(asked_for / kCuts - 1);
+      Plan made = make_plan(persistent_of<Arguments>(layer), layer, chip(layer.device), forced, only);
       if (made.regime == kStepwise) made.reason = plan.reason;
       found = plans.emplace(key, made).first;
     }
