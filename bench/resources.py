@@ -92,6 +92,8 @@ def compile(variant: Variant) -> Resources:
     absent = TABLES.keys() - FORMS[variant.form]
     if how.fused:
         absent |= {"p_through", "p_da"}
+    if variant.mode == "RNN_TANH" and variant.kernel == "forward":
+        absent |= {"p_gates"}
     if variant.mode != "LSTM":
         absent |= {"p_c", "p_cs", "p_c0", "p_dcs", "p_dc"}
     signature: dict[str, str] = {}

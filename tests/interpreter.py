@@ -73,8 +73,8 @@ def _hasten() -> None:
         return dtypes[of.scalar.name]
 
     @functools.cache
-    def sizes(shape: tuple[int, ...]) -> tuple[tuple, core.constexpr]:
-        return tuple(map(core.constexpr, shape)), core.constexpr(math.prod(shape))
+    def sizes(shape: tuple[int, ...]) -> tuple[core.tuple, core.constexpr]:
+        return core.tuple(map(core.constexpr, shape)), core.constexpr(math.prod(shape))
 
     def make_tensor(tensor: core.tensor, handle: Any, type: Any) -> None:
         tensor.handle, tensor.type, tensor.dtype = handle, type, type.scalar

@@ -220,8 +220,8 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
     "rnnfast/triton/kernels.py": [
         ("reverse rows start at T", LENGTHS, "s, steps - 1 - s)", "s, at.T - 1 - s)"),
         ("border beyond a row's end", RESETS, "mask=border < at.length", "mask=border < tl.where(at.is_row, at.T, 0)"),
-        ("NaN of padded units", FINITE, "tl.where(at.inside, new_h, 0.0).to(dtype)", "new_h.to(dtype)"),
-        ("dh crosses a border", RESETS, "        through = through & is_kept\n", ""),
+        ("NaN of padded units", FINITE, "tl.where(at.inside, new_h, 0.0).to(h.dtype)", "new_h.to(h.dtype)"),
+        ("dh crosses a border", RESETS, "                through = through & is_kept\n", "                pass\n"),
         ("dW_hh of states before a reset", RESETS, "tl.where(valid & keep(at, t), before", "tl.where(valid, before"),
     ],
     "rnnfast/triton/layer.py": [

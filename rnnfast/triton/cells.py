@@ -1,10 +1,10 @@
 """The cells: torch's equations in torch's gate order (i f g o; r z n), each once forward and once backward.
 
 Tiles are [units, rows] of the accumulation dtype. Of a step, by gate:
-    x   W_ih x + b_ih                  a   W_hh h + b_hh
-    s   what the backward needs        d   gradients at the gates, x's first; a's are the
-                                           same, but for a GRU's candidate: that comes last
-Forward: h and c before the step -> h, c after it, s.
+    x   W_ih x + b_ih                  a   W_hh h + b_hh; both come as sums, but for a
+    s   what the backward needs            GRU's candidate: x's, and last a's
+    d   gradients at these sums
+Forward: the sums, h and c before the step -> h, c after it, s.
 Backward: dh and dc of the state after the step -> d, what of dh goes straight to the h before it, dc before it.
 """
 
@@ -31,16 +31,15 @@ def tanh(x):
 
 
 @triton.jit
-def forward(MODE: tl.constexpr, x, a, h, c):
+def forward(MODE: tl.constexpr, sums, h, c):
     if MODE == "LSTM":
-        return lstm_forward(x, a, c)
+        return lstm_forward(sums, c)
     elif MODE == "GRU":
-        return gru_forward(x, a, h, c)
+        return gru_forward(sums, h, c)
     elif MODE == "RNN_TANH":
-        return tanh(x[0] + a[0]), c, ()
+        return tanh(sums[0]), c, ()
     else:
-        y = x[0] + a[0]
-        return tl.where(y <= 0, 0.0, y), c, ()  # NaN stays NaN
+        return tl.where(sums[0] <= 0, 0.0, sums[0]), c, ()  # NaN stays NaN
 
 
 @triton.jit
@@ -56,11 +55,11 @@ def backward(MODE: tl.constexpr, s, h, old_h, c, old_c, dh, dc):
 
 
 @triton.jit
-def lstm_forward(x, a, c):
-    i = sigmoid(x[0] + a[0])
-    f = sigmoid(x[1] + a[1])
-    g = tanh(x[2] + a[2])
-    o = sigmoid(x[3] + a[3])
+def lstm_forward(sums, c):
+    i = sigmoid(sums[0])
+    f = sigmoid(sums[1])
+    g = tanh(sums[2])
+    o = sigmoid(sums[3])
     c = f * c + i * g
     return o * tanh(c), c, (i, f, g, o)
 
@@ -81,11 +80,11 @@ def lstm_backward(s, c, old_c, dh, dc):
 
 
 @triton.jit
-def gru_forward(x, a, h, c):
-    r = sigmoid(x[0] + a[0])
-    z = sigmoid(x[1] + a[1])
-    q = a[2]
-    n = tanh(x[2] + r * q)
+def gru_forward(sums, h, c):
+    r = sigmoid(sums[0])
+    z = sigmoid(sums[1])
+    q = sums[3]
+    n = tanh(sums[2] + r * q)
     return n + z * (h - n), c, (r, z, n, q)
 
 

@@ -1,14 +1,16 @@
 """The recurrence around the cells, forward and backward, each written once.
 
 A program owns a tile of units and a tile of rows of one direction. Fused, the tile is all units: W_hh stays on the
-chip, the loop over the steps runs inside, and the next step is loaded while this one computes. Stepwise, a launch is
-one step of many tiles: a program makes its units' part of the product with W_hh, which it reads anew, and their cells.
+chip, the loop over the steps runs inside, and the next step is loaded while this one computes. The tiles of the gates
+are one stack, so that a step is one product, and they pass through shared memory together. Stepwise, a launch is one
+step of many tiles: a program makes its units' part of the product with W_hh, which it reads anew, and their cells.
 
 Tiles are [units, rows], so that W_hh is the left operand of every product: its rows fill the larger side of the
 tensor core and the batch the smaller one, 8 rows at least.
 
 Letters as in reference.py: T steps, N batch, R rows of the sequence, H units, D directions, G gates; S tiles of a step
-are saved for the backward, which makes K tiles of gradients. Offsets into sequences are 64-bit.
+are saved for the backward, which makes K tiles of gradients, as many as a stack has: of a GRU one more than gates, for
+the candidate's parts of x and of h stay apart. Offsets into sequences are 64-bit.
 """
 
 from typing import NamedTuple
@@ -58,6 +60,41 @@ def tile(i_rows, p_lengths, T, N, H, BH: tl.constexpr, BN: tl.constexpr):
 def aligned(size, ALIGN: tl.constexpr):
     """A size that ALIGN divides, so that Triton sees it: of its own it asks for 16 only, and else loads one by one."""
     return size // ALIGN * ALIGN
+
+
+@triton.jit
+def stack(H, MODE: tl.constexpr, K: tl.constexpr, BH: tl.constexpr):
+    """Of a stack's units: columns and rows of W_hh; whether they are no padding, have columns of x, have such rows."""
+    unit = tl.arange(0, K * BH) % BH
+    k = tl.arange(0, K * BH) // BH
+    is_unit = unit < H
+    if MODE == "GRU":  # r, z, x's part of the candidate, which is loaded apart, and h's
+        return k * H + unit, tl.where(k == 3, 2, k) * H + unit, is_unit, is_unit & (k < 2), is_unit & (k != 2)
+    else:
+        return k * H + unit, k * H + unit, is_unit, is_unit, is_unit
+
+
+@triton.jit
+def split(tiles, K: tl.constexpr, BH: tl.constexpr, BN: tl.constexpr):
+    """The tiles of a stack."""
+    if K == 1:
+        return (tiles,)
+    else:
+        tiles = tl.permute(tl.reshape(tiles, [2, 2, BH, BN]), (2, 3, 1, 0))
+        low, high = tl.split(tiles)
+        first, second = tl.split(low)
+        third, fourth = tl.split(high)
+        return first, second, third, fourth
+
+
+@triton.jit
+def join(tiles, K: tl.constexpr, BH: tl.constexpr, BN: tl.constexpr):
+    """A stack of tiles."""
+    if K == 1:
+        return tiles[0]
+    else:
+        joined = tl.join(tl.join(tiles[0], tiles[1]), tl.join(tiles[2], tiles[3]))
+        return tl.reshape(tl.permute(joined, (3, 2, 0, 1)), [4 * BH, BN])
 
 
 @triton.jit
@@ -137,6 +174,23 @@ def cast(tiles, count: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit
+def add(a, b, count: tl.constexpr):
+    out = ()
+    for k in tl.static_range(count):
+        out = out + (a[k] + b[k],)
+    return out
+
+
+@triton.jit
+def where(condition, tiles, count: tl.constexpr):
+    """The tiles, zero elsewhere."""
+    out = ()
+    for k in tl.static_range(count):
+        out = out + (tl.where(condition, tiles[k], 0.0),)
+    return out
+
+
+@triton.jit
 def products(
     at,
     p_w,  # that of the tile's unit u of gate j and of input k is at (j * units + u) * unit_stride + k * stride
@@ -172,42 +226,30 @@ def products(
 
 
 @triton.jit
-def load_forward(at, t, p_x, R, H, G: tl.constexpr):
-    p = p_x + (at.d * R + row(at, t)) * (G * H) + at.unit
-    return load(p, G, H, at.inside & (t < at.length)), keep(at, t)
+def load_forward(at, t, p_x, column, has_x, R, H, MODE: tl.constexpr, G: tl.constexpr):
+    """The stack of step t; of a GRU x's part of the candidate; whether the state enters the step."""
+    p = p_x + (at.d * R + row(at, t)) * (G * H)
+    x = tl.load(p + column, mask=has_x & (t < at.length), other=0.0)
+    candidate = x
+    if MODE == "GRU":  # no sum with a product, not even of zeros: h may be infinite
+        candidate = tl.load(p + 2 * H + at.unit, mask=at.inside & (t < at.length), other=0.0)
+    return x, candidate, keep(at, t)
 
 
 @triton.jit
-def step_forward(
-    at, t, x, is_kept, a, bias, h, c, p_y, p_cs, p_gates, R, H, MODE: tl.constexpr, G: tl.constexpr, D: tl.constexpr
-):
-    """The states after step t, from those before it and a = W_hh h."""
-    dtype: tl.constexpr = h.dtype
+def step_forward(at, t, sums, h, c, p_y, p_cs, R, H, MODE: tl.constexpr, D: tl.constexpr):
+    """The states after step t, from those that enter it and its sums, and what is saved."""
     acc: tl.constexpr = c.dtype
-    S: tl.constexpr = 0 if G == 1 else 4
-    if at.resets is not None:
-        h = tl.where(is_kept, h, 0.0)
-        c = tl.where(is_kept, c, 0.0)
-    b = ()
-    for k in tl.static_range(G):
-        a_k = a[k].to(acc)
-        if at.resets is not None:
-            a_k = tl.where(is_kept, a_k, 0.0)
-        if bias is not None:
-            a_k += bias[k]
-        b = b + (a_k,)
-    new_h, new_c, saved = cells.forward(MODE, cast(x, G, acc), b, h.to(acc), c)
+    new_h, new_c, saved = cells.forward(MODE, sums, h.to(acc), c)
     # Padded units are columns of the next product: not even a NaN of theirs may enter it.
-    new_h = tl.where(at.inside, new_h, 0.0).to(dtype)
+    new_h = tl.where(at.inside, new_h, 0.0).to(h.dtype)
     valid = t < at.length
-    place = row(at, t)
+    unit = (row(at, t) * D + at.d) * H + at.unit
     if p_y is not None:
-        tl.store(p_y + (place * D + at.d) * H + at.unit, new_h, mask=at.inside & valid)
+        tl.store(p_y + unit, new_h, mask=at.inside & valid)
     if p_cs is not None:
-        tl.store(p_cs + (place * D + at.d) * H + at.unit, new_c, mask=at.inside & valid)
-    if p_gates is not None:
-        store(p_gates + (at.d * R + place) * (S * H) + at.unit, saved, S, H, at.inside & valid)
-    return tl.where(valid, new_h, h), tl.where(valid, new_c, c)
+        tl.store(p_cs + unit, new_c, mask=at.inside & valid)
+    return tl.where(valid, new_h, h), tl.where(valid, new_c, c), saved
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -241,13 +283,14 @@ def forward(
     PRECISION: tl.constexpr,
 ):
     G: tl.constexpr = 4 if MODE == "LSTM" else 3 if MODE == "GRU" else 1
+    S: tl.constexpr = 0 if G == 1 else 4
+    K: tl.constexpr = 1 if G == 1 else 4
     acc: tl.constexpr = tl.float64 if p_h.dtype.element_ty == tl.float64 else tl.float32
     H, P = aligned(H, ALIGN), aligned(P, ALIGN)
     at = Tile(*tile(tl.program_id(0), p_lengths, T, N, H, BH, BN), p_offsets, p_resets, T, N)
     p_w = tl.where(at.d == 0, p_w, p_w_reverse)
-    bias = None
     if p_b is not None:
-        bias = cast(load(tl.where(at.d == 0, p_b, p_b_reverse) + at.unit, G, H, at.is_unit), G, acc)
+        p_b = tl.where(at.d == 0, p_b, p_b_reverse)
     state = (at.d * N + at.n) * H + at.unit
     zeros = tl.zeros([BH, BN], acc)
     h = zeros.to(p_h.dtype.element_ty)
@@ -258,23 +301,51 @@ def forward(
         c = tl.load(p_c + state, mask=at.inside, other=0.0)
 
     if FUSED:
+        column, of_w, is_unit, has_x, has_w = stack(H, MODE, K, BH)
+        column, of_w, has_w, inside = column[:, None], of_w[:, None], has_w[:, None], is_unit[:, None] & at.is_row
+        has_x = has_x[:, None] & at.is_row
         k = tl.arange(0, BH)[None, :]
-        w = load(p_w + at.unit * H + k, G, H * H, at.is_unit & (k < H))
+        w = tl.load(p_w + of_w * H + k, mask=has_w & (k < H), other=0.0)
+        if p_b is not None:
+            bias = tl.load(p_b + of_w, mask=has_w, other=0.0).to(acc)
         steps = longest(at, p_lengths)
-        x, is_kept = load_forward(at, time(at, 0, steps), p_x, R, H, G)
+        x, candidate, is_kept = load_forward(at, time(at, 0, steps), p_x, column, has_x, R, H, MODE, G)
         for s in range(steps):
-            ahead = load_forward(at, time(at, tl.minimum(s + 1, steps - 1), steps), p_x, R, H, G)
-            a = ()
-            for j in tl.static_range(G):
-                a = a + (tl.dot(w[j], h, zeros, out_dtype=acc, input_precision=PRECISION),)
+            t_ahead = time(at, tl.minimum(s + 1, steps - 1), steps)
+            ahead = load_forward(at, t_ahead, p_x, column, has_x, R, H, MODE, G)
             t = time(at, s, steps)
-            h, c = step_forward(at, t, x, is_kept, a, bias, h, c, p_y, p_cs, p_gates, R, H, MODE, G, D)
-            x, is_kept = ahead
+            sums = x.to(acc)
+            if p_b is not None:
+                sums += bias
+            if p_resets is not None:
+                h = tl.where(is_kept, h, 0.0)
+                c = tl.where(is_kept, c, 0.0)
+            sums = split(tl.dot(w, h, sums, out_dtype=acc, input_precision=PRECISION), K, BH, BN)
+            if MODE == "GRU":
+                sums = sums[0], sums[1], candidate.to(acc), sums[3]
+            h, c, saved = step_forward(at, t, sums, h, c, p_y, p_cs, R, H, MODE, D)
+            if p_gates is not None:
+                p = p_gates + (at.d * R + row(at, t)) * (S * H) + column
+                tl.store(p, join(saved, S, BH, BN).to(p_gates.dtype.element_ty), mask=inside & (t < at.length))
+            x, candidate, is_kept = ahead
     else:
         t = time(at, step, T)
-        x, is_kept = load_forward(at, t, p_x, R, H, G)
+        valid = t < at.length
+        x = cast(load(p_x + (at.d * R + row(at, t)) * (G * H) + at.unit, G, H, at.inside & valid), G, acc)
         a = products(at, p_w, p_h, P, H, P, 1, zeros, G, PRECISION)
-        h, c = step_forward(at, t, x, is_kept, a, bias, h, c, p_y, p_cs, p_gates, R, H, MODE, G, D)
+        if p_resets is not None:
+            is_kept = keep(at, t)
+            h = tl.where(is_kept, h, 0.0)
+            c = tl.where(is_kept, c, 0.0)
+            a = where(is_kept, a, G)
+        if p_b is not None:
+            a = add(a, cast(load(p_b + at.unit, G, H, at.is_unit), G, acc), G)
+        sums = add(x, a, G)
+        if MODE == "GRU":
+            sums = sums[0], sums[1], x[2], a[2]
+        h, c, saved = step_forward(at, t, sums, h, c, p_y, p_cs, R, H, MODE, D)
+        if p_gates is not None:
+            store(p_gates + (at.d * R + row(at, t)) * (S * H) + at.unit, saved, S, H, at.inside & valid)
 
     tl.store(p_h_after + state, h, mask=at.inside)
     if MODE == "LSTM":
@@ -319,15 +390,11 @@ def project_forward(
 
 
 @triton.jit
-def load_backward(
-    at, t, p_dy, p_dcs, p_gates, p_y, p_cs, p_h0, p_c0, R, H, MODE: tl.constexpr, D: tl.constexpr, S: tl.constexpr
-):
-    """Of step t: what was saved, h before and after it, c before it, and dy and dc of its own outputs."""
+def load_backward(at, t, p_dy, p_dcs, p_y, p_cs, p_h0, p_c0, H, MODE: tl.constexpr, D: tl.constexpr):
+    """Of step t: h before and after it, c before it, and dy and dc of its own outputs."""
     mask = at.inside & (t < at.length)
-    place = row(at, t)
-    unit = (place * D + at.d) * H + at.unit
-    none = tl.zeros(mask.shape, p_gates.dtype.element_ty)
-    saved = load(p_gates + (at.d * R + place) * (S * H) + at.unit, S, H, mask)
+    unit = (row(at, t) * D + at.d) * H + at.unit
+    none = tl.zeros(mask.shape, p_y.dtype.element_ty)
     h, old_h, old_c, dy, dc = none, none, none, none, none
     if MODE == "LSTM":
         old_c = before(at, t, p_cs, p_c0, H, D)
@@ -339,33 +406,42 @@ def load_backward(
         dy = tl.load(p_dy + unit, mask=mask, other=0.0)
     if p_dcs is not None:
         dc = tl.load(p_dcs + unit, mask=mask, other=0.0)
-    return saved, (h, old_h, old_c, dy, dc), keep(at, t)
+    return (h, old_h, old_c, dy, dc), keep(at, t)
 
 
 @triton.jit
-def step_backward(
-    at, t, saved, values, is_kept, c, dh, dc, p_dgates, R, H, MODE: tl.constexpr, S: tl.constexpr, K: tl.constexpr
-):
-    """Step t, from c, dh and dc after it: the gradients at W_hh h, and what of dh and dc goes to the state before it
+def load_saved(at, t, p_gates, column, inside, R, H, S: tl.constexpr):
+    """The stack of step t; an RNN saves none."""
+    if S == 0:
+        return ()
+    else:
+        return tl.load(p_gates + (at.d * R + row(at, t)) * (S * H) + column, mask=inside & (t < at.length), other=0.0)
+
+
+@triton.jit
+def of_h(d, MODE: tl.constexpr):
+    """The gradients at W_hh h: of a GRU without that of x's part of the candidate."""
+    if MODE == "GRU":
+        return d[0], d[1], d[3]
+    else:
+        return d
+
+
+@triton.jit
+def step_backward(at, t, saved, values, is_kept, c, dh, dc, MODE: tl.constexpr):
+    """Step t, from c, dh and dc after it: the gradients at its sums, and what of dh and dc goes to the state before it
     beside what goes through W_hh."""
     acc: tl.constexpr = dh.dtype
     h, old_h, old_c, dy, dc_out = cast(values, 5, acc)
     if at.resets is not None:
         old_h = tl.where(is_kept, old_h, 0.0)
         old_c = tl.where(is_kept, old_c, 0.0)
-    d, direct, new_dc = cells.backward(MODE, cast(saved, S, acc), h, old_h, c, old_c, dh + dy, dc + dc_out)
-    valid = t < at.length
-    store(p_dgates + (at.d * R + row(at, t)) * (K * H) + at.unit, d, K, H, at.inside & valid)
-    through = at.inside & valid
+    d, direct, new_dc = cells.backward(MODE, saved, h, old_h, c, old_c, dh + dy, dc + dc_out)
     if at.resets is not None:
         direct = tl.where(is_kept, direct, 0.0)
         new_dc = tl.where(is_kept, new_dc, 0.0)
-        through = through & is_kept
-    da = ()
-    for k in tl.static_range(K):
-        if MODE != "GRU" or k != 2:  # the gradient of x's part of the candidate
-            da = da + (tl.where(through, d[k], 0.0).to(p_dgates.dtype.element_ty),)
-    return da, tl.where(valid, direct, dh), tl.where(valid, new_dc, dc)
+    valid = t < at.length
+    return d, tl.where(valid, direct, dh), tl.where(valid, new_dc, dc)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -407,6 +483,7 @@ def backward(
     S: tl.constexpr = 0 if G == 1 else 4
     K: tl.constexpr = 1 if G == 1 else 4
     acc: tl.constexpr = tl.float64 if p_dgates.dtype.element_ty == tl.float64 else tl.float32
+    APART: tl.constexpr = PRECISION == "tf32x3" or acc == tl.float64  # products of a stack of these spill
     H, P = aligned(H, ALIGN), aligned(P, ALIGN)
     at = Tile(*tile(tl.program_id(0), p_lengths, T, N, H, BH, BN), p_offsets, p_resets, T, N)
     p_w = tl.where(at.d == 0, p_w, p_w_reverse)
@@ -419,34 +496,63 @@ def backward(
         dc = tl.load(p_dc + state, mask=at.inside, other=0.0)
 
     if FUSED:
-        k = tl.arange(0, BH)[None, :]
-        w = load(p_w + k * H + at.unit, G, H * H, at.is_unit & (k < H))
+        column, of_w, is_unit, _, has_w = stack(H, MODE, K, BH)
+        if APART:
+            k = tl.arange(0, BH)[None, :]
+            w = load(p_w + k * H + at.unit, G, H * H, at.is_unit & (k < H))
+        else:
+            w = tl.load(p_w + of_w[None, :] * H + at.unit, mask=has_w[None, :] & at.is_unit, other=0.0)
+        column, inside, has_w = column[:, None], is_unit[:, None] & at.is_row, has_w[:, None] & at.is_row
         steps = longest(at, p_lengths)
         t = time(at, steps - 1, steps)
-        saved, values, is_kept = load_backward(at, t, p_dy, p_dcs, p_gates, p_y, p_cs, p_h0, p_c0, R, H, MODE, D, S)
+        saved = load_saved(at, t, p_gates, column, inside, R, H, S)
+        values, is_kept = load_backward(at, t, p_dy, p_dcs, p_y, p_cs, p_h0, p_c0, H, MODE, D)
         if MODE == "LSTM":
             c = after(at, t, p_cs, H, D)
         for i in range(steps):
             t = time(at, steps - 1 - i, steps)
             t_ahead = time(at, tl.maximum(steps - 2 - i, 0), steps)
-            ahead = load_backward(at, t_ahead, p_dy, p_dcs, p_gates, p_y, p_cs, p_h0, p_c0, R, H, MODE, D, S)
-            da, dh, dc = step_backward(at, t, saved, values, is_kept, c, dh, dc, p_dgates, R, H, MODE, S, K)
+            saved_ahead = load_saved(at, t_ahead, p_gates, column, inside, R, H, S)
+            ahead = load_backward(at, t_ahead, p_dy, p_dcs, p_y, p_cs, p_h0, p_c0, H, MODE, D)
+            tiles = ()
+            if S > 0:
+                tiles = split(saved.to(acc), S, BH, BN)
+            d, dh, dc = step_backward(at, t, tiles, values, is_kept, c, dh, dc, MODE)
+            stacked = join(d, K, BH, BN).to(p_dgates.dtype.element_ty)
+            valid = t < at.length
+            through = valid
+            if p_resets is not None:
+                through = through & is_kept
+            tl.store(p_dgates + (at.d * R + row(at, t)) * (K * H) + column, stacked, mask=inside & valid)
             # An accumulator of their own: Triton for Blackwell fails at one that is carried from step to step.
-            through = zeros
-            for j in tl.static_range(G):
-                through = tl.dot(w[j], da[j], through, out_dtype=acc, input_precision=PRECISION)
-            dh = tl.where(at.inside, dh + through, 0.0)
+            if APART:
+                da = where(at.inside & through, of_h(d, MODE), G)
+                sums = zeros
+                for j in tl.static_range(G):
+                    sums = tl.dot(w[j], da[j], sums, out_dtype=acc, input_precision=PRECISION)
+            else:
+                da = tl.where(has_w & through, stacked, 0.0)
+                sums = tl.dot(w, da, zeros, out_dtype=acc, input_precision=PRECISION)
+            dh = tl.where(at.inside, dh + sums, 0.0)
             if MODE == "LSTM":
                 c = values[2]  # what was before this step is after the next one
-            saved, values, is_kept = ahead
+            saved = saved_ahead
+            values, is_kept = ahead
     else:
         t = time(at, step, T)
-        saved, values, is_kept = load_backward(at, t, p_dy, p_dcs, p_gates, p_y, p_cs, p_h0, p_c0, R, H, MODE, D, S)
+        valid = t < at.length
+        place = at.d * R + row(at, t)
+        saved = cast(load(p_gates + place * (S * H) + at.unit, S, H, at.inside & valid), S, acc)
+        values, is_kept = load_backward(at, t, p_dy, p_dcs, p_y, p_cs, p_h0, p_c0, H, MODE, D)
         if MODE == "LSTM":
             c = after(at, t, p_cs, H, D)
-        (through,) = products(at, p_w, p_through, P, 0, 1, H, zeros, 1, PRECISION)
-        da, dh, dc = step_backward(at, t, saved, values, is_kept, c, dh + through, dc, p_dgates, R, H, MODE, S, K)
-        store(p_da + (at.d * N + at.n) * (G * H) + at.unit, da, G, H, at.inside)
+        (through_w,) = products(at, p_w, p_through, P, 0, 1, H, zeros, 1, PRECISION)
+        d, dh, dc = step_backward(at, t, saved, values, is_kept, c, dh + through_w, dc, MODE)
+        store(p_dgates + place * (K * H) + at.unit, d, K, H, at.inside & valid)
+        through = valid
+        if p_resets is not None:
+            through = through & is_kept
+        store(p_da + (at.d * N + at.n) * (G * H) + at.unit, where(through, of_h(d, MODE), G), G, H, at.inside)
 
     if p_dh is not None:
         tl.store(p_dh + state, dh, mask=at.inside)

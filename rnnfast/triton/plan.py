@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..reference import GATES
+from ..gpu import GRADIENTS
 
 _KB = 1024
 
@@ -37,8 +37,8 @@ class Chip(NamedTuple):
         if self.is_rdna:  # W_hh stays in registers there, several times: 8 KB of an LSTM spill
             return 6 * _KB
         # Beside W_hh there are h and tiles on their way to another layout. And W_hh comes in through the registers,
-        # which spill at more than half of their 256 KB; sooner where tensor memory takes part.
-        return min(self.shared_memory - 16 * _KB, (96 if self.is_blackwell else 128) * _KB)
+        # which spill at more than half of their 256 KB.
+        return min(self.shared_memory - 16 * _KB, 128 * _KB)
 
 
 class Plan(NamedTuple):
@@ -63,8 +63,8 @@ def plan(mode: str, dtype: torch.dtype, hidden: int, batch: int, projected: bool
     precision = "ieee"
     if dtype == torch.float32 and not chip.is_amd:
         precision = "tf32" if tf32 else "tf32x3"  # three products of TF32 parts are as exact as one of float32
-    # What stays on the chip; tf32x3 keeps the parts.
-    size = GATES[mode] * units * units * dtype.itemsize * (2 if precision == "tf32x3" else 1)
+    # What stays on the chip: a stack of tiles, a GRU's with one of zeros; tf32x3 keeps the parts.
+    size = GRADIENTS[mode] * units * units * dtype.itemsize * (2 if precision == "tf32x3" else 1)
     if projected:
         reason = "a projection makes another product a step"
     elif dtype == torch.float64 and (units > 32 or chip.is_amd):
@@ -83,6 +83,8 @@ def plan(mode: str, dtype: torch.dtype, hidden: int, batch: int, projected: bool
         # half types: others spill. Not on Blackwell, where 16 rows by 64 units go to asynchronous products in tensor
         # memory, with which other recurrences had wrong results, and which nobody has tried with these.
         many = batch > 8 * chip.processors and dtype.itemsize == 2 and not chip.is_blackwell
+        if chip.generation == 8 and GRADIENTS[mode] * units > 256:  # without Hopper's products these spill, too
+            many = False
         reason = f"fused: W_hh, padded to {units} units, is {size // _KB} KB a direction and stays on a multiprocessor"
         return Plan(True, units, 16 if chip.is_amd or many else 8, options, precision, reason)
     # Every program reads its part of W_hh anew in each step, so the more programs the less each waits for it: the large
