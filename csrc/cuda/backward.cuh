@@ -40,7 +40,7 @@ template <class Cell, class P, class Exchange, int kBlocks>
 __global__ void __launch_bounds__(kThreads<Cell, Exchange>, 1) backward(const __grid_constant__ BackwardArguments p) {
   using T = typename P::Value;
   using F = Real<float, sizeof(T) == 2>;
-  using Owner = Block<Exchange, kBlocks>;
+  using Owner = Block<Exchange, kBlocks, false>;
   constexpr int G = Cell::kGates, S = Cell::kSaved, kGrads = Cell::kGrads;
   constexpr int kMine = Owner::kMine, kUnits = Owner::kUnits, kColumns = S ? S : kGrads;
   static_assert(S == 0 || S == kGrads, "one index serves what was saved and the gradients");
@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kThreads<Cell, Exchange>, 1) backward(const __
   const T* w = static_cast<const T*>(p.w[direction]);
   const int gate_units = g.gate_bytes / int(sizeof(T));
   const auto load_w = [&](int, int row, int k) {
-    const int unit = block.first_unit + unit_of(row), of = (block.split * g.pairs * kPairBytes + k) / int(sizeof(T));
+    const int unit = block.first_unit + unit_of(row), of = (block.first_pair() * kPairBytes + k) / int(sizeof(T));
     const int gate = of / gate_units, from = of % gate_units;
     return gather<T>(
         [&](int j) { return unit < H && from + j < H ? w[(int64_t(gate) * H + from + j) * H + unit] : T(0); });

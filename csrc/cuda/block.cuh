@@ -18,9 +18,10 @@ constexpr int kThreads = std::is_same<Exchange, Local<4>>::value ||
                              : 256;
 template <class Cell, class P, class Exchange, int kBlocks, int M>
 constexpr int matrix_registers() {
-  if (std::is_same<Exchange, Local<4>>::value || kThreads<Cell, Exchange> == 512) return 32;
+  if (std::is_same<Exchange, Local<4>>::value) return P::kParts > 1 ? 48 : 32;
+  if (kThreads<Cell, Exchange> == 512) return 32;
   if (std::is_same<Exchange, Local<1>>::value) return M > 1 ? 96 : 112;
-  if (std::is_same<Exchange, Cluster>::value && kBlocks == 4) return M > 1 ? 64 : 96;
+  if (std::is_same<Exchange, Cluster>::value && kBlocks == 4) return M > 1 ? 64 : 88;
   if (std::is_same<Exchange, Cluster>::value && kBlocks == 2 && sizeof(typename P::Value) == 4) return 96;
   return 128;
 }
@@ -32,12 +33,16 @@ constexpr int kKeptPairs = matrix_registers<Cell, P, Exchange, kBlocks, M>() / (
 // Which unit of a tile its row is. Rows 8 apart are one lane's: they are units side by side.
 RNNFAST_DEVICE int unit_of(int row) { return row % 8 * 2 + row / 8; }
 
-// A product leaves 4 sums of a tile with each lane: units 2 (lane / 4) and the next, of batch rows 2 (lane % 4) and the
-// next. The warps that share a tile add up their parts, and each owns some of the sums: all gates of them, so that a
-// cell is computed where its sums are. A thread owns kMine batch rows, and of each kUnits units that lie together.
-template <class Exchange, int kBlocks>
+// Whether the 16 rows of a tile are all gates of 4 units: the warps that share 16 units then need not share sums.
+template <class Cell, class Exchange>
+constexpr bool kMixesGates = Cell::kGates > 1 && Exchange::kSplit == 4;
+
+// A product leaves 4 sums of a tile with each lane: rows lane / 4 and 8 below, of batch rows 2 (lane % 4) and the next.
+// The warps that share 16 units add up their parts, and each owns some of the sums: all gates of them, so that a cell
+// is computed where its sums are. A thread owns kMine batch rows, and of each kUnits units that lie together.
+template <class Exchange, int kBlocks, bool kMixed>
 class Block {
-  static constexpr int kSplit = Exchange::kSplit;
+  static constexpr int kSplit = Exchange::kSplit, kShares = kMixed ? 1 : kSplit;
   static constexpr int kRowsOfBlock = kSplit == 1 ? 2 : 1;
   static constexpr int kStride = kSplit == 8 ? 2 : 1;  // of the row blocks in which a thread owns a row
 
@@ -60,7 +65,7 @@ class Block {
     member.rank = Exchange::rank(g);
     member.unit_bytes = g.tiles * kTile * value_bytes;
     first_unit = (member.rank * g.tiles + warp / kSplit) * kTile;
-    unit = first_unit + lane / 4 * 2 + (kSplit == 1 ? 0 : split % 4 / 2);
+    unit = first_unit + (kMixed ? split * 4 + lane / 4 % 4 : lane / 4 * 2 + (kSplit == 1 ? 0 : split % 4 / 2));
     char* shared = shared_memory();
     member.barriers = reinterpret_cast<uint64_t*>(shared);
     member.vectors = shared + g.vectors;
@@ -90,12 +95,29 @@ class Block {
   // Of the thread's own rows: which of the block's it is, how far that is from the first of them, whether it is one, its
   // place in the batch, and its steps.
   RNNFAST_DEVICE int row(int r) const {
-    return (kStride == 2 ? split / 4 : 0) * kRows + lane % 4 * 2 + (kSplit == 1 ? 0 : split % 2) + further(r);
+    const int second = kSplit == 1 ? 0 : kMixed ? lane / 16 : split % 2;
+    return (kStride == 2 ? split / 4 : 0) * kRows + lane % 4 * 2 + second + further(r);
   }
   static constexpr RNNFAST_DEVICE int further(int r) { return r / kRowsOfBlock * kStride * kRows + r % kRowsOfBlock; }
   RNNFAST_DEVICE bool owns(int r) const { return kBlocks % kStride == 0 || row(r) < kBlocks * kRows; }
   RNNFAST_DEVICE int64_t batch(int r) const { return first_row + row(r); }
   RNNFAST_DEVICE int length(int r) const { return owns(r) ? lengths_[row(r)] : 0; }
+
+  // Of a tile with all gates: the gate of a row, and its unit.
+  RNNFAST_DEVICE int mixed_gate(int row) const { return row / 4 % 2 + row / 8 * 2; }
+  RNNFAST_DEVICE int mixed_unit(int row) const { return first_unit + split * 4 + row % 4; }
+
+  // There the lower half of the warp has gates 0 and 2 of 2 batch rows, and the upper one 1 and 3: each gives the other
+  // those of one row.
+  template <int G>
+  RNNFAST_DEVICE void swap_gates(int b, const float (&sum)[1][4], float (&owned)[kMine][1][G]) const {
+    const bool upper = lane >= 16;
+    const float low = swap_halves(upper ? sum[0][0] : sum[0][1]), high = swap_halves(upper ? sum[0][2] : sum[0][3]);
+    owned[b][0][0] = upper ? low : sum[0][0];
+    owned[b][0][1] = upper ? sum[0][1] : low;
+    if (G > 2) owned[b][0][G > 2 ? 2 : 0] = upper ? high : sum[0][2];
+    if (G > 3) owned[b][0][G > 3 ? 3 : 0] = upper ? sum[0][3] : high;
+  }
 
   // Hands a row block's sums to those who own them, all of a sum together; the thread's own ones are there after
   // collect(), in which all threads take part.
@@ -138,10 +160,11 @@ class Block {
 
   // Where the warp's share of a row block's vector begins.
   RNNFAST_DEVICE const char* share(int step, int b) const {
-    return member.at(g, step) + b * g.vector_bytes + split * g.pairs * kPair;
+    return member.at(g, step) + b * g.vector_bytes + first_pair() * kPair;
   }
+  RNNFAST_DEVICE int first_pair() const { return kShares == 1 ? 0 : split * g.pairs; }
   RNNFAST_DEVICE int share_pairs() const {
-    const int left = g.gates * g.gate_bytes / kPairBytes - split * g.pairs;
+    const int left = g.gates * g.gate_bytes / kPairBytes - first_pair();
     return left < g.pairs ? (left > 0 ? left : 0) : g.pairs;
   }
 

@@ -76,6 +76,9 @@ RNNFAST_DEVICE int anew(int x) {
   return x;
 }
 
+// What the lane 16 above or below has; all lanes take part.
+RNNFAST_DEVICE float swap_halves(float x) { return __shfl_xor_sync(0xffffffff, x, 16); }
+
 // ---- products: sum[16, 8] += a[16, k] b[k, 8], by a warp; k is 16 in 16 bit and 8 in TF32
 
 #define RNNFAST_MMA(T, SHAPE)                                                                               \
@@ -202,6 +205,30 @@ RNNFAST_DEVICE void store_relaxed(uint64_t* p, uint64_t value) {
 RNNFAST_DEVICE void load_relaxed(const uint64_t* p, uint64_t (&two)[2]) {
   asm volatile("ld.relaxed.gpu.global.v2.b64 {%0, %1}, [%2];" : "=l"(two[0]), "=l"(two[1]) : "l"(p) : "memory");
 }
+
+// Of words that say how far others have come: what a thread of theirs stored before is seen by who has seen the word.
+RNNFAST_DEVICE void store_release(uint32_t* p, uint32_t value) {
+  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(value) : "memory");
+}
+
+RNNFAST_DEVICE uint32_t load_acquire(const uint32_t* p) {
+  uint32_t value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(p) : "memory");
+  return value;
+}
+
+RNNFAST_DEVICE void store_data(uint4* p, uint4 value) {
+  asm volatile("st.relaxed.gpu.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(value.x), "r"(value.y),
+               "r"(value.z), "r"(value.w)
+               : "memory");
+}
+
+// 16 bytes from L2 to shared memory, where they are after copies_done().
+RNNFAST_DEVICE void copy_async(void* shared, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(from) : "memory");
+}
+
+RNNFAST_DEVICE void copies_done() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // ---- the host's side
 

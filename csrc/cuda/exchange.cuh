@@ -27,6 +27,7 @@ struct Geometry {
   int parts;             // of a step's vectors: one for each row block and gate
   int vector_bytes;      // of 8 rows
   int set_bytes;         // of all row blocks
+  bool flagged;          // of Grid: data is published with flags
   int pairs;             // a warp's share of the vector
   int threads;
   size_t vectors, partials, lengths, matrix, shared;  // offsets; the last one is the size
@@ -120,8 +121,10 @@ struct Cluster {
   }
 };
 
-// Blocks anywhere on the chip, through L2. There is no barrier: each word of data is published with the number of its
-// step (Persistent RNNs, Diamos et al. 2016, synchronise by such polling), and read until that is the one waited for.
+// Blocks anywhere on the chip, through L2, in one of two ways. Little data is published word by word, each with the
+// number of its step (Persistent RNNs, Diamos et al. 2016, synchronise by such polling), and read until that is the one
+// waited for: one journey to L2 and back, but twice the bytes, again with each poll. Of much data each block publishes
+// all of its own, then a flag with the step's number; others poll the flags, then copy the data once.
 struct Grid {
   static constexpr int kSplit = 8;
   static constexpr int kData = 4;   // bytes of a word's data
@@ -134,6 +137,7 @@ struct Grid {
 
   static RNNFAST_DEVICE void wait(const Geometry& g, const Member& m, int step) {
     if (step == 0) return;
+    if (g.flagged) return wait_for_flags(g, m, step);
     uint2* vectors = reinterpret_cast<uint2*>(m.at(g, step));
     const uint64_t* words = published(g, m, step);
     // Of a part: 8 bytes of data for each two words. A run is what a tile's units take of a row in 16 bit: the block's
@@ -170,6 +174,15 @@ struct Grid {
 
   static RNNFAST_DEVICE void send(const Geometry& g, const Member& m, int step) {
     const char* vectors = m.at(g, step);
+    if (g.flagged) {
+      m.each_piece<kLaneBytes>(g, anew(m.thread), blockDim.x, [&](int offset) {
+        store_data(reinterpret_cast<uint4*>(data(g, m, step) + offset),
+                   *reinterpret_cast<const uint4*>(vectors + offset));
+      });
+      sync_block();
+      if (m.thread == 0) store_release(flags(g, m) + m.rank, step);
+      return;
+    }
     uint64_t* words = published(g, m, step);
     m.each_piece<kData>(g, anew(m.thread), blockDim.x, [&](int offset) {
       const uint32_t data = *reinterpret_cast<const uint32_t*>(vectors + offset);
@@ -180,6 +193,30 @@ struct Grid {
  private:
   static RNNFAST_DEVICE uint64_t* published(const Geometry& g, const Member& m, int step) {
     return m.words + step % kSets * (g.set_bytes / kData);
+  }
+
+  // With flags half of the words' room is for data, as in shared memory, and the flags come after it.
+  static RNNFAST_DEVICE char* data(const Geometry& g, const Member& m, int step) {
+    return reinterpret_cast<char*>(m.words) + step % kSets * g.set_bytes;
+  }
+  static RNNFAST_DEVICE uint32_t* flags(const Geometry& g, const Member& m) {
+    return reinterpret_cast<uint32_t*>(data(g, m, 0) + kSets * g.set_bytes);
+  }
+
+  static RNNFAST_DEVICE void wait_for_flags(const Geometry& g, const Member& m, int step) {
+    const int thread = anew(m.thread);
+#pragma unroll 1
+    for (int i = thread; i < g.members; i += blockDim.x) {
+      if (i == m.rank) continue;
+      for (Patience patience; load_acquire(flags(g, m) + i) < uint32_t(step);) patience.wait();
+    }
+    sync_block();
+    char* vectors = m.at(g, step);
+    const char* from = data(g, m, step);
+#pragma unroll 4
+    for (int i = thread * kLaneBytes; i < g.set_bytes; i += blockDim.x * kLaneBytes) copy_async(vectors + i, from + i);
+    copies_done();
+    sync_block();
   }
 };
 

@@ -40,8 +40,9 @@ template <class Cell, class P, class Exchange, int kBlocks>
 __global__ void __launch_bounds__(kThreads<Cell, Exchange>, 1) forward(const __grid_constant__ ForwardArguments p) {
   using T = typename P::Value;
   using F = Real<float, sizeof(T) == 2>;
-  using Owner = Block<Exchange, kBlocks>;
-  constexpr int G = Cell::kGates, S = Cell::kSaved, kMine = Owner::kMine, kUnits = Owner::kUnits;
+  constexpr bool kMixed = kMixesGates<Cell, Exchange>;
+  using Owner = Block<Exchange, kBlocks, kMixed>;
+  constexpr int G = Cell::kGates, S = Cell::kSaved, kMine = Owner::kMine, kUnits = Owner::kUnits, M = kMixed ? 1 : G;
   const Geometry& g = p.geometry;
   const Owner block(g, p.sequence, p.first_group, sizeof(T), p.words, false);
   const Member& member = block.member;
@@ -55,14 +56,16 @@ __global__ void __launch_bounds__(kThreads<Cell, Exchange>, 1) forward(const __g
   const T* w = static_cast<const T*>(p.w[direction]);
   constexpr int kLane = kLaneBytes / sizeof(T);
   const bool aligned = H % kLane == 0 && reinterpret_cast<uintptr_t>(w) % kLaneBytes == 0;
-  const auto load_w = [&](int gate, int row, int k) {
-    const int unit = block.first_unit + unit_of(row), column = (block.split * g.pairs * kPairBytes + k) / int(sizeof(T));
-    if (unit >= H || column >= H) return make_uint4(0, 0, 0, 0);
+  const auto load_w = [&](int m, int row, int k) {
+    const int gate = kMixed ? block.mixed_gate(row) : m;
+    const int unit = kMixed ? block.mixed_unit(row) : block.first_unit + unit_of(row);
+    const int column = (block.first_pair() * kPairBytes + k) / int(sizeof(T));
+    if (gate >= G || unit >= H || column >= H) return make_uint4(0, 0, 0, 0);
     const T* from = w + (int64_t(gate) * H + unit) * H + column;
     if (aligned) return *reinterpret_cast<const uint4*>(from);
     return gather<T>([&](int j) { return column + j < H ? from[j] : T(0); });
   };
-  const Matrix<P, G, kKeptPairs<Cell, P, Exchange, kBlocks, G>> matrix(
+  const Matrix<P, M, kKeptPairs<Cell, P, Exchange, kBlocks, M>> matrix(
       shared_memory() + g.matrix + block.warp * g.matrix_of_warp, block.share_pairs(), block.lane, load_w);
 
   const T* h0 = static_cast<const T*>(p.h0) + (direction * N + block.first_row) * H;
@@ -133,11 +136,15 @@ __global__ void __launch_bounds__(kThreads<Cell, Exchange>, 1) forward(const __g
     float a[kMine][kUnits][G];
 #pragma unroll
     for (int b = 0; b < kBlocks; b++) {
-      float sum[G][4];
+      float sum[M][4];
       matrix.product(sum, block.share(s, b), block.lane);
-      block.template hand_over<G>(b, sum, a);
+      if constexpr (kMixed) {
+        block.template swap_gates<G>(b, sum, a);
+      } else {
+        block.template hand_over<G>(b, sum, a);
+      }
     }
-    block.template collect<G>(a);
+    if constexpr (!kMixed) block.template collect<G>(a);
 
     F x[kMine][kUnits][G];
     bool valid[kMine], keeps[kMine];

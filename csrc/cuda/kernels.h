@@ -23,7 +23,7 @@ struct Persistent {
   int tiles;                               // of a warp's matrix: M
   int gates;                               // of an exchanged vector
   int threads;                             // at most
-  int split;                               // warps that share a tile
+  int split, shares;                       // warps that share 16 units, and of these, shares of a vector
 };
 
 constexpr int kVariants = 4;  // a multiprocessor with 1 or 4 warps a tile, a cluster, the chip

@@ -5,11 +5,15 @@
 namespace rnnfast {
 namespace {
 
-// Of the forward W_hh has a tile for each gate, and h is exchanged.
+// Of the forward W_hh has a tile for each gate or one with all, and h is exchanged.
 template <class Cell, class P>
 struct Forward {
   using Arguments = ForwardArguments;
-  static constexpr int kTiles = Cell::kGates, kGates = 1;
+  template <class Exchange>
+  static constexpr int kTiles = kMixesGates<Cell, Exchange> ? 1 : Cell::kGates;
+  template <class Exchange>
+  static constexpr int kShares = kMixesGates<Cell, Exchange> ? 1 : Exchange::kSplit;
+  static constexpr int kGates = 1;
   template <class Exchange, int kBlocks>
   static constexpr auto kKernel = &forward<Cell, P, Exchange, kBlocks>;
 };
@@ -18,7 +22,11 @@ struct Forward {
 template <class Cell, class P>
 struct Backward {
   using Arguments = BackwardArguments;
-  static constexpr int kTiles = 1, kGates = Cell::kGates;
+  template <class Exchange>
+  static constexpr int kTiles = 1;
+  template <class Exchange>
+  static constexpr int kShares = Exchange::kSplit;
+  static constexpr int kGates = Cell::kGates;
   template <class Exchange, int kBlocks>
   static constexpr auto kKernel = &backward<Cell, P, Exchange, kBlocks>;
 };
@@ -29,7 +37,7 @@ template <class Pass, class P, class Exchange, int kBlocking>
 constexpr void describe(Persistent<typename Pass::Arguments>& k) {
   constexpr int kBlocks = 1 << kBlocking;
   k.kernels[kBlocking] = Pass::template kKernel<Exchange, kBlocks>;
-  k.kept[kBlocking] = kKeptPairs<Cell, P, Exchange, kBlocks, Pass::kTiles>;
+  k.kept[kBlocking] = kKeptPairs<Cell, P, Exchange, kBlocks, Pass::template kTiles<Exchange>>;
 }
 
 template <class Pass, class P, class Exchange>
@@ -40,8 +48,8 @@ constexpr Persistent<typename Pass::Arguments> describe(Regime regime) {
     // A multiprocessor that has all of W_hh takes another block for other rows.
     describe<Pass, P, Exchange, 1>(k), describe<Pass, P, Exchange, 2>(k);
   }
-  k.regime = regime, k.tiles = Pass::kTiles, k.gates = Pass::kGates;
-  k.threads = kThreads<Cell, Exchange>, k.split = Exchange::kSplit;
+  k.regime = regime, k.tiles = Pass::template kTiles<Exchange>, k.gates = Pass::kGates;
+  k.threads = kThreads<Cell, Exchange>, k.split = Exchange::kSplit, k.shares = Pass::template kShares<Exchange>;
   return k;
 }
 

@@ -5,6 +5,7 @@
 #include <limits>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "kernels.h"
 
@@ -24,33 +25,44 @@ struct Plan {
   Geometry geometry{};
   Launch launch{};
   int64_t groups = 0, groups_at_once = 0;  // a launch has so many at most
-  double cycles = 0;                       // of a step, by estimate
   std::string reason;
+
+  // For the choice. Cycles of a step: of a block alone on its multiprocessor, and what several have to share.
+  double fixed = 0, shared_work = 0, cycles = 0;
+  int64_t resident = 0;  // groups that the device holds at once
+  bool resident_is_known = false;
+
+  void estimate(const Chip& chip) {
+    groups_at_once = regime == kChip ? std::min(groups, resident) : groups;
+    const int64_t at_once = std::min(groups, resident), waves = (groups + resident - 1) / resident;
+    const double of_one = double(at_once) * geometry.size / chip.processors;
+    cycles = waves * (fixed + shared_work * std::max(1.0, of_one));
+  }
 };
 
 constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
 
-// Estimates, for comparison with each other. Of a persistent kernel the cycles of a step, from the counts of what it does
-// and from measurements on an H200 (1.98 GHz), all of 8 rows and some:
+// Cycles of a step, by which cuts are compared: a fit to what some 1,400 of them took on an H200 (bench/README.md).
 struct Costs {
-  static constexpr double kStep = 700;               // barriers, latencies of products and of the cell
-  static constexpr double kProduct = 8;              // of an mma.sync on one of a multiprocessor's four schedulers
-  static constexpr double kElement = 60;             // a warp's instructions for one element of each thread
-  static constexpr double kSharedBytes = 128;        // a cycle
-  static constexpr double kCluster = 500;            // from a store to a peer until the peer goes on
-  static constexpr double kClusterBytes = 32;        // a cycle
-  static constexpr double kChip = 1500;              // from a store to L2 until another block has polled it
-  static constexpr double kChipBytes = 40;           // a cycle, of words that are half data
-  static constexpr double kLaunch = 2000;            // of further launches, spread over the steps
+  // Of a step of 8 rows, whatever its size: barriers, and the latencies of product, cell and exchange.
+  static constexpr double kMultiprocessor = 2440, kSplitMultiprocessor = 1620, kCluster = 1800, kChip = 2770;
+  static constexpr double kBackward = 1010;
+  static constexpr double kProduct = 3.4, kExactProduct = 11.2;  // an mma.sync of each warp of a scheduler
+  static constexpr double kRead = 1.6 / 128;                     // a byte of shared memory
+  static constexpr double kElement = 41;                         // of the forward: an element of each thread
+  static constexpr double kHandOver = 34;                        // of a warp's sums of a row block, to others
+  // Further row blocks, and bytes that a block receives.
+  static constexpr double kClusterRows = 780, kClusterBytes = 0.06, kChipRows = 1150, kChipBytes = 0.11;
+  static constexpr double kFlags = 1500, kFlaggedBytes = 0.03;
+  // A step by products of the whole device: the host's two launches, and multiply-adds a cycle.
+  static constexpr double kStepwise = 20000, kHalfRate = 75000, kTf32Rate = 37000, kExactRate = 10000;
 };
-// A step by torch's products: two or three launches, which the host needs longer for than a small product takes.
-constexpr double kStepwiseCycles = 20000;
 
 // The cut with so many blocks a group, so many tiles a block and so many row blocks; or none, if a block can't be so.
 template <class Arguments>
 std::optional<Plan> cut(const Persistent<Arguments>& k, const Layer& layer, const Chip& chip, int size, int tiles,
-                        int blocking) {
+                        int blocking, bool flagged = false) {
   const int warps = tiles * k.split, row_blocks = 1 << blocking;
   if (warps * kWarp > k.threads || !k.kernels[blocking]) return {};
   Plan plan;
@@ -62,8 +74,8 @@ std::optional<Plan> cut(const Persistent<Arguments>& k, const Layer& layer, cons
   g.gates = k.gates, g.parts = k.gates * row_blocks;
   g.gate_bytes = round_up(int64_t(g.members) * tiles * kTile * layer.value_bytes, kPairBytes);
   g.vector_bytes = g.gates * g.gate_bytes * kRows;
-  g.set_bytes = row_blocks * g.vector_bytes;
-  g.pairs = divide_up(int64_t(g.gates) * g.gate_bytes / kPairBytes, k.split);
+  g.set_bytes = row_blocks * g.vector_bytes, g.flagged = flagged;
+  g.pairs = divide_up(int64_t(g.gates) * g.gate_bytes / kPairBytes, k.shares);
   g.threads = warps * kWarp;
   g.matrix_of_warp = size_t(std::max(g.pairs - k.kept[blocking], 0)) * k.tiles * kTileBytes;
 
@@ -76,7 +88,7 @@ std::optional<Plan> cut(const Persistent<Arguments>& k, const Layer& layer, cons
   const int together = k.tiles > 2 ? 4 : k.tiles;  // sums of an element that are handed over, as Block has them
   take(sizeof(uint64_t) * kSets);                  // barriers
   g.vectors = take(size_t(kSets) * g.set_bytes);
-  g.partials = take(k.split > 1 ? sizeof(float) * warps * row_blocks * 4 * together * kWarp : 0);
+  g.partials = take(k.shares > 1 ? sizeof(float) * warps * row_blocks * 4 * together * kWarp : 0);
   g.lengths = take(sizeof(int) * row_blocks * kRows);
   g.matrix = take(warps * g.matrix_of_warp);
   g.shared = end;
@@ -84,26 +96,53 @@ std::optional<Plan> cut(const Persistent<Arguments>& k, const Layer& layer, cons
 
   plan.kernel = reinterpret_cast<const void*>(k.kernels[blocking]);
   plan.groups = layer.D * g.direction_groups;
-  plan.launch = {plan.groups * size,     g.threads,    g.shared, k.regime == kCluster ? size : 1,
-                 k.regime == kChip, layer.device, 0};
-  // Groups that the device holds at once: the others wait, or are another launch.
-  const int64_t held = k.regime == kCluster ? resident_clusters(plan.kernel, plan.launch)
-                                            : resident_blocks(plan.kernel, plan.launch) / size;
-  if (held == 0) return {};
-  plan.groups_at_once = k.regime == kChip ? std::min(plan.groups, held) : plan.groups;
+  plan.launch = {plan.groups * size, g.threads,         g.shared, k.regime == kCluster ? size : 1,
+                 k.regime == kChip,  layer.device, 0};
 
-  const double products = double(g.pairs) * 2 * k.tiles * row_blocks * (layer.arithmetic == kOfExact ? 3 : 1);
-  const double elements = k.split == 1 ? 4 : std::max(1.0, 4.0 * row_blocks / k.split);
-  const double read = warps * row_blocks * (double(g.matrix_of_warp) + double(g.pairs) * kPair);
-  const double others = double(g.set_bytes) * (g.members - 1) / g.members;
-  const double blocks_of_one = std::min<double>(divide_up(plan.groups * size, chip.processors), held * size / chip.processors);
-  double cycles = products * g.threads / (4 * kWarp) * Costs::kProduct + read / Costs::kSharedBytes;
-  cycles += elements * k.tiles * Costs::kElement / 4 * g.threads / (4 * kWarp);
-  cycles = Costs::kStep + cycles * std::max(1.0, blocks_of_one);
-  if (k.regime == kCluster) cycles += Costs::kCluster + others / Costs::kClusterBytes;
-  if (k.regime == kChip) cycles += Costs::kChip + 2 * others / Costs::kChipBytes;
-  plan.cycles = divide_up(plan.groups, held) * cycles;
+  // Of a block's step, but for what grows with the blocks that share a multiprocessor.
+  const double schedulers = g.threads / (4.0 * kWarp);
+  plan.fixed = k.regime == kCluster ? Costs::kCluster
+               : k.regime == kChip  ? Costs::kChip
+               : k.split > 1        ? Costs::kSplitMultiprocessor
+                                    : Costs::kMultiprocessor;
+  const bool backward = std::is_same<Arguments, BackwardArguments>::value;
+  if (backward) plan.fixed += Costs::kBackward;
+  const double received = double(g.set_bytes) * (g.members - 1) / g.members, further = row_blocks - 1;
+  if (k.regime == kCluster) {
+    plan.fixed += Costs::kClusterBytes * received + Costs::kClusterRows * further * (backward ? 2.5 : 1);
+  } else if (k.regime == kChip) {
+    if (flagged) {
+      plan.fixed += Costs::kFlags + Costs::kFlaggedBytes * received;
+    } else {
+      plan.fixed += Costs::kChipBytes * received + Costs::kChipRows * further;
+    }
+  }
+  plan.shared_work = double(g.pairs) * 2 * k.tiles * row_blocks * schedulers *
+                     (layer.arithmetic == kOfExact ? Costs::kExactProduct : Costs::kProduct);
+  plan.shared_work += row_blocks * warps * (double(g.pairs) * kPair + double(g.matrix_of_warp)) * Costs::kRead;
+  if (!backward) {
+    plan.shared_work += Costs::kElement * schedulers * (k.split == 1 ? 4 : std::max(1.0, 4.0 * row_blocks / k.split));
+  }
+  if (k.shares > 1) plan.shared_work += Costs::kHandOver * row_blocks * schedulers * together;
+
+  // Without the driver, which would load each kernel that it is asked about: full registers, and of the clusters what
+  // fits into the groups of multiprocessors that a chip is made of.
+  const int registers = k.threads == 512 ? 128 : 256;
+  const int64_t of_one = std::min<int64_t>(65536 / (registers * g.threads), chip.shared / (g.shared + 1024));
+  const double usable = k.regime != kCluster || size <= 2 ? 1 : size == 4 ? 0.9 : size == 8 ? 0.85 : 0.73;
+  plan.resident = std::max<int64_t>(1, int64_t(chip.processors * usable) * std::max<int64_t>(of_one, 1) / size);
+  plan.estimate(chip);
   return plan;
+}
+
+inline void explain(Plan& plan) {
+  const Geometry& g = plan.geometry;
+  const char* kWhere[] = {"", "multiprocessor", "cluster", "chip"};
+  const auto number = [](int64_t n) { return std::to_string(n); };
+  const std::string where = g.members == 1 ? "one multiprocessor" : number(g.members) + " multiprocessors";
+  plan.reason = std::string(kWhere[plan.regime]) + ": W_hh stays on " + where + ", " + number(g.row_blocks * kRows) +
+                " rows on each, with " + number(g.threads) + " threads and " + number(divide_up(g.shared, 1024)) +
+                " KB" + (g.flagged ? ", by flags" : "");
 }
 
 // All cuts of a layer under a regime. Forced to it, as in tests of small layers: into as many blocks as can be.
@@ -120,7 +159,9 @@ void each_cut(const Persistent<Arguments>& k, const Layer& layer, const Chip& ch
       }
     } else {
       for (int a_block = 1; a_block * k.split * kWarp <= k.threads; a_block++) {
-        use(cut(k, layer, chip, divide_up(tiles, a_block), a_block, blocking));
+        for (bool flagged : {false, true}) {
+          use(cut(k, layer, chip, divide_up(tiles, a_block), a_block, blocking, flagged));
+        }
       }
     }
   }
@@ -130,28 +171,41 @@ void each_cut(const Persistent<Arguments>& k, const Layer& layer, const Chip& ch
 template <class Arguments>
 Plan make_plan(const Persistent<Arguments> (&variants)[kVariants], const Layer& layer, const Chip& chip, Regime forced,
                std::optional<int> only) {
-  Plan best;
+  std::vector<Plan> plans;
   int number = 0;
-  best.cycles = forced == kByTable ? kStepwiseCycles : std::numeric_limits<double>::infinity();
   for (const auto& k : variants) {
     if (forced != kByTable && forced != k.regime) continue;
     each_cut(k, layer, chip, forced != kByTable && !only, [&](const std::optional<Plan>& plan) {
-      const bool asked_for = !only || *only == number;
+      if (plan && (!only || *only == number)) plans.push_back(*plan);
       number++;
-      if (!plan || plan->cycles >= best.cycles || !asked_for) return;
-      best = *plan;
-      const Geometry& g = best.geometry;
-      const char* kWhere[] = {"", "multiprocessor", "cluster", "chip"};
-      auto kilobytes = [](int64_t bytes) { return std::to_string(divide_up(bytes, 1024)) + " KB"; };
-      const std::string where =
-          g.members == 1 ? "one multiprocessor" : std::to_string(g.members) + " multiprocessors";
-      best.reason = std::string(kWhere[k.regime]) + ": W_hh, " +
-                    kilobytes(k.tiles * k.gates * layer.H * layer.H * layer.value_bytes) + " a direction, stays on " +
-                    where + ", in " + std::to_string(g.threads) + " threads and " + kilobytes(g.shared) +
-                    " of each, for " + std::to_string(g.row_blocks * kRows) + " rows";
     });
   }
-  return best;
+  Plan stepwise;
+  const double rate = layer.value_bytes == 2          ? Costs::kHalfRate
+                      : layer.arithmetic == kOfTf32   ? Costs::kTf32Rate
+                                                      : Costs::kExactRate;
+  const double gates = layer.cell == kLstm ? 4 : layer.cell == kGru ? 3 : 1;
+  stepwise.cycles = Costs::kStepwise + layer.D * layer.N * layer.H * layer.H * gates / rate;
+  stepwise.resident_is_known = true;
+  if (forced == kByTable) plans.push_back(stepwise);
+  // The driver is asked about the cheapest one, until that is one which it has been asked about.
+  while (!plans.empty()) {
+    auto best = std::min_element(plans.begin(), plans.end(),
+                                 [](const Plan& a, const Plan& b) { return a.cycles < b.cycles; });
+    if (best->resident_is_known) {
+      if (best->regime != kStepwise) explain(*best);
+      return *best;
+    }
+    best->resident = best->regime == kCluster ? resident_clusters(best->kernel, best->launch)
+                                              : resident_blocks(best->kernel, best->launch) / best->geometry.size;
+    best->resident_is_known = true;
+    if (best->resident == 0) {
+      plans.erase(best);
+    } else {
+      best->estimate(chip);
+    }
+  }
+  return {};
 }
 
 }  // namespace rnnfast

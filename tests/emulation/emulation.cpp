@@ -68,12 +68,13 @@ struct Thread {
   bool has_unfenced_barriers = false;
 };
 
-enum class Product { kBFloat16, kHalf, kTf32 };
+enum class Product { kBFloat16, kHalf, kTf32, kNone };  // kNone: lanes swap values
 
 struct Warp {
   int arrived;
   Product product;
   uint32_t a[4][kWarp], b[2][kWarp];
+  float values[kWarp];            // to be swapped
   alignas(32) float sums[16][8];  // two of each lane in the upper half, lane by lane, and two in the lower half
 };
 
@@ -488,6 +489,24 @@ void product(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 
 }  // namespace
 
+float swap_halves(float x) {
+  Thread& thread = emulation.self();
+  const int lane = thread.index % kWarp;
+  Warp& warp = thread.block->warps[thread.index / kWarp];
+  if (warp.arrived && warp.product != Product::kNone) throw error("lanes of a warp are at a product and elsewhere");
+  warp.product = Product::kNone;
+  float* values = warp.values;
+  values[lane] = x;
+  if (++warp.arrived < kWarp) {
+    emulation.wait("at swap_halves");
+  } else {
+    warp.arrived = 0;
+    std::swap_ranges(values, values + kWarp / 2, values + kWarp / 2);  // a lane that is quick writes its own one again
+    emulation.wake(*thread.block, thread.index - lane, kWarp);
+  }
+  return values[lane];
+}
+
 // ---- the instructions
 
 char* shared_memory() { return emulation.current->block->shared; }
@@ -568,6 +587,29 @@ void load_relaxed(const uint64_t* p, uint64_t (&two)[2]) {
   two[0] = __atomic_load_n(p, __ATOMIC_RELAXED);
   emulation.maybe_give_way();
   two[1] = __atomic_load_n(p + 1, __ATOMIC_RELAXED);
+}
+
+void store_release(uint32_t* p, uint32_t value) {
+  __atomic_store_n(p, value, __ATOMIC_RELEASE);
+  emulation.idle_polls = 0;
+  emulation.maybe_give_way();
+}
+
+uint32_t load_acquire(const uint32_t* p) {
+  emulation.maybe_give_way();
+  return __atomic_load_n(p, __ATOMIC_ACQUIRE);
+}
+
+void store_data(uint4* p, uint4 value) {
+  if (reinterpret_cast<uintptr_t>(p) % 16) throw error("store_data: 16 bytes that are not aligned");
+  std::memcpy(p, &value, sizeof(value));
+  emulation.maybe_give_way();
+}
+
+void copy_async(void* shared, const void* from) {
+  if (reinterpret_cast<uintptr_t>(from) % 16) throw error("copy_async: 16 bytes that are not aligned");
+  std::memcpy(emulation.current->block->shared + emulation.offset(shared, 16, "copy_async"), from, 16);
+  emulation.maybe_give_way();
 }
 
 void Patience::wait() {

@@ -52,6 +52,8 @@ void sync_block();
 inline int thread_of_block() { return int(threadIdx.x); }
 inline int anew(int x) { return x; }
 
+float swap_halves(float x);
+
 void mma(float (&sum)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1, BFloat16);
 void mma(float (&sum)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1, Half);
 void mma(float (&sum)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1, float);
@@ -74,6 +76,12 @@ void store_async(void* shared, uint4 value, uint64_t* barrier, int rank);
 
 void store_relaxed(uint64_t* p, uint64_t value);
 void load_relaxed(const uint64_t* p, uint64_t (&two)[2]);
+
+void store_release(uint32_t* p, uint32_t value);
+uint32_t load_acquire(const uint32_t* p);
+void store_data(uint4* p, uint4 value);
+void copy_async(void* shared, const void* from);
+inline void copies_done() {}
 
 class Patience {
  public:
