@@ -60,10 +60,10 @@ if EMULATION:
 
 
 @contextmanager
-def regime(name: str, precision: str = "ieee") -> Iterator[None]:
-    """The CUDA kernels of one regime, and the precision of their float32 products."""
+def regime(name: str, precision: str = "ieee", cut: int | None = None) -> Iterator[None]:
+    """The CUDA kernels of one regime, or of one of its cuts, and the precision of their float32 products."""
     before = torch.backends.cudnn.rnn.fp32_precision
-    torch.ops.rnnfast.cuda_regime(REGIMES.index(name))
+    torch.ops.rnnfast.cuda_regime(REGIMES.index(name) + (0 if cut is None else 16 * (1 + cut)))
     torch.backends.cudnn.rnn.fp32_precision = precision
     try:
         yield

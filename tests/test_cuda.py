@@ -15,7 +15,7 @@ from typing import Any
 import helpers
 import pytest
 import torch
-from backends import EMULATION, PERSISTENT, REGIMES, Size, regime, serves
+from backends import EMULATION, MODES, PERSISTENT, REGIMES, Size, regime, serves
 from helpers import CASES, FLOOR
 from torch import Tensor, nn
 
@@ -154,12 +154,11 @@ def test_every_regime_has_its_tests() -> None:
 @pytest.mark.parametrize(
     ("expected", "mode", "dtype", "batch", "hidden", "projected"),
     [
-        ("multiprocessor: W_hh, 25 KB a direction, stays on one multiprocessor", "LSTM", torch.float32, 9, 40, False),
-        ("multiprocessor: ", "LSTM", torch.bfloat16, 64, 64, False),
-        ("multiprocessor: ", "GRU", torch.float16, 5000, 64, False),
-        ("multiprocessor: ", "RNN_TANH", torch.bfloat16, 9, 200, False),
-        ("cluster: W_hh, 265 KB a direction, stays on ", "LSTM", torch.float32, 9, 130, False),
-        ("cluster: ", "GRU", torch.bfloat16, 9, 256, False),
+        ("multiprocessor: W_hh stays on one multiprocessor, 8 rows on each, ", "GRU", torch.float16, 250, 64, False),
+        ("cluster: W_hh stays on 3 multiprocessors, 8 rows on each, ", "LSTM", torch.float32, 9, 40, False),
+        ("cluster: W_hh stays on ", "GRU", torch.bfloat16, 9, 256, False),
+        ("chip: W_hh stays on 32 multiprocessors, ", "GRU", torch.float32, 9, 512, False),
+        ("stepwise: the chip does not hold W_hh, or not for so many rows", "GRU", torch.float16, 5000, 64, False),
         ("stepwise: the chip does not hold W_hh", "LSTM", torch.float32, 9, 2048, False),
         ("stepwise: float64 ", "LSTM", torch.float64, 9, 40, False),
         ("stepwise: a projection ", "LSTM", torch.float32, 9, 40, True),
@@ -175,6 +174,36 @@ def test_plan(
 
 
 @emulated
+@pytest.mark.few(2, "name", "cell", "dtype", "form")
+@pytest.mark.parametrize("form", ("rectangular", "lengths", "resets"))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("cell", GATED)
+@pytest.mark.parametrize("name", PERSISTENT)
+def test_every_cut(name: str, cell: str, dtype: torch.dtype, form: str) -> None:
+    """All that the plans choose from, of an odd layer in both directions."""
+    module, x = layer(cell, 37, dtype=dtype, bidirectional=True), torch.randn(4, 35, 4, dtype=dtype)
+    extra = {"lengths": torch.arange(35) % 5, "resets": torch.rand(4, 35) < 0.3}
+    extra = {form: extra[form]} if form in extra else {}
+    expected = computed(module.double(), x.double(), "reference", **extra)
+    module.to(dtype)
+    found = set()
+    for number in range(12):
+        size = MODES[cell], dtype, 35, 37, True, False, False
+        try:
+            with regime(name, cut=number):
+                found |= {torch.ops.rnnfast.cuda_plan(*size, backward, 0) for backward in (False, True)}
+                actual = computed(module, x, **extra)
+        except RuntimeError as refusal:
+            assert "cannot serve" in str(refusal)
+            continue
+        assert error(actual, expected) < {torch.float32: 1e-5, torch.bfloat16: 4e-2}[dtype], found
+    rows = {8, 16, 32} if name != "multiprocessor" else {8}
+    assert rows == {int(plan.split(" rows")[0].split()[-1]) for plan in found}
+    if name == "chip":
+        assert {plan.endswith("flags") for plan in found} == {False, True}
+
+
+@emulated
 @pytest.mark.parametrize("name", PERSISTENT)
 def test_a_regime_refuses_what_it_cannot_serve(name: str) -> None:
     refused = [layer("lstm", 40, dtype=torch.float64), layer("projection", 40), layer("gru", 2048)]
@@ -187,7 +216,7 @@ def test_a_regime_refuses_what_it_cannot_serve(name: str) -> None:
                 module(x)
             with rnnfast.use_backend("cuda"), pytest.raises(RuntimeError, match="regime asked for cannot serve"):
                 rnnfast.explain(module)
-    for number in (-1, len(REGIMES)):
+    for number in (-1, len(REGIMES), 16 + len(REGIMES)):
         with pytest.raises(RuntimeError, match=f"no regime has number {number}"):
             torch.ops.rnnfast.cuda_regime(number)
     for module in refused[:2]:  # by the table they run

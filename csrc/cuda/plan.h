@@ -47,6 +47,7 @@ constexpr int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
 struct Costs {
   // Of a step of 8 rows, whatever its size: barriers, and the latencies of product, cell and exchange.
   static constexpr double kMultiprocessor = 2440, kSplitMultiprocessor = 1620, kCluster = 1800, kChip = 2770;
+  static constexpr double kFlags = 4270;
   static constexpr double kBackward = 1010;
   static constexpr double kProduct = 3.4, kExactProduct = 11.2;  // an mma.sync of each warp of a scheduler
   static constexpr double kRead = 1.6 / 128;                     // a byte of shared memory
@@ -54,7 +55,7 @@ struct Costs {
   static constexpr double kHandOver = 34;                        // of a warp's sums of a row block, to others
   // Further row blocks, and bytes that a block receives.
   static constexpr double kClusterRows = 780, kClusterBytes = 0.06, kChipRows = 1150, kChipBytes = 0.11;
-  static constexpr double kFlags = 1500, kFlaggedBytes = 0.03;
+  static constexpr double kFlaggedRows = 300, kFlaggedBytes = 0.03;
   // A step by products of the whole device: the host's two launches, and multiply-adds a cycle.
   static constexpr double kStepwise = 20000, kHalfRate = 75000, kTf32Rate = 37000, kExactRate = 10000;
 };
@@ -102,6 +103,7 @@ std::optional<Plan> cut(const Persistent<Arguments>& k, const Layer& layer, cons
   // Of a block's step, but for what grows with the blocks that share a multiprocessor.
   const double schedulers = g.threads / (4.0 * kWarp);
   plan.fixed = k.regime == kCluster ? Costs::kCluster
+               : flagged            ? Costs::kFlags
                : k.regime == kChip  ? Costs::kChip
                : k.split > 1        ? Costs::kSplitMultiprocessor
                                     : Costs::kMultiprocessor;
@@ -112,7 +114,7 @@ std::optional<Plan> cut(const Persistent<Arguments>& k, const Layer& layer, cons
     plan.fixed += Costs::kClusterBytes * received + Costs::kClusterRows * further * (backward ? 2.5 : 1);
   } else if (k.regime == kChip) {
     if (flagged) {
-      plan.fixed += Costs::kFlags + Costs::kFlaggedBytes * received;
+      plan.fixed += Costs::kFlaggedBytes * received + Costs::kFlaggedRows * further;
     } else {
       plan.fixed += Costs::kChipBytes * received + Costs::kChipRows * further;
     }
