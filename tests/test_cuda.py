@@ -194,7 +194,8 @@ def test_every_cut(name: str, cell: str, dtype: torch.dtype, form: str) -> None:
                 found |= {torch.ops.rnnfast.cuda_plan(*size, backward, 0) for backward in (False, True)}
                 actual = computed(module, x, **extra)
         except RuntimeError as refusal:
-            assert "cannot serve" in str(refusal)
+            if "cannot serve" not in str(refusal):
+                raise
             continue
         assert error(actual, expected) < {torch.float32: 1e-5, torch.bfloat16: 4e-2}[dtype], found
     rows = {8, 16, 32} if name != "multiprocessor" else {8}

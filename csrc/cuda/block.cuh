@@ -12,16 +12,15 @@ namespace rnnfast {
 // Threads of a block at most, and registers of each that hold the matrix. Of a multiprocessor's 64 K registers each of
 // 256 threads gets 255, each of 512 gets 128; beside the matrix the kernels need 50 to 120.
 template <class Cell, class Exchange>
-constexpr int kThreads = std::is_same<Exchange, Local<4>>::value ||
-                                 (Cell::kGates == 1 && std::is_same<Exchange, Local<1>>::value)
-                             ? 512
-                             : 256;
+constexpr int kThreads =
+    std::is_same<Exchange, Local<4>>::value || (Cell::kGates == 1 && std::is_same<Exchange, Local<1>>::value) ? 512
+                                                                                                              : 256;
 template <class Cell, class P, class Exchange, int kBlocks, int M>
 constexpr int matrix_registers() {
   if (std::is_same<Exchange, Local<4>>::value) return P::kParts > 1 ? 48 : 32;
   if (kThreads<Cell, Exchange> == 512) return 32;
   if (std::is_same<Exchange, Local<1>>::value) return M > 1 ? 96 : 112;
-  if (std::is_same<Exchange, Cluster>::value && kBlocks == 4) return M > 1 ? 64 : 88;
+  if (std::is_same<Exchange, Cluster>::value && kBlocks == 4) return M > 1 ? 64 : 96;
   if (std::is_same<Exchange, Cluster>::value && kBlocks == 2 && sizeof(typename P::Value) == 4) return 96;
   return 128;
 }
@@ -33,9 +32,10 @@ constexpr int kKeptPairs = matrix_registers<Cell, P, Exchange, kBlocks, M>() / (
 // Which unit of a tile its row is. Rows 8 apart are one lane's: they are units side by side.
 RNNFAST_DEVICE int unit_of(int row) { return row % 8 * 2 + row / 8; }
 
-// Whether the 16 rows of a tile are all gates of 4 units: the warps that share 16 units then need not share sums.
+// Whether the 16 rows of a tile are all gates of 4 units: the warps that share 16 units then need not share sums, but
+// each reads the whole vector. On a multiprocessor with few units that is quicker by a quarter, in clusters slower.
 template <class Cell, class Exchange>
-constexpr bool kMixesGates = Cell::kGates > 1 && Exchange::kSplit == 4;
+constexpr bool kMixesGates = Cell::kGates > 1 && std::is_same<Exchange, Local<4>>::value;
 
 // A product leaves 4 sums of a tile with each lane: rows lane / 4 and 8 below, of batch rows 2 (lane % 4) and the next.
 // The warps that share 16 units add up their parts, and each owns some of the sums: all gates of them, so that a cell
@@ -57,7 +57,10 @@ class Block {
 
   RNNFAST_DEVICE Block(const Geometry& g, const Sequence& sequence, int first_group, int value_bytes, uint64_t* words,
                        bool sends_last)
-      : g(g), member{thread_of_block()}, warp(member.thread / kWarp), lane(member.thread % kWarp),
+      : g(g),
+        member{thread_of_block()},
+        warp(member.thread / kWarp),
+        lane(member.thread % kWarp),
         split(warp % kSplit) {
     const int group = first_group + blockIdx.x / g.size;
     direction = group / g.direction_groups;
@@ -92,8 +95,8 @@ class Block {
   // The s-th step in the order of the direction.
   RNNFAST_DEVICE int time(int s) const { return direction ? steps - 1 - s : s; }
 
-  // Of the thread's own rows: which of the block's it is, how far that is from the first of them, whether it is one, its
-  // place in the batch, and its steps.
+  // Of the thread's own rows: which of the block's it is, how far that is from the first of them, whether it is one,
+  // its place in the batch, and its steps.
   RNNFAST_DEVICE int row(int r) const {
     const int second = kSplit == 1 ? 0 : kMixed ? lane / 16 : split % 2;
     return (kStride == 2 ? split / 4 : 0) * kRows + lane % 4 * 2 + second + further(r);
@@ -178,7 +181,9 @@ class Block {
 
  private:
   template <int M>
-  struct alignas(M == 1 ? 4 : M == 2 ? 8 : 16) Together {
+  struct alignas(M == 1   ? 4
+                 : M == 2 ? 8
+                          : 16) Together {
     float of[M];
   };
   template <int M>

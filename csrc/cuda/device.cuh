@@ -81,12 +81,12 @@ RNNFAST_DEVICE float swap_halves(float x) { return __shfl_xor_sync(0xffffffff, x
 
 // ---- products: sum[16, 8] += a[16, k] b[k, 8], by a warp; k is 16 in 16 bit and 8 in TF32
 
-#define RNNFAST_MMA(T, SHAPE)                                                                               \
-  RNNFAST_DEVICE void mma(float (&sum)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, \
-                          uint32_t b1, T) {                                                                 \
-    asm volatile("mma.sync.aligned." SHAPE " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"        \
-        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])                                            \
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));                                            \
+#define RNNFAST_MMA(T, SHAPE)                                                                                 \
+  RNNFAST_DEVICE void mma(float (&sum)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,   \
+                          uint32_t b1, T) {                                                                   \
+    asm volatile("mma.sync.aligned." SHAPE " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+                 : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])                                     \
+                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));                                     \
   }
 RNNFAST_MMA(BFloat16, "m16n8k16.row.col.f32.bf16.bf16.f32")
 RNNFAST_MMA(Half, "m16n8k16.row.col.f32.f16.f16.f32")
@@ -265,7 +265,7 @@ inline Chip chip(int device) {
 // Lifts the limits of a kernel, once for each device. They are the kernel's and not a launch's: one set to what its own
 // launch needs would be in the way of another thread's larger one.
 inline void allow_every_launch(const void* kernel, int device) {
-  static std::set<std::pair<const void*, int>> done;
+  static std::set<std::pair<const void*, int> > done;
   static std::mutex mutex;
   std::lock_guard<std::mutex> lock(mutex);
   if (done.count({kernel, device})) return;

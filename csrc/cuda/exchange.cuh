@@ -127,9 +127,9 @@ struct Cluster {
 // all of its own, then a flag with the step's number; others poll the flags, then copy the data once.
 struct Grid {
   static constexpr int kSplit = 8;
-  static constexpr int kData = 4;   // bytes of a word's data
+  static constexpr int kData = 4;  // bytes of a word's data
   static constexpr int kRun = kTile * 2;
-  static constexpr int kBatch = 8;  // loads of a thread at once
+  static constexpr int kBatch = 4;  // loads of a thread at once
 
   static RNNFAST_DEVICE int rank(const Geometry& g) { return blockIdx.x % g.size; }
   static RNNFAST_DEVICE void begin(const Geometry&, const Member&) {}

@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kThreads<Cell, Exchange>, 1) forward(const __g
   // The thread's own: its units' biases and states, and where its rows' data lie.
   const bool wide = p.wide, both = unit + 1 < H;
   float bias[G][kUnits], h[kMine][kUnits], c[kMine][kUnits];
-  int length[kMine];  // 0 where there is nothing to compute
+  int length[kMine];             // 0 where there is nothing to compute
   int64_t x_at, y_at, gates_at;  // of the first row
 #pragma unroll
   for (int w = 0; w < kUnits; w++) {

@@ -53,10 +53,10 @@ constexpr Persistent<typename Pass::Arguments> describe(Regime regime) {
   return k;
 }
 
-#define RNNFAST_VARIANTS(Pass, P)                                                                         \
+#define RNNFAST_VARIANTS(Pass, P)                                                                                \
   {describe<Pass<Cell, P>, P, Local<1>>(kMultiprocessor), describe<Pass<Cell, P>, P, Local<4>>(kMultiprocessor), \
    describe<Pass<Cell, P>, P, Cluster>(kCluster), describe<Pass<Cell, P>, P, Grid>(kChip)}
-#define RNNFAST_ARITHMETICS(Pass)                                                          \
+#define RNNFAST_ARITHMETICS(Pass)                                                      \
   {RNNFAST_VARIANTS(Pass, Products<BFloat16>), RNNFAST_VARIANTS(Pass, Products<Half>), \
    RNNFAST_VARIANTS(Pass, Products<float>), RNNFAST_VARIANTS(Pass, ExactProducts)}
 

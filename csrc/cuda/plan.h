@@ -43,19 +43,19 @@ struct Plan {
 constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
 
-// Cycles of a step, by which cuts are compared: a fit to what some 1,400 of them took on an H200 (bench/README.md).
+// Cycles of a step, by which cuts are compared: a fit to what 1,300 of them took on an H200 (bench/results/nvidia-h200/
+// steps.txt), of which it chooses one that takes 3 % longer than the best, in the mean.
 struct Costs {
-  // Of a step of 8 rows, whatever its size: barriers, and the latencies of product, cell and exchange.
-  static constexpr double kMultiprocessor = 2440, kSplitMultiprocessor = 1620, kCluster = 1800, kChip = 2770;
-  static constexpr double kFlags = 4270;
-  static constexpr double kBackward = 1010;
-  static constexpr double kProduct = 3.4, kExactProduct = 11.2;  // an mma.sync of each warp of a scheduler
-  static constexpr double kRead = 1.6 / 128;                     // a byte of shared memory
-  static constexpr double kElement = 41;                         // of the forward: an element of each thread
-  static constexpr double kHandOver = 34;                        // of a warp's sums of a row block, to others
+  // Of 8 rows, whatever the size: barriers, and the latencies of product, cell and exchange.
+  static constexpr double kMultiprocessor = 2080, kSplitMultiprocessor = 1570, kCluster = 1820, kChip = 2920;
+  static constexpr double kFlags = 3660, kBackward = 1060;
+  static constexpr double kProduct = 4.8, kExactProduct = 38;  // an mma.sync of each warp of a scheduler
+  static constexpr double kRead = 1.8 / 128;                   // a byte of shared memory
+  static constexpr double kElement = 94;                       // of the forward: an element of each thread
+  static constexpr double kHandOver = 16;                      // of a warp's sums of a row block, to others
   // Further row blocks, and bytes that a block receives.
-  static constexpr double kClusterRows = 780, kClusterBytes = 0.06, kChipRows = 1150, kChipBytes = 0.11;
-  static constexpr double kFlaggedRows = 300, kFlaggedBytes = 0.03;
+  static constexpr double kClusterRows = 830, kClusterBytes = 0.052, kChipRows = 1470, kChipBytes = 0.10;
+  static constexpr double kFlaggedRows = 780, kFlaggedBytes = 0.027;
   // A step by products of the whole device: the host's two launches, and multiply-adds a cycle.
   static constexpr double kStepwise = 20000, kHalfRate = 75000, kTf32Rate = 37000, kExactRate = 10000;
 };
@@ -97,7 +97,7 @@ std::optional<Plan> cut(const Persistent<Arguments>& k, const Layer& layer, cons
 
   plan.kernel = reinterpret_cast<const void*>(k.kernels[blocking]);
   plan.groups = layer.D * g.direction_groups;
-  plan.launch = {plan.groups * size, g.threads,         g.shared, k.regime == kCluster ? size : 1,
+  plan.launch = {plan.groups * size, g.threads,    g.shared, k.regime == kCluster ? size : 1,
                  k.regime == kChip,  layer.device, 0};
 
   // Of a block's step, but for what grows with the blocks that share a multiprocessor.
@@ -183,17 +183,17 @@ Plan make_plan(const Persistent<Arguments> (&variants)[kVariants], const Layer& 
     });
   }
   Plan stepwise;
-  const double rate = layer.value_bytes == 2          ? Costs::kHalfRate
-                      : layer.arithmetic == kOfTf32   ? Costs::kTf32Rate
-                                                      : Costs::kExactRate;
+  const double rate = layer.value_bytes == 2        ? Costs::kHalfRate
+                      : layer.arithmetic == kOfTf32 ? Costs::kTf32Rate
+                                                    : Costs::kExactRate;
   const double gates = layer.cell == kLstm ? 4 : layer.cell == kGru ? 3 : 1;
   stepwise.cycles = Costs::kStepwise + layer.D * layer.N * layer.H * layer.H * gates / rate;
   stepwise.resident_is_known = true;
   if (forced == kByTable) plans.push_back(stepwise);
   // The driver is asked about the cheapest one, until that is one which it has been asked about.
   while (!plans.empty()) {
-    auto best = std::min_element(plans.begin(), plans.end(),
-                                 [](const Plan& a, const Plan& b) { return a.cycles < b.cycles; });
+    auto best =
+        std::min_element(plans.begin(), plans.end(), [](const Plan& a, const Plan& b) { return a.cycles < b.cycles; });
     if (best->resident_is_known) {
       if (best->regime != kStepwise) explain(*best);
       return *best;

@@ -52,7 +52,8 @@ struct Products {
   }
 
  private:
-  // The part of a value that TF32 holds, cut off: rounding to it costs four instructions. And the rest, 0 of an infinity.
+  // The part of a value that TF32 holds, cut off: rounding to it costs four instructions. And the rest, 0 of an
+  // infinity.
   static RNNFAST_DEVICE uint32_t part(uint32_t x) { return x & ~0x1fffu; }
   static RNNFAST_DEVICE uint32_t rest(uint32_t x) {
     return (x & 0x7fffffff) == kInfinity ? 0 : __builtin_bit_cast(uint32_t, from_bits(x) - from_bits(part(x)));

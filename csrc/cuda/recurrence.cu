@@ -215,7 +215,8 @@ void run(const Call& c, const Plan& plan, Arguments& arguments, const Tensor& li
 // ---- products
 
 bool has_strides_for_blas(const Tensor& t) {
-  const bool rows = t.stride(1) == 1 && t.stride(0) >= t.size(1), columns = t.stride(0) == 1 && t.stride(1) >= t.size(0);
+  const bool rows = t.stride(1) == 1 && t.stride(0) >= t.size(1),
+             columns = t.stride(0) == 1 && t.stride(1) >= t.size(0);
   return (rows || columns) && std::max(t.stride(0), t.stride(1)) < INT32_MAX;
 }
 
