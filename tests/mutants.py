@@ -133,56 +133,62 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         ("batch_sizes that increase", OPERATORS, "size > 0 && size <= sizes", "size > 0 && 0 <= sizes"),
     ],
     "csrc/cuda/forward.cuh": [
-        ("b_hh by the block's units", NUMBERS, "b[i / units * H + unit]", "b[i / units * units + unit]"),
+        ("b_hh by the block's units", NUMBERS, "b[gate * H + unit + w]", "b[gate * 16 + unit + w]"),
         (
             "others hear of steps that a row has not",
             LENGTHS,
-            "P::operand(block.state(kH, b, i));\n      }",
-            "P::operand(h[i]);\n      }",
+            "operands[w] = P::operand(h[r][w]);",
+            "operands[w] = P::operand(float(T(new_h.value)));",
         ),
-        ("forward sends before all have written", REGIMES, "      sync_block();\n      if (s + 1", "      if (s + 1"),
+        ("forward sends before all have written", REGIMES, "    sync_block();\n    if (more)", "    if (more)"),
         (
             "x of another row block",
             REGIMES,
-            "if (s + last < block.steps) load_x(s + last,",
-            "if (s + 1 < block.steps) load_x(s + 1,",
+            "x_at + Owner::further(r) * (G * H);",
+            "x_at;",
         ),
     ],
     "csrc/cuda/backward.cuh": [
-        ("dh crosses a border", RESETS, "da = now[i].keeps ?", "da = now[i].valid ?"),
+        ("dh crosses a border", RESETS, "P::operand(keeps ? float", "P::operand(now[r].valid ? float"),
         (
             "state before a reverse row's last step",
             LENGTHS,
-            "before >= 0 && before < length",
-            "before >= 0 && before < steps",
+            "block.time(s) < length[r] &&",
+            "block.time(s) < steps &&",
         ),
         (
-            "sums of the next row block come early",
+            "gradients of another row block",
             REGIMES,
-            "sync_block();  // the next row block's",
-            "// the next row block's",
+            "unit + Owner::further(r) * (kColumns * H);",
+            "unit;",
         ),
     ],
     "csrc/cuda/exchange.cuh": [
-        ("cluster expects no second step", REGIMES, "if (threadIdx.x == 0) expect(g, m, step + kSets, b);", ""),
+        ("cluster expects no second step", REGIMES, "if (m.thread == 0) expect(g, m, step + kSets);", ""),
         ("grid takes half a pair", REGIMES, "two[j][0] >> 32 != uint32_t(step) || two[j][1] >> 32", "two[j][0] >> 32"),
+        (
+            "flags of the step before",
+            "test_cuda.py -k 'every_cut and chip'",
+            "< uint32_t(step);) patience",
+            "< uint32_t(step - 1);) patience",
+        ),
     ],
     "csrc/cuda/block.cuh": [
         (
             "lengths of the first row block",
             "test_cuda.py test_recurrence.py",
-            "return lengths_[b * kRows + row(i)];",
-            "return lengths_[row(i)];",
+            "owns(r) ? lengths_[row(r)] : 0;",
+            "owns(r) ? lengths_[row(r) % kRows] : 0;",
         ),
     ],
     "csrc/cuda/products.cuh": [
         (
             "float32 of two products",
             "test_cuda.py -k tf32",
-            "      mma(sum, c0, c1, c2, c3, rest(b0, d0), rest(b1, d1), T());\n",
+            "      mma(sum, c0, c1, c2, c3, rest(b0), rest(b1), T());\n",
             "",
         ),
-        ("infinity times a rest", FINITE, "if_finite(d0, d0), if_finite(d1, d1)", "d0, d1"),
+        ("infinity times a rest", FINITE, "if_finite(d0), if_finite(d1)", "d0, d1"),
     ],
     "csrc/cuda/real.cuh": [
         ("relu's gradient at 0", NUMBERS, "h.value <= 0 ? 0 : dh.value", "h.value < 0 ? 0 : dh.value"),
@@ -212,7 +218,12 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         ("layout of operands", OPERATORS, "tensor.is_contiguous() && tensor", "tensor"),
     ],
     "csrc/cuda/plan.h": [
-        ("states of one row block", REGIMES, "k.states * row_blocks * (4 / k.split)", "k.states * (4 / k.split)"),
+        (
+            "sums of one row block",
+            "test_cuda.py -k every_cut",
+            "warps * row_blocks * 4 * together",
+            "warps * 4 * together",
+        ),
     ],
     "rnnfast/triton/cells.py": [
         ("df of the new c", NUMBERS, "df = dc * old_c *", "df = dc * c *"),
@@ -234,7 +245,7 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
     ],
     "rnnfast/gpu.py": [
         ("a packed row is a step shorter", NUMBERS, "torch.arange(1, len(ends) + 1)", "torch.arange(len(ends))"),
-        ("b_hh for b_ih", NUMBERS, "torch.addmm(w.b_ih,", "torch.addmm(w.b_hh,"),
+        ("b_hh for b_ih", NUMBERS, "add=w.b_ih)", "add=w.b_hh)"),
         ("GRU dW_hh of dn", NUMBERS, "(2, 3, 1)", "(2, 2, 1)"),
         ("c in the low dtype", NUMBERS, "k.state(c0, k.H, k.acc)", "k.state(c0, k.H)"),
     ],

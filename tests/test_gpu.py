@@ -201,8 +201,8 @@ def test_products_follow_the_switch_of_recurrent_layers(allowed: bool) -> None:
 # The CUDA kernels' regimes, each forced, and by the table over the sizes
 
 
-# Of a few steps, relative to the largest value. The gradient of a bias is a sum of up to 30 numbers, each of which may be
-# off by half of bfloat16's 2**-8.
+# Of a few steps, relative to the largest value. The gradient of a bias is a sum of up to 30 numbers, each of which
+# may be off by half of bfloat16's 2**-8.
 ROUNDING = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 5e-2}
 
 
