@@ -384,3 +384,21 @@ def test_operators_check_their_arguments(operator: str, name: str, k: int) -> No
     call(operator)
     with pytest.raises(RuntimeError, match="rnnfast: "):
         call(operator, **{name: WRONG[name][k]})
+
+
+@emulated
+def test_a_product_is_refused_or_left_to_torch() -> None:
+    """On a CPU there is no cuBLAS: the operator says so, and has written nothing."""
+    multiply, new = torch.ops.rnnfast.cuda_multiply, torch.zeros
+    out = new(2, 4)
+    assert multiply(torch.ones(2, 3), torch.ones(3, 4), out, False, False, 0) is False and not out.any()
+    assert multiply(new(0, 3), new(3, 4), new(0, 4), True, True, 0) is False
+    for a, b, out in (
+        (new(2, 3), new(4, 4), new(2, 4)),
+        (new(2, 3), new(3, 4), new(4, 2)),
+        (new(6), new(3, 4), new(2, 4)),
+        (new(2, 3), new(3, 4).double(), new(2, 4)),
+        (new(2, 3, dtype=torch.int32), new(3, 4, dtype=torch.int32), new(2, 4, dtype=torch.int32)),
+    ):
+        with pytest.raises(RuntimeError, match="rnnfast: "):
+            multiply(a, b, out, False, False, 0)
