@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
+import shlex
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -402,3 +405,14 @@ def test_a_product_is_refused_or_left_to_torch() -> None:
     ):
         with pytest.raises(RuntimeError, match="rnnfast: "):
             multiply(a, b, out, False, False, 0)
+
+
+def test_cublas_is_called_with_its_own_layouts(tmp_path: Path) -> None:
+    """A library that stands for cuBLAS; see blas.cpp."""
+    compile = [*shlex.split(os.environ.get("CXX", "c++")), "-std=c++17", str(Path(__file__).with_name("blas.cpp"))]
+    fake, program = tmp_path / "libcublas.so.13", tmp_path / "program"
+    subprocess.run([*compile, "-DFAKE", "-shared", "-fPIC", f"-Wl,-soname,{fake.name}", "-o", str(fake)], check=True)
+    subprocess.run([*compile, "-o", str(program), "-ldl", "-pthread"], check=True)
+    for arguments in ([], [str(fake)]):
+        done = subprocess.run([str(program), *arguments], capture_output=True, text=True)
+        assert done.returncode == 0, (arguments, done.returncode, done.stdout)
