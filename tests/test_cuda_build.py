@@ -13,6 +13,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from torch.utils.cpp_extension import include_paths
 
 import rnnfast
 
@@ -57,6 +58,25 @@ def test_persistent_kernels_do_not_spill(built: Path) -> None:
             assert any(name in kernel.name and cell in kernel.arguments for kernel in persistent), (name, cell)
     assert not [kernel for kernel in persistent if kernel.spilled]
     assert not resources.warnings(built)
+
+
+@needs_nvcc
+def test_the_guard_against_waiting_for_ever_compiles(tmp_path: Path) -> None:
+    """Of a debug build what it adds, in the code of every wait."""
+    source = tmp_path / "waits.cu"
+    source.write_text(
+        '#include "exchange.cuh"\n'
+        "using namespace rnnfast;\n"
+        "__global__ void waits(Geometry g, Member m) { Cluster::wait(g, m, 1), Grid::wait(g, m, 1); }\n"
+    )
+    headers = [f"-I{path}" for path in include_paths()]
+    command = [setup.find_nvcc(), "-std=c++17", "--ptx", "-arch=sm_90", f"-I{ROOT / 'csrc' / 'cuda'}", *headers]
+    built = {}
+    for name, flags in {"release": [], "debug": ["-DRNNFAST_DEBUG"]}.items():
+        target = tmp_path / f"{name}.ptx"
+        subprocess.run([*command, *flags, "-o", target, source], check=True)
+        built[name] = target.read_text()
+    assert "trap;" in built["debug"] and "trap;" not in built["release"]
 
 
 @pytest.mark.full
