@@ -4,7 +4,7 @@ They use torch's stable ABI and are loaded by `torch.ops.load_library`, so one b
 every Python: they are no Python modules, and the wheel is tagged py3-none-PLATFORM.
 
 _cuda.so is built where torch is a CUDA build and nvcc is in CUDA_HOME/bin or on PATH; with RNNFAST_CUDA=1 against a CPU
-build of torch, too; with RNNFAST_CUDA=0 never. RNNFAST_CUDA_ARCHS="80 90a 90+PTX" names the compute capabilities that
+build of torch, too; with RNNFAST_CUDA=0 never. RNNFAST_CUDA_ARCHS="80 90 90+PTX" names the compute capabilities that
 it is for.
 """
 
@@ -34,8 +34,9 @@ FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -DTORCH_TARGET_VERSION=0
 KERNEL_FLAGS = "-fno-math-errno -fno-trapping-math -ffp-contract=fast"
 
 CELLS = {"tanh": "Rnn<Tanh>", "relu": "Rnn<Relu>", "lstm": "Lstm", "gru": "Gru"}  # an object each
-# "a": the instructions of this generation only. PTX: the driver compiles it for a GPU that has no code of its own here.
-CUDA_ARCHS = ("80", "90a", "100a", "90+PTX")
+# Of all GPUs since Ampere: code for one runs on later ones of its generation. PTX is for generations to come: their
+# driver compiles it, which takes it a minute.
+CUDA_ARCHS = ("80", "90", "100", "120", "90+PTX")
 # What ptxas says of registers and spills is left beside each object, for bench/cuda_resources.py.
 NVCC_FLAGS = "-forward-unknown-to-host-compiler --expt-relaxed-constexpr -Xptxas -v"
 
@@ -57,9 +58,9 @@ def wants_cuda():
 
 
 def cuda_archs():
-    known = subprocess.check_output([find_nvcc(), "--list-gpu-arch"], text=True).split()  # names 90, but not 90a
+    known = subprocess.check_output([find_nvcc(), "--list-gpu-arch"], text=True).split()
     named = os.environ.get("RNNFAST_CUDA_ARCHS", "").split()
-    return named or [arch for arch in CUDA_ARCHS if f"compute_{arch.rstrip('a').removesuffix('+PTX')}" in known]
+    return named or [arch for arch in CUDA_ARCHS if f"compute_{arch.removesuffix('+PTX')}" in known]
 
 
 def gencode(arch):

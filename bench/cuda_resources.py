@@ -1,7 +1,7 @@
 """Registers, stack and spills of every CUDA kernel, compiled for GPUs that need not be here; nvcc has to.
 
     python bench/cuda_resources.py                       # for every target of the library
-    python bench/cuda_resources.py --arch 90a -k Lstm    # for one, and one cell
+    python bench/cuda_resources.py --arch 90 -k Lstm     # for one, and one cell
 
 Shared memory is the plan's to give: a second table shows, for an H200, where layers of several sizes run and what their
 blocks have of it. The exit code is 1 if a persistent kernel spills. What was compiled stays in build/cuda-ARCH, with
@@ -110,7 +110,7 @@ def plans(folder: Path) -> Iterator[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", nargs="*", default=[], help="compute capabilities, such as 90a")
+    parser.add_argument("--arch", nargs="*", default=[], help="compute capabilities, such as 90")
     parser.add_argument("-k", default="", help="only kernels whose line has this")
     args = parser.parse_args()
     if args.arch:

@@ -42,7 +42,7 @@ def built() -> Path:
     """The folder of a build for one target; the next run finds there what has not changed."""
     (ROOT / "build").mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as patch, open(ROOT / "build" / "cuda.lock", "w") as lock:
-        patch.setenv("RNNFAST_CUDA_ARCHS", "90a")
+        patch.setenv("RNNFAST_CUDA_ARCHS", "90")
         fcntl.flock(lock, fcntl.LOCK_EX)  # other workers of pytest-xdist wait
         return resources.compile()
 
@@ -51,7 +51,7 @@ def built() -> Path:
 @needs_nvcc
 def test_persistent_kernels_do_not_spill(built: Path) -> None:
     kernels = resources.kernels(built)
-    assert {kernel.arch for kernel in kernels} == {"sm_90a"}
+    assert {kernel.arch for kernel in kernels} == {"sm_90"}
     persistent = [kernel for kernel in kernels if kernel.persistent]
     for name in ("forward", "backward"):
         for cell in setup.CELLS.values():
@@ -138,7 +138,7 @@ def test_settings(nvcc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RNNFAST_CUDA", "yes")
     with pytest.raises(SystemExit, match="RNNFAST_CUDA has to be 0, 1 or unset, not 'yes'"):
         setup.wants_cuda()
-    assert setup.cuda_archs() == ["80", "90a", "90+PTX"]
+    assert setup.cuda_archs() == ["80", "90", "90+PTX"]
     monkeypatch.setenv("RNNFAST_CUDA_ARCHS", "86+PTX 100a")
     assert setup.cuda_archs() == ["86+PTX", "100a"]
     text = setup.ninja_file(cuda=Path("/there/_cuda.so"))
