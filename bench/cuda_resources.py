@@ -4,7 +4,8 @@
     python bench/cuda_resources.py --arch 90 -k Lstm     # for one, and one cell
 
 Shared memory is the plan's to give: a second table shows, for an H200, where layers of several sizes run and what their
-blocks have of it. The exit code is 1 if a persistent kernel spills. What was compiled stays in build/cuda-ARCH, with
+blocks have of it. The exit code is 1 if a persistent kernel spills more than a dozen registers: with fewer of them for
+the matrix, which would then be read from shared memory at each step, the kernels are slower. What was compiled stays in build/cuda-ARCH, with
 the library of it.
 """
 
@@ -24,6 +25,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 HIDDEN, BATCHES = (64, 128, 256, 512, 1024, 2048), (8, 64, 256)
+TOLERATED = 100  # bytes, of stores and loads
 NO_DEVICE = -1  # for which the plan takes an H200's numbers
 
 
@@ -123,11 +125,12 @@ def main() -> int:
     print(f"{row(*header)}registers  stack  spilled")
     for kernel in found:
         print(f"{row(*kernel[:3])}{kernel.registers:9}{kernel.stack:7}{kernel.spilled:9}")
-    spilling = sum(kernel.persistent and kernel.spilled > 0 for kernel in found)
-    print(f"{len(found)} kernels, of the persistent ones {spilling} spill")
+    spilling = [kernel.spilled for kernel in found if kernel.persistent and kernel.spilled]
+    most = max(spilling, default=0)
+    print(f"{len(found)} kernels, of the persistent ones {len(spilling)} spill, {most} bytes at most")
     print(*warnings(folder), sep="\n")
     print(*(row for row in plans(folder) if args.k.lower() in row.lower()), sep="\n")
-    return spilling > 0
+    return most > TOLERATED
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ constexpr int kThreads =
 template <class Cell, class P, class Exchange, int kBlocks, int M>
 constexpr int matrix_registers() {
   if (std::is_same<Exchange, Local<4>>::value) return P::kParts > 1 ? 48 : 32;
-  if (kThreads<Cell, Exchange> == 512) return 32;
-  if (std::is_same<Exchange, Local<1>>::value) return M > 1 ? 96 : 112;
+  if (kThreads<Cell, Exchange> == 512) return 24;
+  if (std::is_same<Exchange, Local<1>>::value) return M > 1 ? 96 : 104;
   if (std::is_same<Exchange, Cluster>::value && kBlocks == 4) return M > 1 ? 64 : 96;
   if (std::is_same<Exchange, Cluster>::value && kBlocks == 2 && sizeof(typename P::Value) == 4) return 96;
   return 128;
