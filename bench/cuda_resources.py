@@ -5,8 +5,8 @@
 
 Shared memory is the plan's to give: a second table shows, for an H200, where layers of several sizes run and what their
 blocks have of it. The exit code is 1 if a persistent kernel spills more than a dozen registers: with fewer of them for
-the matrix, which would then be read from shared memory at each step, the kernels are slower. What was compiled stays in build/cuda-ARCH, with
-the library of it.
+the matrix, which would then be read from shared memory at each step, the kernels are slower. What was compiled stays in
+build/cuda-ARCH, with the library of it.
 """
 
 from __future__ import annotations
