@@ -18,23 +18,27 @@ def reason(
     )
 
 
+_forward_steps = torch.ops.rnnfast.cuda_forward_steps.default
+_backward_steps = torch.ops.rnnfast.cuda_backward_steps.default
+_states_before = torch.ops.rnnfast.cuda_states_before.default
+
+
 class Layer(gpu.Layer):
     gates_replace_x = True  # each element is read before it is written, by the same thread
 
     def of_directions(self, name: str) -> list[Tensor]:
         """A weight of all directions; an absent one: none."""
-        return [w for w in (getattr(of_one, name) for of_one in self.directions) if w is not None]
+        return [w for of_one in self.directions if (w := getattr(of_one, name)) is not None]
 
     def forward_steps(
         self, x_gates: Tensor, h: Tensor, c: Tensor | None, y: Tensor, cs: Tensor | None, gates: Tensor | None
     ) -> None:
-        w_hh, b_hh, w_hr = (self.of_directions(name) for name in ("w_hh", "b_hh", "w_hr"))
-        _, _, R, *tables = self.form
+        w_hh, b_hh, w_hr = self.of_directions("w_hh"), self.of_directions("b_hh"), self.of_directions("w_hr")
+        T, _, R, *tables = self.form
         y, cs = y.view(R, -1), None if cs is None else cs.view(R, -1)
-        torch.ops.rnnfast.cuda_forward_steps(
-            self.mode, x_gates, w_hh, b_hh, w_hr, h, c, y, cs, gates, *tables, self.form.T, gpu.allows_tf32(),
-            gpu.stream_of(self.x.device),
-        )  # fmt: skip
+        _forward_steps(
+            self.mode, x_gates, w_hh, b_hh, w_hr, h, c, y, cs, gates, *tables, T, self.allows_tf32, self.stream
+        )
 
     def backward_steps(
         self,
@@ -51,14 +55,14 @@ class Layer(gpu.Layer):
         dprojections: Tensor | None,
     ) -> None:
         w_hh, w_hr = self.of_directions("w_hh"), self.of_directions("w_hr")
-        _, _, R, *tables = self.form
-        dy, dcs = (None if t is None else t.view(R, -1) for t in (dy, dcs))
+        T, _, R, *tables = self.form
+        dy, dcs = None if dy is None else dy.view(R, -1), None if dcs is None else dcs.view(R, -1)
         y, cs = y.view(R, -1), cs.view(R, -1) if self.mode == "LSTM" else cs
-        torch.ops.rnnfast.cuda_backward_steps(
-            self.mode, dy, dcs, gates, y, cs, h0, c0, w_hh, w_hr, dh, dc, dgates, dprojections, *tables, self.form.T,
-            gpu.allows_tf32(), gpu.stream_of(self.x.device),
+        _backward_steps(
+            self.mode, dy, dcs, gates, y, cs, h0, c0, w_hh, w_hr, dh, dc, dgates, dprojections, *tables, T,
+            self.allows_tf32, self.stream,
         )  # fmt: skip
 
     def states_before(self, y: Tensor, h0: Tensor | None, out: Tensor) -> None:
         T, _, R, *tables = self.form
-        torch.ops.rnnfast.cuda_states_before(y.view(R, -1), h0, out, *tables, T, gpu.stream_of(self.x.device))
+        _states_before(y.view(R, -1), h0, out, *tables, T, self.stream)

@@ -65,14 +65,30 @@ def _make_tables(batch_sizes: Tensor, device: torch.device) -> Tensor:
     return tables.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tables
 
 
+_rnn_switches = torch.backends.cudnn.rnn  # to find it takes longer than to read it
+
+
 def allows_tf32() -> bool:
     """Whether the float32 products of the recurrence may be made of TF32: torch's switch for recurrent layers."""
-    return torch.backends.cudnn.rnn.fp32_precision == "tf32"
+    return _rnn_switches.fp32_precision == "tf32"
 
 
-def stream_of(device: torch.device) -> int:
+def _stream_of(device: torch.device) -> int:
     """As the CUDA library takes it. On a CPU there are the tests' emulated kernels."""
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    return torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
+
+
+_has_library = False  # asked for until it is there
+
+
+def _multiplies(x: Tensor) -> bool:
+    """Whether the CUDA library makes the products: of float32, in a precision for which torch's have no switch."""
+    global _has_library
+    if x.dtype != torch.float32 or not x.is_cuda:
+        return False
+    if not _has_library:
+        _has_library = torch._C._dispatch_has_kernel_for_dispatch_key("rnnfast::cuda_multiply", "CUDA")
+    return _has_library
 
 
 class Layer(abc.ABC):
@@ -97,6 +113,9 @@ class Layer(abc.ABC):
         self.D, self.G, self.H, self.P = len(self.directions), GATES[mode], len(w.w_hh) // GATES[mode], w.w_hh.shape[1]
         self.projected = w.w_hr is not None
         self.acc = torch.promote_types(x.dtype, torch.float32)
+        self.allows_tf32, self.stream, self.by_library = allows_tf32(), _stream_of(x.device), _multiplies(x)
+        # A tensor over the rows of the sequence is zero in those that the kernels leave out.
+        self.new_rows = x.new_empty if lengths is None else x.new_zeros
 
     @property
     @abc.abstractmethod
@@ -136,40 +155,42 @@ class Layer(abc.ABC):
     def states_before(self, y: Tensor, h0: Tensor | None, out: Tensor) -> None:
         """The state that entered each step, ``[D, R, P]``."""
 
-    def of_rows(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """A tensor over the rows of the sequence: zero in those that the kernels leave out."""
-        leaves_out = self.form.lengths is not None and self.form.offsets is None
-        return (self.x.new_zeros if leaves_out else self.x.new_empty)(shape, dtype=dtype)
-
-    def state(self, initial: Tensor | None, width: int, dtype: torch.dtype | None = None) -> Tensor:
+    def state(self, given: Tensor | None, width: int, dtype: torch.dtype) -> Tensor:
         """A state ``[D, N, width]`` of its own, zero or as given."""
-        state = self.x.new_zeros(self.D, self.form.N, width, dtype=dtype)
-        return state if initial is None else state.copy_(initial)
+        if given is None:
+            return self.x.new_zeros((self.D, self.form.N, width), dtype=dtype)
+        return given.to(dtype, copy=True, memory_format=torch.contiguous_format)
+
+    def multiply(self, a: Tensor, b: Tensor, out: Tensor, add: Tensor | None = None) -> None:
+        """``out = a b + add``; float32 in the precision of recurrent layers."""
+        if self.by_library:
+            if add is not None and add is not out:
+                out.copy_(add)
+            if _library_multiply(a, b, out, add is not None, self.allows_tf32, self.stream):
+                return
+        if add is None:
+            torch.mm(a, b, out=out)
+        else:
+            torch.addmm(add, a, b, out=out)
+
+
+_library_multiply = torch.ops.rnnfast.cuda_multiply.default
+_below_autograd = torch._C._AutoDispatchBelowADInplaceOrView
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager:
+    """On the device, with operators that neither record nor cast. Mostly all of it holds already, and is only asked."""
+    is_elsewhere = device.type == "cuda" and torch.cuda.current_device() != device.index
+    if is_elsewhere or torch.is_grad_enabled() or torch.is_autocast_enabled(device.type):
+        return _switched(device)
+    return _below_autograd()
 
 
 @contextlib.contextmanager
-def _on(device: torch.device) -> Iterator[None]:
-    """On the device, with operators that neither record nor cast."""
+def _switched(device: torch.device) -> Iterator[None]:
     of_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-    with torch.no_grad(), torch.autocast(device.type, enabled=False), of_device:
+    with torch.no_grad(), torch.autocast(device.type, enabled=False), of_device, _below_autograd():
         yield
-
-
-def _has_library() -> bool:
-    return torch._C._dispatch_has_kernel_for_dispatch_key("rnnfast::cuda_multiply", "CUDA")
-
-
-def _multiply(a: Tensor, b: Tensor, out: Tensor, add: Tensor | None = None) -> None:
-    """``out = a b + add``; float32 in the precision of recurrent layers, for which torch's products have no switch."""
-    if out.dtype == torch.float32 and out.is_cuda and _has_library():
-        if add is not None and add is not out:
-            out.copy_(add)
-        if torch.ops.rnnfast.cuda_multiply(a, b, out, add is not None, allows_tf32(), stream_of(out.device)):
-            return
-    if add is None:
-        torch.mm(a, b, out=out)
-    else:
-        torch.addmm(add, a, b, out=out)
 
 
 def forward(
@@ -189,21 +210,23 @@ def forward(
     border.check_layer(mode, x, h0, c0, weights, batch_sizes, lengths, resets, bidirectional, DTYPES)
     with _on(x.device):
         k = backend(mode, x, weights, batch_sizes, lengths, resets, bidirectional)
-        is_lstm, R, S = mode == "LSTM", k.form.R, SAVED_GATES[mode]
-        y = k.of_rows(*x.shape[:-1], k.D * k.P)
-        h = k.state(h0, k.P)
-        c = k.state(c0, k.H, k.acc) if is_lstm else None
-        cs = k.of_rows(*x.shape[:-1], k.D * k.H, dtype=k.acc) if is_lstm and keep_c else None
-        gates = k.of_rows(k.D, R, S * k.H) if S and keep_gates else None
+        is_lstm, R, S, rows = mode == "LSTM", k.form.R, SAVED_GATES[mode], x.shape[:-1]
+        y = k.new_rows(*rows, k.D * k.P)
+        h, c = k.state(h0, k.P, x.dtype), k.state(c0, k.H, k.acc) if is_lstm else None
+        cs = k.new_rows(*rows, k.D * k.H, dtype=k.acc) if is_lstm and keep_c else None
+        gates = k.new_rows(k.D, R, S * k.H) if S and keep_gates else None
         if R:
             in_place = gates is not None and is_lstm and not k.projected and k.gates_replace_x
             x_gates = gates if in_place else x.new_empty(k.D, R, k.G * k.H)
-            rows = x.reshape(R, x.shape[-1])
-            for w, out in zip(k.directions, x_gates):
-                _multiply(rows, w.w_ih.t(), out, add=w.b_ih)
+            x_rows = x.reshape(R, x.shape[-1])
+            for w, out in zip(k.directions, x_gates.unbind()):
+                k.multiply(x_rows, w.w_ih.t(), out, add=w.b_ih)
             k.forward_steps(x_gates, h, c, y, cs, gates)
-        c_n = c.to(x.dtype) if is_lstm else x.new_empty(0)
-        return y, h, c_n, x.new_empty(0, dtype=k.acc) if cs is None else cs, x.new_empty(0) if gates is None else gates
+        if c is None:
+            c = x.new_empty(0)
+        elif k.acc != x.dtype:
+            c = c.to(x.dtype)
+        return y, h, c, x.new_empty(0, dtype=k.acc) if cs is None else cs, x.new_empty(0) if gates is None else gates
 
 
 def backward(
@@ -231,17 +254,20 @@ def backward(
     border.check_backward(sizes, SAVED_GATES[mode], dy, dh_n, dc_n, dc, y, cs, gates)
     with _on(x.device):
         k = backend(mode, x, weights, batch_sizes, lengths, resets, bidirectional)
-        dcs = dc if mode == "LSTM" else None  # of an absent c it has shape [0]
-        dy, dcs, h0, c0 = (None if t is None else t.contiguous() for t in (dy, dcs, h0, c0))
-        y, cs, gates = (t.contiguous() for t in (y, cs, gates))
-        dh = k.state(dh_n, k.P, k.acc)
-        dc = k.state(dc_n, k.H, k.acc) if mode == "LSTM" else None
-        dgates = k.of_rows(k.D, k.form.R, GRADIENTS[mode] * k.H)
-        dprojections = k.of_rows(k.D, k.form.R, k.P) if k.projected else None
+        is_lstm = mode == "LSTM"
+        dcs = dc if is_lstm else None  # of an absent c it has shape [0]
+        dy, dcs, h0, c0, y, cs, gates = [None if t is None else t.contiguous() for t in (dy, dcs, h0, c0, y, cs, gates)]
+        if is_lstm and not k.projected and all(t is None for t in (h0, c0, dh_n, dc_n)):
+            dh, dc = x.new_zeros((2, k.D, k.form.N, k.H), dtype=k.acc).unbind()  # one launch: neither is returned
+        else:
+            dh, dc = k.state(dh_n, k.P, k.acc), k.state(dc_n, k.H, k.acc) if is_lstm else None
+        dgates = k.new_rows(k.D, k.form.R, GRADIENTS[mode] * k.H)
+        dprojections = k.new_rows(k.D, k.form.R, k.P) if k.projected else None
         if k.form.R:
             k.backward_steps(dy, dcs, gates, y, cs, h0, c0, dh, dc, dgates, dprojections)
         dx, dweights = _products(k, y, cs, gates, h0, dgates, dprojections, need_dx, need_dw)
-        dh0, dc0 = (x.new_empty(0) if initial is None else grad.to(x.dtype) for initial, grad in ((h0, dh), (c0, dc)))
+        dh0 = x.new_empty(0) if h0 is None else dh.to(x.dtype)
+        dc0 = x.new_empty(0) if c0 is None else dc.to(x.dtype)
         return dx, dh0, dc0, dweights
 
 
@@ -257,38 +283,49 @@ def _products(
     need_dw: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     """What the gate gradients make of x and the weights: products over the whole sequence."""
-    x, H, R = k.x.reshape(k.form.R, k.x.shape[-1]), k.H, k.form.R
-    of_x = dgates[:, :, : k.G * H]
+    x, H, R, dgates_of = k.x.reshape(k.form.R, k.x.shape[-1]), k.H, k.form.R, dgates.unbind()
+    is_gru = k.mode == "GRU"
+    at_x = [of_one[:, : k.G * H] for of_one in dgates_of] if is_gru else dgates_of
     dx = x.new_empty(0)
     if need_dx:
         dx = torch.empty_like(x)
         for d, w in enumerate(k.directions):
-            _multiply(of_x[d], w.w_ih, dx, add=dx if d else None)
+            k.multiply(at_x[d], w.w_ih, dx, add=dx if d else None)
         dx = dx.view(k.x.shape)
     dweights: list[Tensor] = []
     if not need_dw:
         return dx, dweights
-    h_before = x.new_empty(k.D, R, k.P)
-    if R:
-        k.states_before(y, h0, h_before)
-    # Rows of W_hh by the gradients that are theirs: a GRU's last differs from that of W_ih.
-    parts = ((0, 0, 2), (2, 3, 1)) if k.mode == "GRU" else ((0, 0, k.G),)
+    of_steps, h_before = _entered(k, y, h0)
     for d, w in enumerate(k.directions):
-        dw_hh = torch.empty_like(w.w_hh)
-        sums = dgates[d].sum(0)
-        db_hh = torch.empty_like(sums[: k.G * H])
-        for to, start, count in parts:
-            of_h, rows = slice(start * H, (start + count) * H), slice(to * H, (to + count) * H)
-            _multiply(dgates[d, :, of_h].t(), h_before[d], dw_hh[rows])
-            db_hh[rows] = sums[of_h]
-        dw_ih = torch.empty_like(w.w_ih)
-        _multiply(of_x[d].t(), x, dw_ih)
+        dw_ih, dw_hh, before = torch.empty_like(w.w_ih), torch.empty_like(w.w_hh), h_before[d]
+        at_h = dgates_of[d][of_steps[d]]
+        k.multiply(at_x[d].t(), x, dw_ih)
+        if is_gru:  # the candidate's gradient at W_hn h differs from that at W_in x
+            k.multiply(at_h[:, : 2 * H].t(), before, dw_hh[: 2 * H])
+            k.multiply(at_h[:, 3 * H :].t(), before, dw_hh[2 * H :])
+        else:
+            k.multiply(at_h.t(), before, dw_hh)
         dweights += [dw_ih, dw_hh]
         if w.b_ih is not None:
-            dweights += [sums[: k.G * H].clone(), db_hh]
+            sums = dgates_of[d].sum(0)
+            of_hidden = torch.cat((sums[: 2 * H], sums[3 * H :])) if is_gru else sums.clone()
+            dweights += [sums[: 3 * H] if is_gru else sums, of_hidden]
         if k.projected:
             o, c = gates[d, :, 3 * H :].to(k.acc), cs.view(R, k.D, H)[:, d]
             dw_hr = torch.empty_like(w.w_hr)
-            _multiply(dprojections[d].t(), (o * c.tanh()).to(x.dtype), dw_hr)
+            k.multiply(dprojections[d].t(), (o * c.tanh()).to(x.dtype), dw_hr)
             dweights.append(dw_hr)
     return dx, dweights
+
+
+def _entered(k: Layer, y: Tensor, h0: Tensor | None) -> tuple[tuple[slice, ...], Sequence[Tensor]]:
+    """For each direction: rows of the sequence, and the states that entered them. Into the others went zeros."""
+    _, N, R, offsets, _, resets = k.form
+    # y holds them, with zeros beyond the end of a row. A single step is multiplied by its zeros, for its NaN to stay.
+    if h0 is None and offsets is None and resets is None and R > N:
+        y = y.view(R, k.D * k.P)
+        return (slice(N, None), slice(R - N)), (y[: R - N, : k.P], y[N:, k.P :])
+    h_before = y.new_empty(k.D, R, k.P)
+    if R:
+        k.states_before(y, h0, h_before)
+    return (slice(None), slice(None)), h_before.unbind()

@@ -189,6 +189,7 @@ def _on_gpu(backend: str, direction: str, *args: Any) -> tuple:
     return getattr(gpu, direction)(_module(backend).Layer, *args)
 
 
+@functools.cache
 def _module(backend: str) -> ModuleType:
     """That of a backend for GPUs. Triton takes time to import, and may be missing."""
     return importlib.import_module(f".{backend}", __package__)
@@ -256,6 +257,11 @@ def _cuda(device: torch.device | None = None) -> Backend:
         return Backend(True, "CUDA kernels under a host emulation, for tests")
     if torch.version.hip is not None:
         return Backend(False, "its kernels are for NVIDIA's GPUs")
+    return _cuda_on_gpu(device)
+
+
+@functools.cache  # torch's questions to the driver take longer than the checks of a call
+def _cuda_on_gpu(device: torch.device | None) -> Backend:
     found = _gpu(device, "CUDA kernels")
     # Loaded only where there is a GPU: the emulation registers some of the same operators.
     return _load("_cuda.so", "CUDA compiler", found.detail) if found.available else found
