@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import cuda_cuts
 import machine
 import run
 import torch
@@ -29,7 +30,6 @@ from torch import Tensor, nn
 import rnnfast
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
-REGIMES = ("multiprocessor", "cluster", "chip", "stepwise")  # as rnnfast::cuda_regime numbers them, from 1
 AGAIN = 3  # exit status: what is left wants a new process
 Item = tuple[str, Callable[[], dict[str, Any]]]
 # By name the dtype, and torch's two switches of TF32.
@@ -52,7 +52,7 @@ class Work:
         """Each in a process of its own."""
         yield "machine", self.machine
         yield "libraries", self.libraries
-        for regime in REGIMES:
+        for regime in cuda_cuts.REGIMES:
             yield f"cuda {regime}", functools.partial(self.smallest, "cuda", regime)
         yield "triton", functools.partial(self.smallest, "triton")
 
@@ -67,7 +67,7 @@ class Work:
         }
         if not self.rehearsed:
             of = torch.cuda.get_device_properties(0)
-            fields = ("major", "minor", "multi_processor_count", "L2_cache_size", "shared_memory_per_multiprocessor")
+            fields = ("major", "minor", "multi_processor_count", "L2_cache_size", "shared_memory_per_block_optin")
             found |= {name: getattr(of, name, None) for name in fields}
         return found
 
@@ -184,21 +184,32 @@ class Work:
     # What the table of the plan wants
 
     def costs(self) -> Iterator[Item]:
+        rnnfast.backends()  # loads the CUDA library, which is asked for plans before its first call
+        yield "machine", self.machine
         calls = itertools.product(
             ("LSTM", "GRU"), ("infer", "train"), ("bfloat16", "tf32"), ("cuda", "triton", "torch")
         )
         for cell, mode, precision, backend in calls if not self.rehearsed else [("GRU", "train", "tf32", "cuda")]:
             name = f"call {cell} {mode} {precision} {backend}"
             yield name, functools.partial(self.of_call, cell, mode, precision, backend)
-        of = {"chip": (512, 1024), "cluster": (256, 512, 128), "multiprocessor": (64, 128, 32, 16)}
-        of["stepwise"] = (1024, 256)
-        batches, precisions, cells = (16, 64, 8, 32), tuple(PRECISIONS), ("LSTM", "GRU")
-        if self.rehearsed:
-            of, batches, precisions, cells = dict.fromkeys(of, (16,)), (3,), ("tf32",), ("LSTM",)
-        for precision, N, cell in itertools.product(precisions, batches, cells):
-            for regime, H in ((regime, H) for regime, sizes in of.items() for H in sizes):
-                name = f"step {regime} {cell} {precision} N{N} H{H}"
-                yield name, functools.partial(self.of_step, regime, cell, precision, N, H)
+        layers = itertools.product(("LSTM", "GRU"), ROUNDING, CUT_SIZES.items())
+        for cell, precision, (H, batches) in layers if not self.rehearsed else [("LSTM", "tf32", (20, (3,)))]:
+            dtype, (tf32, _) = PRECISIONS[precision]
+            for N in batches:
+                layer = cuda_cuts.Layer(cell, dtype, tf32, H, N, (2, 4) if self.rehearsed else (32, 96), self.device)
+                for direction in cuda_cuts.PASSES:
+                    for regime, number in layer.cuts(direction):
+                        cut = regime if number is None else f"{regime} {number}"
+                        name = f"cut {cut} {cell} {precision} {direction} N{N} H{H}"
+                        yield name, functools.partial(self.of_cut, layer, direction, regime, number, precision)
+
+    def of_cut(
+        self, layer: cuda_cuts.Layer, direction: str, regime: str, number: int | None, precision: str
+    ) -> dict[str, Any]:
+        found = layer.measure(direction, regime, number)
+        if found["error"] < ROUNDING[precision]:
+            return found | {"figure": found["error"]}
+        return found | {"outcome": "failed", "reason": f"off by {found['error']:.1e} of the largest value"}
 
     def of_call(self, cell: str, mode: str, precision: str, backend: str) -> dict[str, Any]:
         """Microseconds of a call of one step: of the host alone, which may run ahead, and until the GPU is through."""
@@ -216,27 +227,6 @@ class Work:
             wall = self.wall_ms(call)
         return {"host_us": host * 1e6, "wall_us": wall * 1e3}
 
-    def of_step(self, regime: str, cell: str, precision: str, N: int, H: int) -> dict[str, Any]:
-        """Microseconds of a step: from the time of twice the steps, so that what a call costs once cancels out; and of
-        our kernels alone, as the profiler sees them."""
-        steps = 3 if self.rehearsed else 128
-        found = {"regime": regime, "cell": cell, "precision": precision, "N": N, "H": H}
-        with forced("cuda", regime):
-            us = {}
-            for mode in ("infer", "train"):
-                for T in (steps, 2 * steps):
-                    call = self.call(cell, mode, precision, T, N, H)
-                    us[mode, T] = 1e3 * statistics.median(
-                        machine.times(call, 4 if self.rehearsed else 12, self.device)[2:]
-                    )
-                found[f"{mode}_us"] = (us[mode, 2 * steps] - us[mode, steps]) / steps
-                found[f"{mode}_once_us"] = 2 * us[mode, steps] - us[mode, 2 * steps]
-            # The reason names the plan: how many units and rows a block has.
-            found["plan"] = rnnfast.explain(call.module, call.inputs[0])[0].reason
-            if not self.rehearsed and N in (16, 64):  # a profile takes longer than all before it
-                found["kernels_us"] = {name: ms * 1e3 / T for name, ms in run.profiled(call).items()}
-        return found | {"figure": found["train_us"]}
-
     def call(self, cell: str, mode: str, precision: str, T: int, N: int, H: int, backend: str = "cuda") -> run.Call:
         """A layer of few input features, whose products weigh nothing."""
         dtype, switches = PRECISIONS[precision]
@@ -247,6 +237,16 @@ class Work:
 
 
 HALF = PRECISIONS["bfloat16"], 6e-2
+# How far two regimes may be apart after 32 steps, by the largest value.
+ROUNDING = {"bfloat16": 3e-2, "tf32": 4e-3, "float32": 2e-5}
+# Batches by hidden units: where the choice changes.
+CUT_SIZES = {
+    64: (8, 64, 256, 1024, 4096),
+    128: (8, 64, 256, 1024),
+    256: (8, 64, 128, 256, 512),
+    512: (8, 64, 128, 256),
+    1024: (8, 16, 32, 64, 128),
+}
 
 
 def set_tf32(switches: tuple[bool, bool]) -> None:
@@ -255,15 +255,8 @@ def set_tf32(switches: tuple[bool, bool]) -> None:
 
 @contextlib.contextmanager
 def forced(backend: str, regime: str | None = None) -> Iterator[None]:
-    with rnnfast.use_backend(backend):
-        if regime is None:
-            yield
-            return
-        torch.ops.rnnfast.cuda_regime(1 + REGIMES.index(regime))
-        try:
-            yield
-        finally:
-            torch.ops.rnnfast.cuda_regime(0)
+    with rnnfast.use_backend(backend), cuda_cuts.asked_for(regime) if regime else contextlib.nullcontext():
+        yield
 
 
 def outputs_and_gradients(module: nn.Module, x: Tensor) -> list[Tensor]:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import csv
 import importlib
+import itertools
 import json
+import math
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import backends
 import pytest
+import torch
 
 pytest.importorskip("tqdm")
 pytest.importorskip("matplotlib")
@@ -176,8 +181,70 @@ def test_rehearsal_of_some_stages(tmp_path):
     assert "smoke     4 items: 4 passed" in printed
     costs = json.loads((tmp_path / "costs.json").read_text())
     assert {cost["outcome"] for cost in costs} == {"passed"}
-    assert {cost.get("regime") for cost in costs} == {None, "multiprocessor", "cluster", "chip", "stepwise"}
+    assert [cost["item"] for cost in costs[:2]] == ["machine", "call GRU train tf32 cuda"]
+    cuts = [(cut["pass"], cut["regime"], cut.get("rows"), cut.get("flags")) for cut in costs[2:]]
+    for name in ("forward", "backward"):
+        assert {cut[1:] for cut in cuts if cut[0] == name} == {
+            ("multiprocessor", 8, False),
+            *(("cluster", rows, False) for rows in (8, 16, 32)),
+            *(("chip", rows, flags) for rows in (8, 16, 32) for flags in (False, True)),
+            ("stepwise", None, None),
+        }
     assert _rehearse(tmp_path, *stages, "--resume").count("skipped: its results are there") == 2
+
+
+# The costs of the plan
+
+
+@pytest.mark.parametrize("off", (0.5, math.nan))
+def test_a_wrong_cut_is_recorded_as_wrong(monkeypatch, off):
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    work = importlib.import_module("gpu_work").Work("cpu")
+    layer = SimpleNamespace(measure=lambda *_: {"step_us": 1.0, "error": off})
+    found = work.of_cut(layer, "forward", "chip", 0, "bfloat16")
+    assert found["outcome"] == "failed" and found["reason"].startswith("off by ")
+
+
+@pytest.fixture
+def costs(monkeypatch):
+    pytest.importorskip("scipy")
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    return importlib.import_module("cuda_costs")
+
+
+def test_costs_of_the_plan_are_a_fit(costs):
+    measured = costs.Measured(json.loads((ROOT / "bench/results/nvidia-h200/costs.json").read_text()))
+    text, fit = costs.PLAN.read_text(), measured.fit()
+    assert costs.costs_of(text) == pytest.approx(fit, rel=0.05)
+    assert costs.costs_of(costs.with_costs(text, fit)) == pytest.approx(fit, rel=0.005)
+    assert re.search(r"takes 1\.0[0-3]\d of the best", measured.report(fit))
+
+
+@pytest.mark.parametrize("tf32", (False, True), ids=("exact", "tf32"))
+@pytest.mark.parametrize("dtype", ("bfloat16", "float32"))
+@pytest.mark.parametrize("cell", ("LSTM", "GRU"))
+def test_the_model_chooses_as_the_plan_does(costs, cell, dtype, tf32):
+    """Where the device holds all blocks at once: of more, the plan knows from the driver how many it holds."""
+    if backends.EMULATION is None:
+        pytest.skip("the emulated chip is a small one")
+    cuts, chip = importlib.import_module("cuda_cuts"), costs.Chip(36, 227 << 10, 1)
+    of_plan, of, compared = costs.costs_of(costs.PLAN.read_text()), getattr(torch, dtype), 0
+    for H, N, name in itertools.product((16, 40, 64, 128, 200, 256, 400, 512), (3, 12, 30), cuts.PASSES):
+        plan = lambda H=H, N=N, name=name: cuts.fields(
+            torch.ops.rnnfast.cuda_plan(cell, of, N, H, False, False, tf32, name == "backward", 0)
+        )
+        layer = {"cell": cell, "dtype": dtype, "tf32": tf32, "H": H, "N": N, "pass": name}
+        cycles = []
+        for regime, number in cuts.Layer(cell, of, tf32, H, N, (1, 2), "cpu").cuts(name):
+            with cuts.asked_for(regime, number):
+                cut = plan()
+            if regime != "stepwise":
+                of_cut = costs.counts(layer | cut, chip).items()
+                cycles.append((sum(of_plan[cost] * count for cost, count in of_cut), cut))
+        if cycles and plan()["regime"] != "stepwise":
+            assert plan() == min(cycles, key=lambda of_cut: of_cut[0])[1], (H, N, name)
+            compared += 1
+    assert compared > 30
 
 
 @pytest.mark.full
