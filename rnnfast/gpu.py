@@ -73,7 +73,7 @@ def allows_tf32() -> bool:
     return _rnn_switches.fp32_precision == "tf32"
 
 
-def _stream_of(device: torch.device) -> int:
+def stream_of(device: torch.device) -> int:
     """As the CUDA library takes it. On a CPU there are the tests' emulated kernels."""
     return torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
 
@@ -113,7 +113,7 @@ class Layer(abc.ABC):
         self.D, self.G, self.H, self.P = len(self.directions), GATES[mode], len(w.w_hh) // GATES[mode], w.w_hh.shape[1]
         self.projected = w.w_hr is not None
         self.acc = torch.promote_types(x.dtype, torch.float32)
-        self.allows_tf32, self.stream, self.by_library = allows_tf32(), _stream_of(x.device), _multiplies(x)
+        self.allows_tf32, self.stream, self.by_library = allows_tf32(), stream_of(x.device), _multiplies(x)
         # A tensor over the rows of the sequence is zero in those that the kernels leave out.
         self.new_rows = x.new_empty if lengths is None else x.new_zeros
 

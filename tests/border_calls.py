@@ -535,7 +535,12 @@ def check_numbers(call: Arguments, operator: str) -> None:
         need(not (lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool))
         need(lengths.is_meta or all(0 <= length <= steps for length in lengths.reshape(-1).tolist()))
     else:
-        need(call["use"] is None or (isinstance(call["use"], int) and 0 <= call["use"] < 4))
+        use = call["use"]  # of a regime's cuts, too: see csrc/cuda/recurrence.cu
+        need(use is None or (isinstance(use, int) and (0 <= use < 4 or (operator == "cuda_regime" and is_cut(use)))))
+
+
+def is_cut(use: int) -> bool:
+    return 0 <= use < 1024 and use % 16 < 5
 
 
 def is_valid(call: Arguments, operator: str) -> bool:

@@ -246,7 +246,7 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
     "rnnfast/gpu.py": [
         ("a packed row is a step shorter", NUMBERS, "torch.arange(1, len(ends) + 1)", "torch.arange(len(ends))"),
         ("b_hh for b_ih", NUMBERS, "add=w.b_ih)", "add=w.b_hh)"),
-        ("GRU dW_hh of dn", NUMBERS, "(2, 3, 1)", "(2, 2, 1)"),
+        ("GRU dW_hh of dn", NUMBERS, "at_h[:, 3 * H :]", "at_h[:, 2 * H : 3 * H]"),
         ("c in the low dtype", NUMBERS, "k.state(c0, k.H, k.acc)", "k.state(c0, k.H)"),
     ],
     "rnnfast/cuda.py": [

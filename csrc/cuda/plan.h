@@ -43,8 +43,8 @@ struct Plan {
 constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
 
-// Cycles of a step, by which cuts are compared: a fit to what 1,300 of them took on an H200 (bench/results/nvidia-h200/
-// steps.txt), of which it chooses one that takes 3 % longer than the best, in the mean.
+// Cycles of a step, by which cuts are compared: a fit by bench/cuda_costs.py to what 1,600 of them took on an H200, of
+// which it chooses one that takes 3 % longer than the best, in the mean.
 struct Costs {
   // Of 8 rows, whatever the size: barriers, and the latencies of product, cell and exchange.
   static constexpr double kMultiprocessor = 2080, kSplitMultiprocessor = 1570, kCluster = 1820, kChip = 2920;

@@ -20,7 +20,7 @@ std::atomic<int64_t> forced_regime{kByTable};
 
 int64_t cuda_regime(std::optional<int64_t> use) {
   if (use) {
-    RNNFAST_CHECK(*use >= 0 && *use % kCuts < kRegimes, "no regime has number ", *use);
+    RNNFAST_CHECK(*use >= 0 && *use % kCuts < kRegimes && *use < 64 * kCuts, "no regime has number ", *use);
     forced_regime = *use;
   }
   return forced_regime;
