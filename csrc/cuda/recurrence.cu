@@ -20,7 +20,11 @@ std::atomic<int64_t> forced_regime{kByTable};
 
 int64_t cuda_regime(std::optional<int64_t> use) {
   if (use) {
-    RNNFAST_CHECK(*use >= 0 && *use % kCuts < kRegimes && *use < 64 * kCuts, "no regime has number ", *use);
+    const int64_t regime = *use % kCuts;
+    const bool is_cut = *use >= kCuts;
+    RNNFAST_CHECK(*use >= 0 && regime < kRegimes && *use < 64 * kCuts &&
+                      (!is_cut || (regime != kByTable && regime != kStepwise)),
+                  "no regime has number ", *use);
     forced_regime = *use;
   }
   return forced_regime;
@@ -58,7 +62,7 @@ Plan plan_of(const Layer& layer, ScalarType dtype, bool projected) {
                 : projected                   ? "stepwise: a projection makes another product a step"
                 : layer.H == 0                ? "stepwise: there are no units"
                 : dtype == ScalarType::Double ? "stepwise: float64 has no fast products"
-                                              : "stepwise: the chip does not hold W_hh, or not for so many rows";
+                                              : "stepwise: the chip does not hold W_hh, or products of the whole device are quicker";
   if (forced != kStepwise && !projected && layer.H > 0 && dtype != ScalarType::Double) {
     using Key = std::array<int64_t, 7>;
     static std::map<Key, Plan> plans;
@@ -214,37 +218,36 @@ void run(const Call& c, const Plan& plan, Arguments& arguments, const Tensor& li
 
 // ---- products
 
-bool has_strides_for_blas(const Tensor& t) {
-  const bool rows = t.stride(1) == 1 && t.stride(0) >= t.size(1),
-             columns = t.stride(0) == 1 && t.stride(1) >= t.size(0);
-  return (rows || columns) && std::max(t.stride(0), t.stride(1)) < INT32_MAX;
-}
-
-Operand operand_of(const Tensor& t) {
-  return t.stride(1) == 1 && t.stride(0) >= t.size(1) ? Operand{t.data_ptr(), t.stride(0), 1}
-                                                      : Operand{t.data_ptr(), 1, t.stride(1)};
+// Of a matrix whose elements lie together along its rows or its columns; of a single row or column the other stride is
+// free, and may be less than the length.
+std::optional<Operand> operand_of(const Tensor& t) {
+  const int64_t m = t.size(0), n = t.size(1), row = t.stride(0), column = t.stride(1);
+  if ((column == 1 || n == 1) && (row >= n || m == 1)) return Operand{t.data_ptr(), std::max(row, n), 1};
+  if ((row == 1 || m == 1) && (column >= m || n == 1)) return Operand{t.data_ptr(), 1, std::max(column, m)};
+  return {};
 }
 
 // cuBLAS with its workspace, for the products of one call.
 class Multiplier {
  public:
   Multiplier(const Tensor& like, bool tf32, int64_t stream)
-      : tf32_(tf32), device_(like.get_device_index()), stream_(stream), blas_(RNNFAST_ON_GPU ? Blas::find() : nullptr) {
-    if (blas_) workspace_ = torch::stable::new_empty(like, Shape{Blas::kWorkspace}, ScalarType::Byte);
-  }
+      : tf32_(tf32), device_(like.get_device_index()), stream_(stream), blas_(RNNFAST_ON_GPU ? Blas::find() : nullptr) {}
 
   // out = a b, matrices, or out += a b; whether cuBLAS could.
   bool by_blas(const Tensor& a, const Tensor& b, const Tensor& out, bool accumulate) const {
     const int64_t m = out.size(0), n = out.size(1), k = a.size(1);
-    if (!blas_ || std::min({m, n, k}) == 0 || std::max({m, n, k}) >= INT32_MAX || out.stride(1) != 1) return false;
-    if (!has_strides_for_blas(a) || !has_strides_for_blas(b) || !has_strides_for_blas(out)) return false;
+    if (!blas_ || std::min({m, n, k}) == 0 || std::max({m, n, k}) >= INT32_MAX) return false;
+    const auto of_out = operand_of(out), of_a = operand_of(a), of_b = operand_of(b);
+    if (!of_out || !of_a || !of_b || of_out->is_transposed()) return false;
+    if (std::max({of_out->stride(), of_a->stride(), of_b->stride()}) >= INT32_MAX) return false;
+    if (!workspace_) workspace_ = torch::stable::new_empty(out, Shape{Blas::kWorkspace}, ScalarType::Byte);
     const ScalarType dtype = out.scalar_type();
     const BlasType type = dtype == ScalarType::Float    ? BlasType::kFloat
                           : dtype == ScalarType::Double ? BlasType::kDouble
                           : dtype == ScalarType::Half   ? BlasType::kHalf
                                                         : BlasType::kBFloat16;
     OnDevice on(device_);
-    return blas_->multiply(operand_of(out), operand_of(a), operand_of(b), m, n, k, type, accumulate, tf32_, device_,
+    return blas_->multiply(*of_out, *of_a, *of_b, m, n, k, type, accumulate, tf32_, device_,
                            stream_, workspace_->data_ptr());
   }
 
@@ -267,7 +270,7 @@ class Multiplier {
   int device_;
   int64_t stream_;
   Blas* blas_;
-  std::optional<Tensor> workspace_;
+  mutable std::optional<Tensor> workspace_;
 };
 
 bool cuda_multiply(Tensor a, Tensor b, Tensor out, bool accumulate, bool tf32, int64_t stream) {
