@@ -295,10 +295,11 @@ def _products(
     dweights: list[Tensor] = []
     if not need_dw:
         return dx, dweights
-    of_steps, h_before = _entered(k, y, h0)
+    h_before = x.new_empty(k.D, R, k.P)
+    if R:
+        k.states_before(y, h0, h_before)
     for d, w in enumerate(k.directions):
-        dw_ih, dw_hh, before = torch.empty_like(w.w_ih), torch.empty_like(w.w_hh), h_before[d]
-        at_h = dgates_of[d][of_steps[d]]
+        dw_ih, dw_hh, at_h, before = torch.empty_like(w.w_ih), torch.empty_like(w.w_hh), dgates_of[d], h_before[d]
         k.multiply(at_x[d].t(), x, dw_ih)
         if is_gru:  # the candidate's gradient at W_hn h differs from that at W_in x
             k.multiply(at_h[:, : 2 * H].t(), before, dw_hh[: 2 * H])
@@ -307,7 +308,7 @@ def _products(
             k.multiply(at_h.t(), before, dw_hh)
         dweights += [dw_ih, dw_hh]
         if w.b_ih is not None:
-            sums = dgates_of[d].sum(0)
+            sums = at_h.sum(0)
             of_hidden = torch.cat((sums[: 2 * H], sums[3 * H :])) if is_gru else sums.clone()
             dweights += [sums[: 3 * H] if is_gru else sums, of_hidden]
         if k.projected:
@@ -316,16 +317,3 @@ def _products(
             k.multiply(dprojections[d].t(), (o * c.tanh()).to(x.dtype), dw_hr)
             dweights.append(dw_hr)
     return dx, dweights
-
-
-def _entered(k: Layer, y: Tensor, h0: Tensor | None) -> tuple[tuple[slice, ...], Sequence[Tensor]]:
-    """For each direction: rows of the sequence, and the states that entered them. Into the others went zeros."""
-    _, N, R, offsets, _, resets = k.form
-    # y holds them, with zeros beyond the end of a row. A single step is multiplied by its zeros, for its NaN to stay.
-    if h0 is None and offsets is None and resets is None and R > N:
-        y = y.view(R, k.D * k.P)
-        return (slice(N, None), slice(R - N)), (y[: R - N, : k.P], y[N:, k.P :])
-    h_before = y.new_empty(k.D, R, k.P)
-    if R:
-        k.states_before(y, h0, h_before)
-    return (slice(None), slice(None)), h_before.unbind()
