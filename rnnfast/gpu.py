@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import border
+from . import border, recurrence
 from .recurrence import DTYPES, SAVED_GATES
 from .reference import GATES, split_weights
 
@@ -78,17 +78,9 @@ def stream_of(device: torch.device) -> int:
     return torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
 
 
-_has_library = False  # asked for until it is there
-
-
 def _multiplies(x: Tensor) -> bool:
     """Whether the CUDA library makes the products: of float32, in a precision for which torch's have no switch."""
-    global _has_library
-    if x.dtype != torch.float32 or not x.is_cuda:
-        return False
-    if not _has_library:
-        _has_library = torch._C._dispatch_has_kernel_for_dispatch_key("rnnfast::cuda_multiply", "CUDA")
-    return _has_library
+    return x.dtype == torch.float32 and x.is_cuda and recurrence.find_cuda(x.device).available
 
 
 class Layer(abc.ABC):
@@ -288,7 +280,7 @@ def _products(
     at_x = [of_one[:, : k.G * H] for of_one in dgates_of] if is_gru else dgates_of
     dx = x.new_empty(0)
     if need_dx:
-        dx = torch.empty_like(x)
+        dx = x.new_empty(x.shape)  # contiguous, whatever x is
         for d, w in enumerate(k.directions):
             k.multiply(at_x[d], w.w_ih, dx, add=dx if d else None)
         dx = dx.view(k.x.shape)

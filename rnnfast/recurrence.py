@@ -247,6 +247,9 @@ def _triton(device: torch.device | None = None) -> Backend:
     return _gpu(device, "Triton kernels")
 
 
+_RUN_CUDA: dict[torch.device, Backend] = {}  # by devices that do: to ask the driver takes longer than a call's checks
+
+
 def _is_emulated() -> bool:
     """Whether the tests have loaded their emulation of the CUDA kernels, for a CPU."""
     return torch._C._dispatch_has_kernel_for_dispatch_key("rnnfast::cuda_forward_steps", "CPU")
@@ -255,16 +258,21 @@ def _is_emulated() -> bool:
 def _cuda(device: torch.device | None = None) -> Backend:
     if (device is None or device.type == "cpu") and _is_emulated():
         return Backend(True, "CUDA kernels under a host emulation, for tests")
+    return find_cuda(device)
+
+
+def find_cuda(device: torch.device | None) -> Backend:
+    """The CUDA library for a GPU, or for all that there are."""
     if torch.version.hip is not None:
         return Backend(False, "its kernels are for NVIDIA's GPUs")
-    return _cuda_on_gpu(device)
-
-
-@functools.cache  # torch's questions to the driver take longer than the checks of a call
-def _cuda_on_gpu(device: torch.device | None) -> Backend:
+    if device in _RUN_CUDA:
+        return _RUN_CUDA[device]
     found = _gpu(device, "CUDA kernels")
     # Loaded only where there is a GPU: the emulation registers some of the same operators.
-    return _load("_cuda.so", "CUDA compiler", found.detail) if found.available else found
+    found = _load("_cuda.so", "CUDA compiler", found.detail) if found.available else found
+    if found.available and device is not None and device.index is not None:
+        _RUN_CUDA[device] = found
+    return found
 
 
 _cuda._dynamo_marked_constant = True  # as torch.compiler.assume_constant_result does, which imports the compiler

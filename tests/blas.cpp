@@ -1,5 +1,6 @@
 // csrc/cuda/blas.h without a GPU. With -DFAKE this is a library that stands for cuBLAS, column-major as that is;
 // otherwise a program that loads it from the path given, multiplies operands in every layout, and says what is wrong.
+#include <array>
 #include <cstdio>
 #include <cstdlib>
 #include <vector>
@@ -40,6 +41,7 @@ int main(int, char** argv) {
   if (!dlopen(argv[1], RTLD_NOW | RTLD_LOCAL)) return std::puts(dlerror()), 1;
   Blas* blas = Blas::find();
   if (!blas) return std::puts("the library was not found"), 1;
+  int layout = 0;
   constexpr int kM = 3, kN = 5, kK = 4, kPad = 2;
   for (int layouts = 0; layouts < 8; layouts++) {
     const bool of_a = layouts & 1, of_b = layouts & 2, accumulate = layouts & 4;
@@ -57,6 +59,16 @@ int main(int, char** argv) {
     }
     if (out[kN] != 7) return std::puts("wrote beyond a row"), 4;
   }
+  // Strides of one row and of one column, and of what lies together in neither way.
+  for (const auto& [m, n, row, column] :
+       {std::array{1, 4, 1, 1}, {4, 1, 1, 1}, {1, 4, 9, 1}, {4, 1, 9, 7}, {1, 4, 3, 7}}) {
+    const auto of = rnnfast::operand_of(&layout, m, n, row, column);
+    if (!of || of->stride() < (of->is_transposed() ? m : n)) return std::printf("%d x %d\n", m, n), 7;
+    if (m > 1 && (of->is_transposed() ? 1 : of->stride()) != row) return std::printf("rows of %d x %d\n", m, n), 8;
+    if (n > 1 && (of->is_transposed() ? of->stride() : 1) != column)
+      return std::printf("columns of %d x %d\n", m, n), 9;
+  }
+  if (rnnfast::operand_of(&layout, 3, 4, 9, 2) || rnnfast::operand_of(&layout, 3, 4, 0, 1)) return 10;
   // What cuBLAS refuses is said.
   float one = 1;
   const Operand scalar = {&one, 1, 1};

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import getpass
 import inspect
 import os
@@ -138,7 +137,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         monkeypatch.setattr(recurrence, "_INTERPRETED", False)
         monkeypatch.setattr(recurrence, "_is_emulated", lambda: False)
         monkeypatch.setattr(recurrence, "_load", load)
-        monkeypatch.setattr(recurrence, "_cuda_on_gpu", functools.cache(recurrence._cuda_on_gpu.__wrapped__))
+        monkeypatch.setattr(recurrence, "_RUN_CUDA", {})
         monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(found))
         monkeypatch.setattr(torch.cuda, "device_count", lambda: len(found))
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda d: found[d if isinstance(d, int) else d.index])

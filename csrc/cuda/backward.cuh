@@ -5,8 +5,7 @@
 // dh = W_hh^T da needs the columns of W_hh, so a block keeps those of its units: one tile of 16 for 16 units, over all
 // G H gate rows. Where what lies:
 //   registers      fragments of W_hh^T as far as they go; the sums of a step; dh, dc and c of the own elements; what
-//   was
-//                  saved of the next step
+//                  was saved of the next step
 //   shared memory  the rest of W_hh^T; da, the gradients at W_hh h, of this step and the next, [8 rows] of all gates
 //   L2             da on its way to other blocks (Grid only)
 // Floors of a step of a block with U units and 8 rows: the multiply-adds and the bytes of W_hh are those of the

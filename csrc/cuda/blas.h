@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <map>
 #include <mutex>
+#include <optional>
 #include <vector>
 
 namespace rnnfast {
@@ -20,6 +21,14 @@ struct Operand {
   bool is_transposed() const { return column != 1; }
   int64_t stride() const { return is_transposed() ? column : row; }
 };
+
+// Of a matrix [m, n] whose elements lie together along its rows or its columns, or nothing. Of a single row or column
+// the other stride is free, and may be less than the length.
+inline std::optional<Operand> operand_of(void* data, int64_t m, int64_t n, int64_t row, int64_t column) {
+  if ((column == 1 || n == 1) && (row >= n || m == 1)) return Operand{data, row > n ? row : n, 1};
+  if ((row == 1 || m == 1) && (column >= m || n == 1)) return Operand{data, 1, column > m ? column : m};
+  return {};
+}
 
 enum class BlasType { kFloat = 0, kDouble = 1, kHalf = 2, kBFloat16 = 14 };  // as cudaDataType_t numbers them
 

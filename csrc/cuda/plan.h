@@ -187,7 +187,7 @@ Plan make_plan(const Persistent<Arguments> (&variants)[kVariants], const Layer& 
                       : layer.arithmetic == kOfTf32 ? Costs::kTf32Rate
                                                     : Costs::kExactRate;
   const double gates = layer.cell == kLstm ? 4 : layer.cell == kGru ? 3 : 1;
-  stepwise.cycles = Costs::kStepwise + layer.D * layer.N * layer.H * layer.H * gates / rate;
+  stepwise.cycles = Costs::kStepwise + gates * layer.D * layer.N * layer.H * layer.H / rate;
   stepwise.resident_is_known = true;
   if (forced == kByTable) plans.push_back(stepwise);
   // The driver is asked about the cheapest one, until that is one which it has been asked about.

@@ -14,7 +14,7 @@
 namespace rnnfast {
 namespace {
 
-// A Regime, and added to it kCuts * (1 + the number of one of its cuts).
+// A Regime, and of a persistent one, added to it, kCuts * (1 + the number of one of its cuts).
 constexpr int64_t kCuts = 16;
 std::atomic<int64_t> forced_regime{kByTable};
 
@@ -22,9 +22,9 @@ int64_t cuda_regime(std::optional<int64_t> use) {
   if (use) {
     const int64_t regime = *use % kCuts;
     const bool is_cut = *use >= kCuts;
-    RNNFAST_CHECK(*use >= 0 && regime < kRegimes && *use < 64 * kCuts &&
-                      (!is_cut || (regime != kByTable && regime != kStepwise)),
-                  "no regime has number ", *use);
+    RNNFAST_CHECK(
+        *use >= 0 && regime < kRegimes && *use < 64 * kCuts && (!is_cut || (regime != kByTable && regime != kStepwise)),
+        "no regime has number ", *use);
     forced_regime = *use;
   }
   return forced_regime;
@@ -54,7 +54,8 @@ const Persistent<Arguments> (&persistent_of(const Layer& layer)) [kVariants] {
 
 // The plan of a layer's forward or backward, found once: it asks the driver what the device can hold.
 template <class Arguments>
-Plan plan_of(const Layer& layer, ScalarType dtype, bool projected) {
+Plan plan_of(Layer layer, ScalarType dtype, bool projected) {
+  layer.N = round_up(layer.N, kRows);  // blocks differ by whole row blocks alone
   const int64_t asked_for = forced_regime;
   const Regime forced = Regime(asked_for % kCuts);
   Plan plan;
@@ -62,7 +63,7 @@ Plan plan_of(const Layer& layer, ScalarType dtype, bool projected) {
                 : projected                   ? "stepwise: a projection makes another product a step"
                 : layer.H == 0                ? "stepwise: there are no units"
                 : dtype == ScalarType::Double ? "stepwise: float64 has no fast products"
-                                              : "stepwise: the chip does not hold W_hh, or products of the whole device are quicker";
+                                              : "stepwise: the chip does not hold W_hh, or not so quickly";
   if (forced != kStepwise && !projected && layer.H > 0 && dtype != ScalarType::Double) {
     using Key = std::array<int64_t, 7>;
     static std::map<Key, Plan> plans;
@@ -141,9 +142,9 @@ Sequence checked_sequence(const Checker& check, int64_t T, int64_t N, int64_t R,
           static_cast<const uint8_t*>(check("resets", resets, {T, N}, ScalarType::Byte))};
 }
 
-// Numbers of a block's geometry are ints: the largest counts the bytes of 8 rows' gradients, 128 a unit.
+// Numbers of a block's geometry are ints: the largest counts the bytes of 32 rows' gradients, 512 a unit.
 void check_sizes(int64_t rows, int64_t units) {
-  RNNFAST_CHECK(rows >= 0 && rows < INT32_MAX && units >= 0 && units < INT32_MAX / 256, "no kernel for ", rows,
+  RNNFAST_CHECK(rows >= 0 && rows < INT32_MAX && units >= 0 && units < INT32_MAX / 1024, "no kernel for ", rows,
                 " rows and ", units, " units");
 }
 
@@ -218,20 +219,18 @@ void run(const Call& c, const Plan& plan, Arguments& arguments, const Tensor& li
 
 // ---- products
 
-// Of a matrix whose elements lie together along its rows or its columns; of a single row or column the other stride is
-// free, and may be less than the length.
 std::optional<Operand> operand_of(const Tensor& t) {
-  const int64_t m = t.size(0), n = t.size(1), row = t.stride(0), column = t.stride(1);
-  if ((column == 1 || n == 1) && (row >= n || m == 1)) return Operand{t.data_ptr(), std::max(row, n), 1};
-  if ((row == 1 || m == 1) && (column >= m || n == 1)) return Operand{t.data_ptr(), 1, std::max(column, m)};
-  return {};
+  return rnnfast::operand_of(t.data_ptr(), t.size(0), t.size(1), t.stride(0), t.stride(1));
 }
 
 // cuBLAS with its workspace, for the products of one call.
 class Multiplier {
  public:
   Multiplier(const Tensor& like, bool tf32, int64_t stream)
-      : tf32_(tf32), device_(like.get_device_index()), stream_(stream), blas_(RNNFAST_ON_GPU ? Blas::find() : nullptr) {}
+      : tf32_(tf32),
+        device_(like.get_device_index()),
+        stream_(stream),
+        blas_(RNNFAST_ON_GPU ? Blas::find() : nullptr) {}
 
   // out = a b, matrices, or out += a b; whether cuBLAS could.
   bool by_blas(const Tensor& a, const Tensor& b, const Tensor& out, bool accumulate) const {
@@ -247,8 +246,8 @@ class Multiplier {
                           : dtype == ScalarType::Half   ? BlasType::kHalf
                                                         : BlasType::kBFloat16;
     OnDevice on(device_);
-    return blas_->multiply(*of_out, *of_a, *of_b, m, n, k, type, accumulate, tf32_, device_,
-                           stream_, workspace_->data_ptr());
+    return blas_->multiply(*of_out, *of_a, *of_b, m, n, k, type, accumulate, tf32_, device_, stream_,
+                           workspace_->data_ptr());
   }
 
   // out = a b; by torch where cuBLAS can't.
