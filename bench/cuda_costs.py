@@ -3,7 +3,7 @@
     python bench/cuda_costs.py bench/results/nvidia-h200/costs.json           # prints the fit, and how well it chooses
     python bench/cuda_costs.py bench/results/nvidia-h200/costs.json --write   # and puts it into plan.h
 
-The model of a step, in cycles, is that of cut() and Plan::estimate() in plan.h. A block waits, however much it has to
+The model of a step, in cycles, is that of weigh() and Plan::estimate() in plan.h. A block waits, however much it has to
 do, for barriers and for latencies, in a backward for longer; blocks that exchange vectors wait for the bytes that they
 receive, and again for each further 8 rows. And it works: products, reading vectors and matrix from shared memory, the
 cell's elements, and sums that warps hand over. Work grows with the blocks that share a multiprocessor, waiting does
@@ -68,7 +68,7 @@ def counts(cut: dict[str, Any], chip: Chip) -> Counter[str]:
     if alone:
         registers = 48 if exact else 32
     elif regime == "multiprocessor":
-        registers = 96 if tiles > 1 else 112
+        registers = 96 if tiles > 1 else 104
     elif regime == "cluster" and row_blocks == 4:
         registers = 64 if tiles > 1 else 96
     else:

@@ -47,10 +47,9 @@ _last_tables: dict[tuple[torch.device, int], tuple[Tensor, Tensor]] = {}
 
 def _tables(batch_sizes: Tensor, device: torch.device) -> Tensor:
     """Of packed rows: where each step begins, and the length of each row, ``[T + N]``."""
-    is_cuda = device.type == "cuda"
-    if is_cuda and torch.cuda.is_current_stream_capturing():  # memory of the graph
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():  # memory of the graph
         return _make_tables(batch_sizes, device)
-    where = device, torch.cuda.current_stream(device).cuda_stream if is_cuda else 0
+    where = device, stream_of(device)
     sizes, tables = _last_tables.get(where, (None, None))
     if sizes is None or not torch.equal(sizes, batch_sizes):
         tables = _make_tables(batch_sizes, device)

@@ -247,9 +247,6 @@ def _triton(device: torch.device | None = None) -> Backend:
     return _gpu(device, "Triton kernels")
 
 
-_RUN_CUDA: dict[torch.device, Backend] = {}  # by devices that do: to ask the driver takes longer than a call's checks
-
-
 def _is_emulated() -> bool:
     """Whether the tests have loaded their emulation of the CUDA kernels, for a CPU."""
     return torch._C._dispatch_has_kernel_for_dispatch_key("rnnfast::cuda_forward_steps", "CPU")
@@ -259,6 +256,12 @@ def _cuda(device: torch.device | None = None) -> Backend:
     if (device is None or device.type == "cpu") and _is_emulated():
         return Backend(True, "CUDA kernels under a host emulation, for tests")
     return find_cuda(device)
+
+
+_cuda._dynamo_marked_constant = True  # as torch.compiler.assume_constant_result does, which imports the compiler
+
+
+_RUN_CUDA: dict[torch.device, Backend] = {}  # by devices that do: to ask the driver takes longer than a call's checks
 
 
 def find_cuda(device: torch.device | None) -> Backend:
@@ -273,9 +276,6 @@ def find_cuda(device: torch.device | None) -> Backend:
     if found.available and device is not None and device.index is not None:
         _RUN_CUDA[device] = found
     return found
-
-
-_cuda._dynamo_marked_constant = True  # as torch.compiler.assume_constant_result does, which imports the compiler
 
 
 _BACKENDS = {

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -61,6 +63,15 @@ CASES = {
     "many-rows": Case(2, 150, 3, 5, bidirectional=True),  # beyond what a thread takes at once
     "wide": Case(3, 37, 210, 330),  # beyond what one block of the kernels holds, in every direction
 }
+
+
+def load(path: str) -> ModuleType:
+    """A file of the project that is no module of a package, by its place in the project's folder."""
+    file = Path(__file__).parents[1] / path
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def pair(name: str, *args: Any, **kwargs: Any) -> tuple[nn.Module, nn.Module]:

@@ -221,8 +221,8 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         (
             "sums of one row block",
             "test_cuda.py -k every_cut",
-            "warps * row_blocks * 4 * together",
-            "warps * 4 * together",
+            "warps * row_blocks * 4 * sums_together",
+            "warps * 4 * sums_together",
         ),
     ],
     "rnnfast/triton/cells.py": [

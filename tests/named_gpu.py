@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from covering import covering
-from helpers import CELLS, FORMS, layer, states_of
+from helpers import CELLS, FORMS, layer, load, states_of
 from torch.nn.utils.rnn import pack_padded_sequence
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
@@ -31,16 +31,8 @@ from triton.backends.driver import DriverBase
 import rnnfast
 from rnnfast import recurrence
 from rnnfast.triton import layer as launches
-from rnnfast.triton.plan import Chip
 
-KB = 1024
-TARGETS = {  # and what a program may have there of shared memory, by the vendors' guides
-    "sm_80": (GPUTarget("cuda", 80, 32), Chip(163 * KB, 108, 8)),
-    "sm_90": (GPUTarget("cuda", 90, 32), Chip(227 * KB, 132, 9)),
-    "sm_100": (GPUTarget("cuda", 100, 32), Chip(227 * KB, 148, 10)),
-    "gfx942": (GPUTarget("hip", "gfx942", 64), Chip(64 * KB, 304, warp_size=64)),
-    "gfx1100": (GPUTarget("hip", "gfx1100", 32), Chip(64 * KB, 48, warp_size=32)),
-}
+TARGETS = load("bench/resources.py").TARGETS
 
 
 class NamedGPU(DriverBase):

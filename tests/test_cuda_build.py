@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 import fcntl
-import importlib.util
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
+from helpers import load
 from torch.utils.cpp_extension import include_paths
 
 import rnnfast
 
 ROOT = Path(__file__).parents[1]
-
-
-def load(path: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 setup, resources = load("setup.py"), load("bench/cuda_resources.py")

@@ -60,6 +60,51 @@ struct Costs {
   static constexpr double kStepwise = 20000, kHalfRate = 75000, kTf32Rate = 37000, kExactRate = 10000;
 };
 
+// Sums of an element that are handed over, as Block has them.
+constexpr int sums_together(int tiles) { return tiles > 2 ? 4 : tiles; }
+
+// What the choice has to know of a cut.
+template <class Arguments>
+void weigh(Plan& plan, const Persistent<Arguments>& k, const Layer& layer, const Chip& chip) {
+  const Geometry& g = plan.geometry;
+  const int warps = g.threads / kWarp;
+
+  // Of a block's step, but for what grows with the blocks that share a multiprocessor.
+  const double schedulers = g.threads / (4.0 * kWarp);
+  plan.fixed = k.regime == kCluster ? Costs::kCluster
+               : g.flagged          ? Costs::kFlags
+               : k.regime == kChip  ? Costs::kChip
+               : k.split > 1        ? Costs::kSplitMultiprocessor
+                                    : Costs::kMultiprocessor;
+  const bool backward = std::is_same<Arguments, BackwardArguments>::value;
+  if (backward) plan.fixed += Costs::kBackward;
+  const double received = double(g.set_bytes) * (g.members - 1) / g.members, further = g.row_blocks - 1;
+  if (k.regime == kCluster) {
+    plan.fixed += Costs::kClusterBytes * received + Costs::kClusterRows * further * (backward ? 2.5 : 1);
+  } else if (k.regime == kChip) {
+    if (g.flagged) {
+      plan.fixed += Costs::kFlaggedBytes * received + Costs::kFlaggedRows * further;
+    } else {
+      plan.fixed += Costs::kChipBytes * received + Costs::kChipRows * further;
+    }
+  }
+  plan.shared_work = double(g.pairs) * 2 * k.tiles * g.row_blocks * schedulers *
+                     (layer.arithmetic == kOfExact ? Costs::kExactProduct : Costs::kProduct);
+  plan.shared_work += g.row_blocks * warps * (double(g.pairs) * kPair + double(g.matrix_of_warp)) * Costs::kRead;
+  if (!backward) {
+    plan.shared_work += Costs::kElement * schedulers * (k.split == 1 ? 4 : std::max(1.0, 4.0 * g.row_blocks / k.split));
+  }
+  if (k.shares > 1) plan.shared_work += Costs::kHandOver * g.row_blocks * schedulers * sums_together(k.tiles);
+
+  // Without the driver, which would load each kernel that it is asked about: full registers, and of the clusters what
+  // fits into the groups of multiprocessors that a chip is made of.
+  const int registers = k.threads == 512 ? 128 : 256;
+  const int64_t of_one = std::min<int64_t>(65536 / (registers * g.threads), chip.shared / (g.shared + 1024));
+  const double usable = k.regime != kCluster || g.size <= 2 ? 1 : g.size == 4 ? 0.9 : g.size == 8 ? 0.85 : 0.73;
+  plan.resident = std::max<int64_t>(1, int64_t(chip.processors * usable) * std::max<int64_t>(of_one, 1) / g.size);
+  plan.estimate(chip);
+}
+
 // The cut with so many blocks a group, so many tiles a block and so many row blocks; or none, if a block can't be so.
 template <class Arguments>
 std::optional<Plan> cut(const Persistent<Arguments>& k, const Layer& layer, const Chip& chip, int size, int tiles,
@@ -86,10 +131,9 @@ std::optional<Plan> cut(const Persistent<Arguments>& k, const Layer& layer, cons
     end = round_up(end + bytes, 128);
     return at;
   };
-  const int together = k.tiles > 2 ? 4 : k.tiles;  // sums of an element that are handed over, as Block has them
-  take(sizeof(uint64_t) * kSets);                  // barriers
+  take(sizeof(uint64_t) * kSets);  // barriers
   g.vectors = take(size_t(kSets) * g.set_bytes);
-  g.partials = take(k.shares > 1 ? sizeof(float) * warps * row_blocks * 4 * together * kWarp : 0);
+  g.partials = take(k.shares > 1 ? sizeof(float) * warps * row_blocks * 4 * sums_together(k.tiles) * kWarp : 0);
   g.lengths = take(sizeof(int) * row_blocks * kRows);
   g.matrix = take(warps * g.matrix_of_warp);
   g.shared = end;
@@ -100,40 +144,7 @@ std::optional<Plan> cut(const Persistent<Arguments>& k, const Layer& layer, cons
   plan.launch = {plan.groups * size, g.threads,    g.shared, k.regime == kCluster ? size : 1,
                  k.regime == kChip,  layer.device, 0};
 
-  // Of a block's step, but for what grows with the blocks that share a multiprocessor.
-  const double schedulers = g.threads / (4.0 * kWarp);
-  plan.fixed = k.regime == kCluster ? Costs::kCluster
-               : flagged            ? Costs::kFlags
-               : k.regime == kChip  ? Costs::kChip
-               : k.split > 1        ? Costs::kSplitMultiprocessor
-                                    : Costs::kMultiprocessor;
-  const bool backward = std::is_same<Arguments, BackwardArguments>::value;
-  if (backward) plan.fixed += Costs::kBackward;
-  const double received = double(g.set_bytes) * (g.members - 1) / g.members, further = row_blocks - 1;
-  if (k.regime == kCluster) {
-    plan.fixed += Costs::kClusterBytes * received + Costs::kClusterRows * further * (backward ? 2.5 : 1);
-  } else if (k.regime == kChip) {
-    if (flagged) {
-      plan.fixed += Costs::kFlaggedBytes * received + Costs::kFlaggedRows * further;
-    } else {
-      plan.fixed += Costs::kChipBytes * received + Costs::kChipRows * further;
-    }
-  }
-  plan.shared_work = double(g.pairs) * 2 * k.tiles * row_blocks * schedulers *
-                     (layer.arithmetic == kOfExact ? Costs::kExactProduct : Costs::kProduct);
-  plan.shared_work += row_blocks * warps * (double(g.pairs) * kPair + double(g.matrix_of_warp)) * Costs::kRead;
-  if (!backward) {
-    plan.shared_work += Costs::kElement * schedulers * (k.split == 1 ? 4 : std::max(1.0, 4.0 * row_blocks / k.split));
-  }
-  if (k.shares > 1) plan.shared_work += Costs::kHandOver * row_blocks * schedulers * together;
-
-  // Without the driver, which would load each kernel that it is asked about: full registers, and of the clusters what
-  // fits into the groups of multiprocessors that a chip is made of.
-  const int registers = k.threads == 512 ? 128 : 256;
-  const int64_t of_one = std::min<int64_t>(65536 / (registers * g.threads), chip.shared / (g.shared + 1024));
-  const double usable = k.regime != kCluster || size <= 2 ? 1 : size == 4 ? 0.9 : size == 8 ? 0.85 : 0.73;
-  plan.resident = std::max<int64_t>(1, int64_t(chip.processors * usable) * std::max<int64_t>(of_one, 1) / size);
-  plan.estimate(chip);
+  weigh(plan, k, layer, chip);
   return plan;
 }
 

@@ -183,14 +183,9 @@ bool begin_so(std::initializer_list<const void*> pointers, size_t bytes) {
                      [=](const void* p) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; });
 }
 
-bool is_wide(const Call& c, const ForwardArguments& f) {
-  const size_t bytes = c.dtype == ScalarType::Float ? 8 : 4;
-  return c.H % 2 == 0 && begin_so({f.x, f.y, f.gates}, bytes) && begin_so({f.cs}, 8);
-}
-
-bool is_wide(const Call& c, const BackwardArguments& f) {
-  const size_t bytes = c.dtype == ScalarType::Float ? 8 : 4;
-  return c.H % 2 == 0 && begin_so({f.dy, f.gates, f.y, f.dgates}, bytes) && begin_so({f.cs}, 8);
+// Of tensors of values, and of c, which is float32.
+bool is_wide(const Call& c, std::initializer_list<const void*> values, const void* cs) {
+  return c.H % 2 == 0 && begin_so(values, c.dtype == ScalarType::Float ? 8 : 4) && begin_so({cs}, 8);
 }
 
 // ---- persistent: one launch, or a few where the chip cannot hold all groups at once
@@ -200,10 +195,9 @@ void run(const Call& c, const Plan& plan, Arguments& arguments, const Tensor& li
   const Geometry& g = plan.geometry;
   arguments.sequence = c.sequence, arguments.geometry = g;
   arguments.H = c.H, arguments.D = c.D;
-  arguments.wide = is_wide(c, arguments);
   std::optional<Tensor> words;
   if (plan.regime == kChip) {  // zero is no step's number
-    const int64_t bytes = plan.groups * kSets * g.row_blocks * g.vector_bytes / Grid::kData * sizeof(uint64_t);
+    const int64_t bytes = plan.groups * kSets * g.set_bytes / Grid::kData * sizeof(uint64_t);
     words = torch::stable::new_zeros(like, Shape{bytes}, ScalarType::Byte);
     arguments.words = static_cast<uint64_t*>(words->data_ptr());
   }
@@ -397,6 +391,7 @@ void forward_steps(std::string mode, Tensor x_gates, std::vector<Tensor> w_hh, s
   // A block may be done with a single step before another has read the initial state.
   const Tensor h0 = plan.regime == kChip ? torch::stable::clone(h) : h;
   f.h0 = h0.data_ptr(), f.h_n = p_h;
+  f.wide = is_wide(call, {p_x, p_y, p_gates}, p_cs);
   run(call, plan, f, x_gates);
 }
 
@@ -436,6 +431,7 @@ void backward_steps(std::string mode, OptionalTensor dy, OptionalTensor dcs, Ten
   f.cs = static_cast<const float*>(p_cs), f.h0 = p_h0, f.c0 = p_c0;
   f.dh = static_cast<float*>(p_dh), f.dc = static_cast<float*>(p_dc), f.dgates = p_dgates;
   for (int64_t d = 0; d < D; d++) f.w[d] = w_hh[d].data_ptr();
+  f.wide = is_wide(call, {p_dy, p_gates, p_y, p_dgates}, p_cs);
   run(call, plan, f, dgates);
 }
 
