@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from . import onnx, reference
@@ -54,7 +56,10 @@ def stack(
         return _padded(mode, x, h0, c0, weights, lengths, num_layers, bidirectional, training)
     states = _states(mode, x, h0, c0, weights, batch_sizes, num_layers * (1 + bidirectional))
     form, inputs = (mode, num_layers, bidirectional, batch_sizes, len(states)), (x, *states, *weights)
-    if torch.jit.is_tracing() or torch.compiler.is_compiling() or not _is_differentiated(inputs):
+    is_recorded = torch.jit.is_tracing() or torch.compiler.is_compiling()
+    if not is_recorded and all(isinstance(w, nn.Parameter) for w in weights):  # a view's owner would lose it
+        _flatten(mode, weights, num_layers, bidirectional)
+    if is_recorded or not _is_differentiated(inputs):
         y, h_n, *c_n = _call(*form, training, inputs)
     else:
         y, h_n, *c_n = _Stack.apply(*form, *inputs)
@@ -79,6 +84,23 @@ def _states(mode, x, h0, c0, weights, batch_sizes, count: int) -> list[Tensor]:
 
 def _is_differentiated(inputs: Sequence[Tensor]) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+
+
+def _flatten(mode: str, weights: Sequence[Tensor], num_layers: int, bidirectional: bool) -> None:
+    """Move weights on a GPU into one chunk of memory, as cuDNN reads them: once, for then they share a storage."""
+    first = weights[0]
+    if not first.is_cuda or isinstance(first, FakeTensor) or len({w.untyped_storage()._cdata for w in weights}) == 1:
+        return
+    if torch.cuda.is_current_stream_capturing():  # the copies would be the graph's
+        return
+    count = len(weights) // (num_layers * (1 + bidirectional))
+    out, hidden = weights[1].size(1), weights[0].size(0) // reference.GATES[mode]
+    layer = SimpleNamespace(
+        _flat_weights=list(weights), _flat_weights_names=weights, mode=mode, bias=count >= 4,
+        proj_size=out if count % 2 else 0, input_size=first.size(1), hidden_size=hidden, num_layers=num_layers,
+        batch_first=False, bidirectional=bidirectional,
+    )  # fmt: skip
+    nn.RNNBase.flatten_parameters(layer)
 
 
 def _call(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import os
@@ -779,6 +780,47 @@ def test_backend_torch_without_steps(name: str, steps: int, rows: int) -> None:
     expected = _outputs(module, *args)
     with rnnfast.use_backend("torch"):
         assert_same(_outputs(module, *args), expected)
+
+
+class _OnGpu(torch.nn.Parameter):
+    """A Parameter that says it is on a GPU."""
+
+    is_cuda = True
+
+
+@pytest.mark.parametrize("name", [*LAYERS, "projection"])
+def test_backend_torch_flattens_weights_for_cudnn(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch.nn does, but when they are used: once, and not under a capture."""
+    calls, capturing = [], True
+
+    def flatten(weights: list[torch.Tensor], *form: object) -> None:
+        calls.append(form)
+        chunk = torch.cat([w.flatten() for w in weights])
+        for w, part in zip(weights, chunk.split([w.numel() for w in weights])):
+            w.set_(part.view_as(w))
+
+    monkeypatch.setattr(torch, "_use_cudnn_rnn_flatten_weight", lambda: True)
+    monkeypatch.setattr(torch, "_cudnn_rnn_flatten_weight", flatten)
+    monkeypatch.setattr(torch.backends.cudnn, "is_acceptable", lambda weight: True)
+    monkeypatch.setattr(torch.backends.cudnn.rnn, "get_cudnn_mode", lambda mode: mode)
+    monkeypatch.setattr(torch.cuda, "device_of", lambda weight: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    options = STACK | ({"proj_size": 3} if name == "projection" else {})
+    module = getattr(rnnfast, "LSTM" if name == "projection" else name)(4, 5, **options, dtype=DOUBLE)
+    x = torch.randn(7, 3, 4, dtype=DOUBLE)
+    expected = values_and_grads(module, x)
+    for key, parameter in list(module.named_parameters()):
+        module._parameters[key] = _OnGpu(parameter.detach())
+    module._init_flat_weights()
+    with rnnfast.use_backend("torch"):
+        assert_same(values_and_grads(module, x), expected)
+        assert not calls
+        capturing = False
+        for _ in range(2):
+            assert_same(values_and_grads(module, x), expected)
+    count = 5 if name == "projection" else 4
+    assert calls == [(count, 4, module.mode, 5, options.get("proj_size", 0), 2, False, True)]
+    assert len({p.untyped_storage().data_ptr() for p in module.parameters()}) == 1
 
 
 def test_backend_torch_serves_what_no_kernel_of_ours_does(gpus: Callable, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,7 +38,8 @@ class Chip(NamedTuple):
             return 6 * _KB
         # Beside W_hh there are h and tiles on their way to another layout. And W_hh comes in through the registers,
         # which spill at more than half of their 256 KB.
-        # On Blackwell, without Hopper's products, W_hh stays in the registers: beside 128 KB of it up to 500 bytes spill.
+        # On Blackwell W_hh stays in the registers, as it has no products like Hopper's: beside 128 KB up to 500 bytes
+        # spill.
         return min(self.shared_memory - 16 * _KB, (64 if self.is_blackwell else 128) * _KB)
 
 
