@@ -193,6 +193,16 @@ void mma_bfloat16() { expect_products<BFloat16>(16, 127, 0x1p-8f); }
 void mma_half() { expect_products<Half>(16, 63, 0x1p-24f); }
 void mma_tf32() { expect_products<float>(8, 1023, 1); }
 
+// 1 and three quarters of its last bit are 1, and so are 1 and sixteen quarters, of which each is cut off.
+void mma_truncates() {
+  Matrices m = {};
+  m.first = 1;
+  m.a[0][0] = 0x3p-25f;
+  for (int k = 0; k < 16; k++) m.a[1][k] = 0x1p-25f, m.b[k][0] = 1;
+  launch(mma_kernel<BFloat16>, {1, 64, 0, 1, false, 0, 0}, &m);
+  for (int row = 0; row < 2; row++) expect(m.sums[0][row][0] == 1, "truncated sums");
+}
+
 // ---- kernels with mistakes
 
 void on_cluster_of_two(void (*kernel)(NoArguments)) { launch(kernel, {2, 64, 1024, 2, false, 0, 0}, NoArguments()); }
@@ -300,6 +310,7 @@ const std::map<std::string, void (*)()> kCases = {
     CASE(mma_bfloat16),
     CASE(mma_half),
     CASE(mma_tf32),
+    CASE(mma_truncates),
     CASE(barrier_without_expect),
     CASE(poll_without_store),
     CASE(sync_without_one),
