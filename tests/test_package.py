@@ -8,9 +8,11 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
+from emulation import build
 
 import rnnfast
 
@@ -120,3 +122,23 @@ def test_version() -> None:
         versions |= {line.split('"')[1] for line in text.splitlines() if line.startswith("version = ")}
     versions |= {d.version for d in importlib.metadata.distributions() if d.metadata["Name"] == "rnnfast"}
     assert len(versions) == 1, versions
+
+
+@pytest.mark.full
+def test_sources_compile_with_the_oldest_headers(tmp_path: Path) -> None:
+    """Those of the first torch that the library is for, from its smallest wheel: they are the same for every system."""
+    wheel = "torch==2.10.0 --no-deps --only-binary :all: --platform macosx_11_0_arm64 --python-version 3.11"
+    command = [sys.executable, "-m", "pip", "download", *wheel.split(), "--dest", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"torch 2.10 was not to be had: {done.stderr.splitlines()[-1]}")
+    (found,) = tmp_path.glob("torch-2.10.0*.whl")
+    with zipfile.ZipFile(found) as archive:
+        archive.extractall(tmp_path, [name for name in archive.namelist() if name.startswith("torch/include/")])
+    headers = ["-isystem", str(tmp_path / "torch" / "include")]
+    root = PACKAGE.parent
+    for source in ("ops.cpp", "cpu/recurrence.cpp", "cuda/recurrence.cu", "cuda/stepwise.cu"):
+        flags = [*build.FLAGS.split(), "-fsyntax-only", f"-I{root / 'csrc'}"]
+        if source.endswith(".cu"):  # as for the emulation, which needs no CUDA
+            flags.append(f"-I{root / 'tests' / 'emulation'}")
+        subprocess.run([os.environ.get("CXX", "c++"), *flags, *headers, str(root / "csrc" / source)], check=True)
