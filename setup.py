@@ -8,6 +8,7 @@ build of torch, too; with RNNFAST_CUDA=0 never. RNNFAST_CUDA_ARCHS="80 90 90+PTX
 it is for.
 """
 
+import importlib.util
 import os
 import platform
 import shlex
@@ -33,7 +34,15 @@ FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -DTORCH_TARGET_VERSION=0
 # Not -ffast-math: NaN and infinities are results here.
 KERNEL_FLAGS = "-fno-math-errno -fno-trapping-math -ffp-contract=fast"
 
-CELLS = {"tanh": "Rnn<Tanh>", "relu": "Rnn<Relu>", "lstm": "Lstm", "gru": "Gru"}  # an object each
+def _cells():
+    spec = importlib.util.spec_from_file_location("cells", ROOT / "rnnfast" / "cells.py")
+    sys.modules["cells"] = cells = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(cells)
+    return [cell.cpp_name for cell in cells.CELLS.values()]
+
+
+CELLS = _cells()  # of the persistent kernels an object each
+
 # Of all GPUs since Ampere: code for one runs on later ones of its generation. PTX is for generations to come: their
 # driver compiles it, which takes it a minute.
 CUDA_ARCHS = ("80", "90", "100", "120", "90+PTX")
@@ -109,9 +118,9 @@ def ninja_file(cpu=None, cuda=None):
         names = shlex.quote(f"-Xcompiler={names}")  # nvcc has a shell of its own read it
         lines.insert(0, f"nvcc = {shlex.quote(find_nvcc())} {NVCC_FLAGS} {names} {archs}")
         objects = [ops, compile("cuda/stepwise.cu"), compile("cuda/recurrence.cu", "-DRNNFAST_DEVICE_KEY=CUDA")]
-        for name, cell in CELLS.items():
-            defines = f"-DRNNFAST_CELL='{cell}' -DRNNFAST_KERNELS={name}_kernels"
-            objects.append(compile("cuda/persistent.cu", defines, f"_{name}"))
+        for cell in CELLS:
+            defines = f"-DRNNFAST_CELL={cell} -DRNNFAST_KERNELS={cell}_kernels"
+            objects.append(compile("cuda/persistent.cu", defines, f"_{cell}"))
         # nvcc links CUDA's runtime statically. It is not exported: torch has its own.
         link("$nvcc -nodlink -Wl,--exclude-libs,ALL", cuda, objects)
     if cpu:

@@ -26,7 +26,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from rnnfast.reference import GATES
+from rnnfast.cells import CELLS
 from rnnfast.triton import kernels
 from rnnfast.triton.plan import Chip, Plan, plan
 
@@ -42,7 +42,7 @@ TARGETS = {  # and what a program may have there of shared memory, by the vendor
 # bfloat16 stands for float16 also: the same sizes, the same instructions.
 DTYPES = {"bf16": (torch.bfloat16, False), "tf32": (torch.float32, True), "fp32": (torch.float32, False)}
 DTYPES["fp64"] = torch.float64, False
-MODES = [mode for mode in GATES if mode != "RNN_RELU"]  # as RNN_TANH, with less maths
+MODES = [mode for mode in CELLS if mode != "RNN_RELU"]  # as RNN_TANH, with less maths
 STATES = {"p_c", "p_cs", "p_dcs", "p_dh", "p_dc"}  # of the accumulation dtype
 TABLES = {"p_offsets": "*i64", "p_lengths": "*i64", "p_resets": "*u8"}
 FORMS = {"packed": {"p_offsets", "p_lengths"}, "resets": {"p_lengths", "p_resets"}}  # each with all it may have
@@ -76,7 +76,7 @@ def variants(target: str, only_largest: bool = False) -> Iterator[Variant]:
                     plans[how.fused, how.rows, None if only_largest else how.units] = how
             for how in plans.values():
                 kinds = ["forward", "backward"]
-                if mode == "LSTM" and not how.fused:
+                if CELLS[mode].projects and not how.fused:
                     kinds += ["project_forward", "project_backward", "states_before"]
                 for kernel, form in itertools.product(kinds, FORMS):
                     yield Variant(target, kernel, mode, dtype, form, how)
@@ -92,9 +92,9 @@ def compile(variant: Variant) -> Resources:
     absent = TABLES.keys() - FORMS[variant.form]
     if how.fused:
         absent |= {"p_through", "p_da"}
-    if variant.mode == "RNN_TANH" and variant.kernel == "forward":
+    if not CELLS[variant.mode].saved and variant.kernel == "forward":
         absent |= {"p_gates"}
-    if variant.mode != "LSTM":
+    if "c" not in CELLS[variant.mode].states:
         absent |= {"p_c", "p_cs", "p_c0", "p_dcs", "p_dc"}
     signature: dict[str, str] = {}
     for name in kernel.arg_names:

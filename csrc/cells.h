@@ -1,10 +1,13 @@
-// The cells: torch's equations in torch's gate order (i f g o; r z n), written once for every device.
+// The cells, printed by rnnfast/codegen.py from rnnfast/cells.py: there they are to be changed.
 //
 // A cell is a policy over a value type F: one float on a GPU, a vector of hidden units on a CPU. The device supplies
 // sigmoid(F), tanh(F), relu(F) and zero_where_not_positive(F h, F dh) beside F. Names:
 //   x[g]  gate g of W_ih x + b_ih            a[g]  gate g of W_hh h + b_hh
 //   s[j]  what the backward needs of a step  d[j]  gradient at the gates: d[0..kGates) are those of x[g], and
 //                                                  d[hidden(g)] is that of a[g]
+// h and c are the states: before the step on entry, after it on return. dh is the gradient of the new h; dc that of the
+// new c on entry, of the old c on return; the old h gets W_hh^T d[hidden(g)] plus what backward() returns. Where h may be
+// projected output() makes it again, for the projection's gradient.
 #pragma once
 
 #ifdef __CUDACC__
@@ -15,55 +18,46 @@
 
 namespace rnnfast {
 
-enum CellKind { kTanh, kRelu, kLstm, kGru, kCellKinds };
-
-// h and c are the states: before the step on entry, after it on return.
-// dh is the gradient of the new h; dc that of the new c on entry, of the old c on return;
-// the old h gets W_hh^T d[hidden(g)] plus what backward() returns.
-
-struct Tanh {
-  template <class F>
-  static RNNFAST_INLINE F apply(F x) {
-    return tanh(x);
-  }
-  template <class F>
-  static RNNFAST_INLINE F backward(F h, F dh) {
-    return dh * (1 - h * h);
-  }
-};
-
-struct Relu {
-  template <class F>
-  static RNNFAST_INLINE F apply(F x) {
-    return relu(x);
-  }
-  template <class F>
-  static RNNFAST_INLINE F backward(F h, F dh) {
-    return zero_where_not_positive(h, dh);
-  }
-};
-
-template <class Activation>
-struct Rnn {
+struct RnnTanh {
+  static constexpr const char* kMode = "RNN_TANH";
   static constexpr int kGates = 1, kSaved = 0, kGrads = 1;
-  static constexpr bool kHasCell = false, kNeedsH = true, kNeedsOldH = false;
+  static constexpr bool kHasCell = false, kNeedsH = true, kNeedsOldH = false, kHasDirect = false, kProjects = false;
 
   static constexpr RNNFAST_INLINE int hidden(int gate) { return gate; }
 
   template <class F>
   static RNNFAST_INLINE void forward(const F* x, const F* a, F& h, F&, F*) {
-    h = Activation::apply(x[0] + a[0]);
+    h = tanh(x[0] + a[0]);
   }
   template <class F>
   static RNNFAST_INLINE F backward(const F*, F h, F, F, F, F dh, F&, F* d) {
-    d[0] = Activation::backward(h, dh);
+    d[0] = dh * (1 - h * h);
+    return F(0);
+  }
+};
+
+struct RnnRelu {
+  static constexpr const char* kMode = "RNN_RELU";
+  static constexpr int kGates = 1, kSaved = 0, kGrads = 1;
+  static constexpr bool kHasCell = false, kNeedsH = true, kNeedsOldH = false, kHasDirect = false, kProjects = false;
+
+  static constexpr RNNFAST_INLINE int hidden(int gate) { return gate; }
+
+  template <class F>
+  static RNNFAST_INLINE void forward(const F* x, const F* a, F& h, F&, F*) {
+    h = relu(x[0] + a[0]);
+  }
+  template <class F>
+  static RNNFAST_INLINE F backward(const F*, F h, F, F, F, F dh, F&, F* d) {
+    d[0] = zero_where_not_positive(h, dh);
     return F(0);
   }
 };
 
 struct Lstm {
+  static constexpr const char* kMode = "LSTM";
   static constexpr int kGates = 4, kSaved = 4, kGrads = 4;
-  static constexpr bool kHasCell = true, kNeedsH = false, kNeedsOldH = false;
+  static constexpr bool kHasCell = true, kNeedsH = false, kNeedsOldH = false, kHasDirect = false, kProjects = true;
 
   static constexpr RNNFAST_INLINE int hidden(int gate) { return gate; }
 
@@ -78,7 +72,8 @@ struct Lstm {
   }
   template <class F>
   static RNNFAST_INLINE F backward(const F* s, F, F, F c, F old_c, F dh, F& dc, F* d) {
-    F i = s[0], f = s[1], g = s[2], o = s[3], tanh_c = tanh(c);
+    F i = s[0], f = s[1], g = s[2], o = s[3];
+    F tanh_c = tanh(c);
     dc = dc + dh * o * (1 - tanh_c * tanh_c);
     d[0] = dc * g * i * (1 - i);
     d[1] = dc * old_c * f * (1 - f);
@@ -87,32 +82,55 @@ struct Lstm {
     dc = dc * f;
     return F(0);
   }
+
+  template <class F>
+  static RNNFAST_INLINE F output(const F* s, F c) {
+    return s[3] * tanh(c);
+  }
 };
 
-// The reset gate multiplies q = a[2], the hidden part of the candidate, so x and a differ in the candidate's gradient.
 struct Gru {
+  static constexpr const char* kMode = "GRU";
   static constexpr int kGates = 3, kSaved = 4, kGrads = 4;
-  static constexpr bool kHasCell = false, kNeedsH = false, kNeedsOldH = true;
+  static constexpr bool kHasCell = false, kNeedsH = false, kNeedsOldH = true, kHasDirect = true, kProjects = false;
 
-  static constexpr RNNFAST_INLINE int hidden(int gate) { return gate < 2 ? gate : 3; }
+  static constexpr RNNFAST_INLINE int hidden(int gate) { return gate == 2 ? 3 : gate; }
 
   template <class F>
   static RNNFAST_INLINE void forward(const F* x, const F* a, F& h, F&, F* s) {
+    F q = s[3] = a[2];
     F r = s[0] = sigmoid(x[0] + a[0]);
     F z = s[1] = sigmoid(x[1] + a[1]);
-    F q = s[3] = a[2];
     F n = s[2] = tanh(x[2] + r * q);
     h = n + z * (h - n);
   }
   template <class F>
   static RNNFAST_INLINE F backward(const F* s, F, F old_h, F, F, F dh, F&, F* d) {
     F r = s[0], z = s[1], n = s[2], q = s[3];
+    F dn = d[2] = dh * (1 - z) * (1 - n * n);
+    d[0] = dn * q * r * (1 - r);
     d[1] = dh * (old_h - n) * z * (1 - z);
-    d[2] = dh * (1 - z) * (1 - n * n);
-    d[0] = d[2] * q * r * (1 - r);
-    d[3] = d[2] * r;
+    d[3] = dn * r;
     return dh * z;
   }
 };
+
+// Calls CELL with the name of each.
+#define RNNFAST_CELLS(CELL) CELL(RnnTanh) CELL(RnnRelu) CELL(Lstm) CELL(Gru)
+
+#define RNNFAST_KIND(Cell) k##Cell,
+enum CellKind { RNNFAST_CELLS(RNNFAST_KIND) kCellKinds };
+#undef RNNFAST_KIND
+
+struct CellFacts {
+  const char* mode;  // torch's name
+  int gates, saved, grads;
+  bool has_cell, projects;
+};
+
+#define RNNFAST_FACTS(Cell) \
+  {Cell::kMode, Cell::kGates, Cell::kSaved, Cell::kGrads, Cell::kHasCell, Cell::kProjects},
+constexpr CellFacts kCells[] = {RNNFAST_CELLS(RNNFAST_FACTS)};  // by kind
+#undef RNNFAST_FACTS
 
 }  // namespace rnnfast

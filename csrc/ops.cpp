@@ -2,6 +2,7 @@
 #include "ops.h"
 
 #include <algorithm>
+#include <iterator>
 
 namespace rnnfast {
 namespace {
@@ -17,11 +18,10 @@ std::string describe(const Shape& shape) {
 }  // namespace
 
 CellKind parse_cell(const std::string& cell) {
-  if (cell == "RNN_TANH") return kTanh;
-  if (cell == "RNN_RELU") return kRelu;
-  if (cell == "LSTM") return kLstm;
-  RNNFAST_CHECK(cell == "GRU", "no cell is called '", cell, "'");
-  return kGru;
+  const auto* found =
+      std::find_if(std::begin(kCells), std::end(kCells), [&](const CellFacts& facts) { return cell == facts.mode; });
+  RNNFAST_CHECK(found != std::end(kCells), "no cell is called '", cell, "'");
+  return CellKind(found - kCells);
 }
 
 ScalarType accumulated(ScalarType dtype) {
@@ -49,8 +49,8 @@ Dimensions check_layer(const std::string& cell, const Tensor& x, const OptionalT
   n.dtype = x.scalar_type();
   n.acc_dtype = accumulated(n.dtype);
   n.D = bidirectional ? 2 : 1;
-  n.G = n.cell == kLstm ? 4 : n.cell == kGru ? 3 : 1;
-  n.saved_gates = n.cell == kLstm || n.cell == kGru ? 4 : 0;
+  const CellFacts& facts = kCells[n.cell];
+  n.G = facts.gates, n.saved_gates = facts.saved, n.has_cell = facts.has_cell;
   n.packed = batch_sizes.has_value();
 
   RNNFAST_CHECK(x.dim() == (n.packed ? 2 : 3), "x has ", x.dim(), " dimensions, expected ", n.packed ? 2 : 3);
@@ -87,7 +87,7 @@ Dimensions check_layer(const std::string& cell, const Tensor& x, const OptionalT
                 " weights, expected 2 to 5 for each of ", n.D, " direction(s)");
   n.has_bias = count >= 4;
   n.has_projection = count % 2;
-  RNNFAST_CHECK(!n.has_projection || n.cell == kLstm, "only an LSTM has a projection");
+  RNNFAST_CHECK(!n.has_projection || facts.projects, "only an LSTM has a projection");
   RNNFAST_CHECK(weights[0].dim() == 2 && weights[0].size(0) % n.G == 0, "weight_ih has to be [", n.G,
                 " * hidden_size, input_size]");
   n.H = weights[0].size(0) / n.G;
@@ -107,7 +107,7 @@ Dimensions check_layer(const std::string& cell, const Tensor& x, const OptionalT
   }
   check_tensor("h0", h0, n.state(n.P), n.dtype);
   check_tensor("c0", c0, n.state(n.H), n.dtype);
-  RNNFAST_CHECK(!c0 || n.cell == kLstm, "only an LSTM has a cell state");
+  RNNFAST_CHECK(!c0 || n.has_cell, "only an LSTM has a cell state");
   return n;
 }
 

@@ -38,7 +38,7 @@ struct Dimensions {
   ScalarType dtype, acc_dtype;  // of the tensors; of sums and of the cell state
   int64_t T, N, I, H, P, D, G, R;
   int64_t saved_gates;
-  bool packed, has_bias, has_projection;
+  bool packed, has_bias, has_projection, has_cell;
 
   int64_t weights() const { return 2 + 2 * has_bias + has_projection; }  // per direction
   // The shape of a tensor that has a row for every row of x.

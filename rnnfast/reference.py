@@ -14,66 +14,38 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-GATES = {"RNN_TANH": 1, "RNN_RELU": 1, "LSTM": 4, "GRU": 3}
+from .cells import CELLS, GATES, HAS_CELL_STATE
 
 
 def check_mode(mode: str) -> None:
-    if mode not in GATES:
+    if mode not in CELLS:
         raise RuntimeError(f"rnnfast: no cell is called '{mode}'")
 
 
 def cell(mode: str, x: Tensor, a: Tensor, h: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """One step of a cell, as ``torch.nn.LSTMCell``, ``GRUCell`` and ``RNNCell`` define it.
+    """One step of a cell of ``cells.py``, by the name that torch has for it.
 
     Args:
-        mode: ``"RNN_TANH"``, ``"RNN_RELU"``, ``"LSTM"`` or ``"GRU"``.
         x, a: ``[N, G*H]``, the input's product ``W_ih x + b_ih`` and the state's ``W_hh h + b_hh``.
-        h, c: ``[N, H]``, the state before the step (h is read by the GRU only, c by the LSTM only).
+        h, c: ``[N, H]``, the state before the step; c is None where the cell has none.
 
     Returns:
-        h and c after the step, ``[N, H]``; c is None but for the LSTM. An LSTM's h is not projected yet.
+        h and c after the step, ``[N, H]``; c is None where the cell has none. An h is not projected yet.
     """
-    if mode == "LSTM":
-        i, f, g, o = (x + a).chunk(4, 1)
-        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-        return o.sigmoid() * c.tanh(), c
-    if mode == "GRU":
-        (x_r, x_z, x_n), (a_r, a_z, a_n) = x.chunk(3, 1), a.chunk(3, 1)
-        r = (x_r + a_r).sigmoid()
-        z = (x_z + a_z).sigmoid()
-        n = (x_n + r * a_n).tanh()
-        return n + z * (h - n), None
     check_mode(mode)
-    return (x + a).tanh() if mode == "RNN_TANH" else (x + a).relu(), None
+    of = CELLS[mode]
+    h, *others = of.step(*(t.chunk(len(of.gates), 1) for t in (x, a)), (h, c)[: len(of.states)])
+    return h, others[0] if others else None
 
 
 def cell_backward(
     mode: str, x: Tensor, a: Tensor, h: Tensor, c: Tensor | None, dh: Tensor, dc: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """The gradients of :func:`cell`'s x, a, h and c, from those of its results (None: there is none)."""
-    if mode == "LSTM":
-        i, f, g, o = (x + a).chunk(4, 1)
-        i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
-        tanh_c = (f * c + i * g).tanh()
-        dc = dc + dh * o * (1 - tanh_c * tanh_c)
-        di = dc * g * i * (1 - i)
-        df = dc * c * f * (1 - f)
-        dg = dc * i * (1 - g * g)
-        do = dh * tanh_c * o * (1 - o)
-        d_gates = torch.cat([di, df, dg, do], 1)
-        return d_gates, d_gates, None, dc * f
-    if mode == "GRU":
-        (x_r, x_z, x_n), (a_r, a_z, a_n) = x.chunk(3, 1), a.chunk(3, 1)
-        r = (x_r + a_r).sigmoid()
-        z = (x_z + a_z).sigmoid()
-        n = (x_n + r * a_n).tanh()
-        dz = dh * (h - n) * z * (1 - z)
-        dn = dh * (1 - z) * (1 - n * n)
-        dr = dn * a_n * r * (1 - r)
-        return torch.cat([dr, dz, dn], 1), torch.cat([dr, dz, dn * r], 1), dh * z, None
-    y, _ = cell(mode, x, a, h, c)
-    d_gates = dh * (1 - y * y) if mode == "RNN_TANH" else torch.where(y <= 0, torch.zeros_like(dh), dh)
-    return d_gates, d_gates, None, None
+    of = CELLS[mode]
+    count = len(of.states)
+    d_x, d_a, before = of.backward(*(t.chunk(len(of.gates), 1) for t in (x, a)), (h, c)[:count], (dh, dc)[:count])
+    return torch.cat(d_x, 1), torch.cat(d_a, 1), *before, *[None] * (2 - count)
 
 
 class Weights(NamedTuple):
@@ -153,8 +125,8 @@ def _directions(mode, x, h0, c0, weights, lengths, resets, bidirectional):
     for d, w in enumerate(split_weights(weights, bidirectional)):
         h = x.new_zeros(batch, w.w_hh.shape[1]) if h0 is None else h0[d]
         c = None
-        if mode == "LSTM":
-            c = x.new_zeros(batch, w.w_hh.shape[0] // 4, dtype=acc) if c0 is None else c0[d].to(acc)
+        if HAS_CELL_STATE[mode]:
+            c = x.new_zeros(batch, w.w_hh.shape[0] // GATES[mode], dtype=acc) if c0 is None else c0[d].to(acc)
         sequence = _Sequence(valid, resets, reverse=d == 1)
         x_gates = F.linear(x, w.w_ih, w.b_ih).to(acc)
         yield w, sequence, x_gates, _run(mode, x_gates, h, c, w, sequence)
@@ -175,11 +147,11 @@ def layer(
     if batch_sizes is not None:
         pad, pack, lengths = _packing(batch_sizes, x.device)
         y, h_n, c_n, c = layer(mode, pad(x), h0, c0, weights, None, lengths, None, bidirectional)
-        return pack(y), h_n, c_n, pack(c) if mode == "LSTM" else c
+        return pack(y), h_n, c_n, pack(c) if HAS_CELL_STATE[mode] else c
     runs = [run for *_, run in _directions(mode, x, h0, c0, weights, lengths, resets, bidirectional)]
     y = torch.cat([_stack(run.y, run.h_n) for run in runs], 2)
     h_n = torch.stack([run.h_n for run in runs])
-    if mode != "LSTM":
+    if not HAS_CELL_STATE[mode]:
         return y, h_n, x.new_zeros(0), x.new_zeros(0, dtype=torch.promote_types(x.dtype, torch.float32))
     c = torch.cat([_stack(run.c, run.c_n) for run in runs], 2)
     return y, h_n, torch.stack([run.c_n for run in runs]).to(x.dtype), c
@@ -203,7 +175,7 @@ def layer_backward(
     """The gradients of :func:`layer`'s x, h0, c0 (None where that is None) and weights, from those of its results."""
     if batch_sizes is not None:
         pad, pack, lengths = _packing(batch_sizes, x.device)
-        dy, dc = (None if d is None else pad(d) for d in (dy, dc if mode == "LSTM" else None))
+        dy, dc = (None if d is None else pad(d) for d in (dy, dc if HAS_CELL_STATE[mode] else None))
         dx, *others = layer_backward(
             mode, dy, dh_n, dc_n, dc, pad(x), h0, c0, weights, None, lengths, None, bidirectional
         )

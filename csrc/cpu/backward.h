@@ -224,7 +224,7 @@ class BackwardPass {
       }
       Vec<A> direct = Cell::backward(saved, h, old_h, c, old_c, dh, dc, d);
       if (Cell::kHasCell) store(dc_state + unit, cut ? Vec<A>(0) : dc);
-      if (Cell::kNeedsOldH) store(direct_out + unit, direct);
+      if (Cell::kHasDirect) store(direct_out + unit, direct);
       for (int k = 0; k < kGrads; k++) Grad::put(gradients + slot(k) * padded + unit, kGrads * padded, d[k]);
     }
   }
@@ -236,8 +236,8 @@ class BackwardPass {
     gradients.data += kMore * padded;
     to_and_fro(panels, s, [&](int64_t p) {
       A* dh = g.dh + outputs.start(p);
-      const A* init = Cell::kNeedsOldH ? g.direct + outputs.start(p) : kZeros<A>;
-      const int64_t is = Cell::kNeedsOldH ? hidden.width() : 0;
+      const A* init = Cell::kHasDirect ? g.direct + outputs.start(p) : kZeros<A>;
+      const int64_t is = Cell::kHasDirect ? hidden.width() : 0;
       multiply_gates(gradients, rows, f.weights[g.d].w_hh, w_hh + g.d * outputs.width() * X::column(G * padded),
                      outputs, p, false, init, is, dh, outputs.width());
       for (int64_t i = 0; f.steps.resets && i < rows; i++) {
@@ -438,14 +438,16 @@ class BackwardPass {
     if (projected) outer_products(projections, f.D);
   }
 
-  // m = o * tanh(c), what w_hr was applied to.
+  // m, the cell's own h, what w_hr was applied to.
   void unproject_row(A* to, int d, int64_t r) const {
-    if constexpr (Cell::kHasCell) {
-      const S* o = static_cast<const S*>(f.gates) + ((d * f.R + r) * Cell::kSaved + 3) * f.H;
+    if constexpr (Cell::kProjects) {
+      const S* gates = static_cast<const S*>(f.gates) + (d * f.R + r) * Cell::kSaved * f.H;
       const A* c = static_cast<const A*>(f.c) + (r * f.D + d) * f.H;
-      for (int64_t k = 0; k < f.H; k += U) {
-        const int n = min(U, f.H - k);
-        store(to + k, load(o + k, n) * tanh(load(c + k, n)));
+      for (int64_t unit = 0; unit < f.H; unit += U) {
+        const int n = min(U, f.H - unit);
+        Vec<A> saved[Cell::kSaved];
+        for (int k = 0; k < Cell::kSaved; k++) saved[k] = load(gates + k * f.H + unit, n);
+        store(to + unit, Cell::output(saved, load(c + unit, n)));
       }
     }
   }

@@ -36,14 +36,10 @@ void backward(const Backward& f) {
 
 template <class S>
 constexpr void add(Kernels& table, Storage storage) {
-  table.forward[kTanh][storage] = forward<Rnn<Tanh>, S>;
-  table.forward[kRelu][storage] = forward<Rnn<Relu>, S>;
-  table.forward[kLstm][storage] = forward<Lstm, S>;
-  table.forward[kGru][storage] = forward<Gru, S>;
-  table.backward[kTanh][storage] = backward<Rnn<Tanh>, S>;
-  table.backward[kRelu][storage] = backward<Rnn<Relu>, S>;
-  table.backward[kLstm][storage] = backward<Lstm, S>;
-  table.backward[kGru][storage] = backward<Gru, S>;
+#define RNNFAST_ADD(Cell) \
+  table.forward[k##Cell][storage] = forward<Cell, S>, table.backward[k##Cell][storage] = backward<Cell, S>;
+  RNNFAST_CELLS(RNNFAST_ADD)
+#undef RNNFAST_ADD
 }
 
 constexpr Kernels all() {

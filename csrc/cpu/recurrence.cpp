@@ -289,10 +289,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu_forward(std::string cell,
                                                                OptionalTensor resets, bool bidirectional, bool keep_c,
                                                                bool keep_gates) {
   const Dimensions n = check_layer(cell, x, h0, c0, weights, batch_sizes, lengths, resets, bidirectional);
-  keep_c = keep_c && n.cell == kLstm;
+  keep_c = keep_c && n.has_cell;
   keep_gates = keep_gates && n.saved_gates > 0;
   Tensor y = empty(n.rows(n.D * n.P), n.dtype), h_n = empty(n.state(n.P), n.dtype);
-  Tensor c_n = empty_if(n.cell == kLstm, n.state(n.H), n.dtype);
+  Tensor c_n = empty_if(n.has_cell, n.state(n.H), n.dtype);
   Tensor c = empty_if(keep_c, n.rows(n.D * n.H), n.acc_dtype);
   Tensor gates = empty_if(keep_gates, {n.D, n.R, n.saved_gates * n.H}, n.dtype);
 
@@ -312,15 +312,14 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> cpu_backward(
     OptionalTensor lengths, OptionalTensor resets, bool bidirectional, Tensor y, Tensor c, Tensor gates, bool need_dx,
     bool need_dw) {
   const Dimensions n = check_layer(cell, x, h0, c0, weights, batch_sizes, lengths, resets, bidirectional);
-  const bool lstm = n.cell == kLstm;
   const Shape absent{0};
   check_tensor("y", y, n.rows(n.D * n.P), n.dtype);
-  check_tensor("c", c, lstm ? n.rows(n.D * n.H) : absent, n.acc_dtype);
+  check_tensor("c", c, n.has_cell ? n.rows(n.D * n.H) : absent, n.acc_dtype);
   check_tensor("gates", gates, n.saved_gates ? Shape{n.D, n.R, n.saved_gates * n.H} : absent, n.dtype);
   check_tensor("dy", dy, n.rows(n.D * n.P), n.dtype);
   check_tensor("dh_n", dh_n, n.state(n.P), n.dtype);
-  check_tensor("dc_n", dc_n, lstm ? n.state(n.H) : absent, n.dtype);
-  check_tensor("dc", dc, lstm ? n.rows(n.D * n.H) : absent, n.acc_dtype);
+  check_tensor("dc_n", dc_n, n.has_cell ? n.state(n.H) : absent, n.dtype);
+  check_tensor("dc", dc, n.has_cell ? n.rows(n.D * n.H) : absent, n.acc_dtype);
 
   Tensor dx = empty_if(need_dx, n.rows(n.I), n.dtype);
   Tensor dh0 = empty_if(h0.has_value(), n.state(n.P), n.dtype), dc0 = empty_if(c0.has_value(), n.state(n.H), n.dtype);
@@ -335,7 +334,7 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> cpu_backward(
   Backward f{};
   fill(f, n, table, read, x, h0, c0, weights);
   f.dy = read(dy), f.dh_n = read(dh_n), f.y = read(y);
-  if (lstm) f.dc_n = read(dc_n), f.dc = read(dc), f.c = read(c);
+  if (n.has_cell) f.dc_n = read(dc_n), f.dc = read(dc), f.c = read(c);
   if (n.saved_gates) f.gates = read(gates);
   f.dx = data_if(need_dx, dx), f.dh0 = data_if(h0.has_value(), dh0), f.dc0 = data_if(c0.has_value(), dc0);
   f.need_dw = need_dw;

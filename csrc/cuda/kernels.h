@@ -33,6 +33,8 @@ struct CellKernels {
   Persistent<BackwardArguments> backward[kArithmetics][kVariants];
 };
 
-extern const CellKernels tanh_kernels, relu_kernels, lstm_kernels, gru_kernels;
+#define RNNFAST_DECLARE(Cell) extern const CellKernels Cell##_kernels;
+RNNFAST_CELLS(RNNFAST_DECLARE)
+#undef RNNFAST_DECLARE
 
 }  // namespace rnnfast

@@ -197,7 +197,7 @@ Plan make_plan(const Persistent<Arguments> (&variants)[kVariants], const Layer& 
   const double rate = layer.value_bytes == 2        ? Costs::kHalfRate
                       : layer.arithmetic == kOfTf32 ? Costs::kTf32Rate
                                                     : Costs::kExactRate;
-  const double gates = layer.cell == kLstm ? 4 : layer.cell == kGru ? 3 : 1;
+  const double gates = kCells[layer.cell].gates;
   stepwise.cycles = Costs::kStepwise + gates * layer.D * layer.N * layer.H * layer.H / rate;
   stepwise.resident_is_known = true;
   if (forced == kByTable) plans.push_back(stepwise);

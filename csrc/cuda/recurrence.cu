@@ -31,7 +31,9 @@ int64_t cuda_regime(std::optional<int64_t> use) {
 }
 
 const CellKernels& kernels_of(CellKind cell) {
-  static const CellKernels* const all[] = {&tanh_kernels, &relu_kernels, &lstm_kernels, &gru_kernels};
+#define RNNFAST_ADDRESS(Cell) &Cell##_kernels,
+  static const CellKernels* const all[] = {RNNFAST_CELLS(RNNFAST_ADDRESS)};
+#undef RNNFAST_ADDRESS
   return *all[cell];
 }
 
@@ -90,7 +92,7 @@ struct Call {
   ScalarType dtype, acc_dtype;
   int64_t T, N, R, H, P, D, G, saved, grads, stream;
   int32_t device;
-  bool projected, tf32;
+  bool has_cell, projected, tf32;
   Arithmetic arithmetic;
   Sequence sequence;
 
@@ -157,14 +159,14 @@ Call make_call(const Checker& check, const std::string& mode, const Tensor& like
   c.dtype = like.scalar_type();
   c.acc_dtype = accumulated(c.dtype);
   c.arithmetic = arithmetic_of(c.dtype, tf32), c.tf32 = tf32;
-  c.G = c.cell == kLstm ? 4 : c.cell == kGru ? 3 : 1;
-  c.saved = c.G > 1 ? 4 : 0, c.grads = c.G > 1 ? 4 : 1;
+  const CellFacts& facts = kCells[c.cell];
+  c.G = facts.gates, c.saved = facts.saved, c.grads = facts.grads, c.has_cell = facts.has_cell;
   c.D = w_hh.size(), c.device = like.get_device_index(), c.stream = stream;
   RNNFAST_CHECK((c.D == 1 || c.D == 2) && w_hh[0].dim() == 2 && w_hh[0].size(0) % c.G == 0, "weight_hh has to be [",
                 c.G, " * hidden_size, ...], for one direction or two");
   c.T = T, c.N = N, c.R = R, c.P = P, c.H = w_hh[0].size(0) / c.G;
   c.projected = !w_hr.empty();
-  RNNFAST_CHECK(!c.projected || (c.cell == kLstm && int64_t(w_hr.size()) == c.D),
+  RNNFAST_CHECK(!c.projected || (facts.projects && int64_t(w_hr.size()) == c.D),
                 "only an LSTM has a projection, in each direction");
   check_sizes(N, std::max(c.H, P));
   RNNFAST_CHECK(T > 0 && T < INT32_MAX && N > 0 && R > 0, "no kernel for ", T, " steps of ", N, " rows, ", R,
@@ -368,12 +370,11 @@ void forward_steps(std::string mode, Tensor x_gates, std::vector<Tensor> w_hh, s
                               lengths, resets, tf32, stream);
   const auto [T, N, R, H, P, D, G] = std::tuple(call.T, call.N, call.R, call.H, call.P, call.D, call.G);
   const ScalarType dtype = call.dtype, acc = call.acc_dtype;
-  const bool lstm = call.cell == kLstm;
   const void* p_x = check("x_gates", x_gates, {D, R, G * H}, dtype);
   void* p_h = check("h", h, {D, N, P}, dtype);
-  void* p_c = check.required_if(lstm, "c", c, {D, N, H}, acc);
+  void* p_c = check.required_if(call.has_cell, "c", c, {D, N, H}, acc);
   void* p_y = check("y", y, {R, D * P}, dtype);
-  void* p_cs = check.if_has(lstm, "cs", cs, {R, D * H}, acc);
+  void* p_cs = check.if_has(call.has_cell, "cs", cs, {R, D * H}, acc);
   void* p_gates = check.if_has(call.saved, "gates", gates, {D, R, call.saved * H}, dtype);
   const void* p_b[2] = {};
   RNNFAST_CHECK(b_hh.empty() || int64_t(b_hh.size()) == D, "got ", b_hh.size(), " bias_hh for ", D, " direction(s)");
@@ -406,16 +407,15 @@ void backward_steps(std::string mode, OptionalTensor dy, OptionalTensor dcs, Ten
                               lengths, resets, tf32, stream);
   const auto [T, N, R, H, P, D, G] = std::tuple(call.T, call.N, call.R, call.H, call.P, call.D, call.G);
   const ScalarType dtype = call.dtype, acc = call.acc_dtype;
-  const bool lstm = call.cell == kLstm;
   const void* p_dy = check("dy", dy, {R, D * P}, dtype);
-  const void* p_dcs = check.if_has(lstm, "dcs", dcs, {R, D * H}, acc);
+  const void* p_dcs = check.if_has(call.has_cell, "dcs", dcs, {R, D * H}, acc);
   const void* p_gates = check.if_has(call.saved, "gates", gates, {D, R, call.saved * H}, dtype);
   const void* p_y = check("y", y, {R, D * P}, dtype);
-  const void* p_cs = check.if_has(lstm, "cs", cs, {R, D * H}, acc);
+  const void* p_cs = check.if_has(call.has_cell, "cs", cs, {R, D * H}, acc);
   const void* p_h0 = check("h0", h0, {D, N, P}, dtype);
-  const void* p_c0 = check.if_has(lstm, "c0", c0, {D, N, H}, dtype);
+  const void* p_c0 = check.if_has(call.has_cell, "c0", c0, {D, N, H}, dtype);
   void* p_dh = check("dh", dh, {D, N, P}, acc);
-  void* p_dc = check.required_if(lstm, "dc", dc, {D, N, H}, acc);
+  void* p_dc = check.required_if(call.has_cell, "dc", dc, {D, N, H}, acc);
   void* p_dgates = check("dgates", dgates, {D, R, call.grads * H}, dtype);
   void* p_dprojections = check.required_if(call.projected, "dprojections", dprojections, {D, R, P}, dtype);
 

@@ -172,8 +172,10 @@ __global__ void __launch_bounds__(kStepThreads) states_before(const __grid_const
 
 template <class T>
 constexpr StepKernels kernels_of() {
-  return {{forward_step<Rnn<Tanh>, T>, forward_step<Rnn<Relu>, T>, forward_step<Lstm, T>, forward_step<Gru, T>},
-          {backward_step<Rnn<Tanh>, T>, backward_step<Rnn<Relu>, T>, backward_step<Lstm, T>, backward_step<Gru, T>},
+#define RNNFAST_FORWARD(Cell) forward_step<Cell, T>,
+#define RNNFAST_BACKWARD(Cell) backward_step<Cell, T>,
+  return {{RNNFAST_CELLS(RNNFAST_FORWARD)},
+          {RNNFAST_CELLS(RNNFAST_BACKWARD)},
           project_forward<T>,
           project_backward<T>,
           accumulate<T>,

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from ..cells import APART, GATES, GRADIENTS, HAS_CELL_STATE, READS, SAVED_GATES
 from . import cells
 
 # Differ from call to call: neither their values nor what divides them makes another kernel.
@@ -56,6 +57,40 @@ def tile(i_rows, p_lengths, T, N, H, BH: tl.constexpr, BN: tl.constexpr):
     return d, unit, n, is_unit, is_row, is_unit & is_row, length
 
 
+# Of a cell, by torch's name of it.
+
+
+@triton.constexpr_function
+def gates(mode):
+    return GATES[mode]
+
+
+@triton.constexpr_function
+def saved_tiles(mode):
+    return SAVED_GATES[mode]
+
+
+@triton.constexpr_function
+def gradients(mode):
+    return GRADIENTS[mode]
+
+
+@triton.constexpr_function
+def has_cell_state(mode):
+    return HAS_CELL_STATE[mode]
+
+
+@triton.constexpr_function
+def reads(mode, state):
+    return state in READS[mode]
+
+
+@triton.constexpr_function
+def apart(mode):
+    """The gate whose x and a are read apart, the candidate; -1 if there is none."""
+    return APART[mode]
+
+
 @triton.jit
 def aligned(size, ALIGN: tl.constexpr):
     """A size that ALIGN divides, so that Triton sees it: of its own it asks for 16 only, and else loads one by one."""
@@ -65,11 +100,13 @@ def aligned(size, ALIGN: tl.constexpr):
 @triton.jit
 def stack(H, MODE: tl.constexpr, K: tl.constexpr, BH: tl.constexpr):
     """Of a stack's units: columns and rows of W_hh; whether they are no padding, have columns of x, have such rows."""
+    APART: tl.constexpr = apart(MODE)
     unit = tl.arange(0, K * BH) % BH
     k = tl.arange(0, K * BH) // BH
     is_unit = unit < H
-    if MODE == "GRU":  # r, z, x's part of the candidate, which is loaded apart, and h's
-        return k * H + unit, tl.where(k == 3, 2, k) * H + unit, is_unit, is_unit & (k < 2), is_unit & (k != 2)
+    if APART >= 0:  # x's part of the candidate is loaded apart, and h's comes last
+        of_w = tl.where(k == K - 1, APART, k) * H + unit
+        return k * H + unit, of_w, is_unit, is_unit & (k != APART) & (k < K - 1), is_unit & (k != APART)
     else:
         return k * H + unit, k * H + unit, is_unit, is_unit, is_unit
 
@@ -231,9 +268,36 @@ def load_forward(at, t, p_x, column, has_x, R, H, MODE: tl.constexpr, G: tl.cons
     p = p_x + (at.d * R + row(at, t)) * (G * H)
     x = tl.load(p + column, mask=has_x & (t < at.length), other=0.0)
     candidate = x
-    if MODE == "GRU":  # no sum with a product, not even of zeros: h may be infinite
-        candidate = tl.load(p + 2 * H + at.unit, mask=at.inside & (t < at.length), other=0.0)
+    if apart(MODE) >= 0:  # no sum with a product, not even of zeros: h may be infinite
+        candidate = tl.load(p + apart(MODE) * H + at.unit, mask=at.inside & (t < at.length), other=0.0)
     return x, candidate, keep(at, t)
+
+
+@triton.jit
+def with_candidate(sums, candidate, MODE: tl.constexpr):
+    """The sums of a stack, with x's part of the candidate in its place."""
+    out = ()
+    for k in tl.static_range(gradients(MODE)):
+        if k == apart(MODE):
+            out = out + (candidate,)
+        else:
+            out = out + (sums[k],)
+    return out
+
+
+@triton.jit
+def sums_of(x, a, MODE: tl.constexpr):
+    """A stack's sums, of the gates of x and those of a."""
+    G: tl.constexpr = gates(MODE)
+    out = ()
+    for k in tl.static_range(G):
+        if k == apart(MODE):
+            out = out + (x[k],)
+        else:
+            out = out + (x[k] + a[k],)
+    if apart(MODE) >= 0:
+        out = out + (a[apart(MODE)],)
+    return out
 
 
 @triton.jit
@@ -282,9 +346,9 @@ def forward(
     BN: tl.constexpr,  # rows of a tile
     PRECISION: tl.constexpr,
 ):
-    G: tl.constexpr = 4 if MODE == "LSTM" else 3 if MODE == "GRU" else 1
-    S: tl.constexpr = 0 if G == 1 else 4
-    K: tl.constexpr = 1 if G == 1 else 4
+    G: tl.constexpr = gates(MODE)
+    S: tl.constexpr = saved_tiles(MODE)
+    K: tl.constexpr = gradients(MODE)
     acc: tl.constexpr = tl.float64 if p_h.dtype.element_ty == tl.float64 else tl.float32
     H, P = aligned(H, ALIGN), aligned(P, ALIGN)
     at = Tile(*tile(tl.program_id(0), p_lengths, T, N, H, BH, BN), p_offsets, p_resets, T, N)
@@ -297,7 +361,7 @@ def forward(
     if p_y is not None:
         h = tl.load(p_h + state, mask=at.inside, other=0.0)
     c = zeros
-    if MODE == "LSTM":
+    if has_cell_state(MODE):
         c = tl.load(p_c + state, mask=at.inside, other=0.0)
 
     if FUSED:
@@ -321,8 +385,7 @@ def forward(
                 h = tl.where(is_kept, h, 0.0)
                 c = tl.where(is_kept, c, 0.0)
             sums = split(tl.dot(w, h, sums, out_dtype=acc, input_precision=PRECISION), K, BH, BN)
-            if MODE == "GRU":
-                sums = sums[0], sums[1], candidate.to(acc), sums[3]
+            sums = with_candidate(sums, candidate.to(acc), MODE)
             h, c, saved = step_forward(at, t, sums, h, c, p_y, p_cs, R, H, MODE, D)
             if p_gates is not None:
                 p = p_gates + (at.d * R + row(at, t)) * (S * H) + column
@@ -340,15 +403,13 @@ def forward(
             a = where(is_kept, a, G)
         if p_b is not None:
             a = add(a, cast(load(p_b + at.unit, G, H, at.is_unit), G, acc), G)
-        sums = add(x, a, G)
-        if MODE == "GRU":
-            sums = sums[0], sums[1], x[2], a[2]
+        sums = sums_of(x, a, MODE)
         h, c, saved = step_forward(at, t, sums, h, c, p_y, p_cs, R, H, MODE, D)
         if p_gates is not None:
             store(p_gates + (at.d * R + row(at, t)) * (S * H) + at.unit, saved, S, H, at.inside & valid)
 
     tl.store(p_h_after + state, h, mask=at.inside)
-    if MODE == "LSTM":
+    if has_cell_state(MODE):
         tl.store(p_c + state, c, mask=at.inside)
 
 
@@ -396,11 +457,11 @@ def load_backward(at, t, p_dy, p_dcs, p_y, p_cs, p_h0, p_c0, H, MODE: tl.constex
     unit = (row(at, t) * D + at.d) * H + at.unit
     none = tl.zeros(mask.shape, p_y.dtype.element_ty)
     h, old_h, old_c, dy, dc = none, none, none, none, none
-    if MODE == "LSTM":
+    if has_cell_state(MODE):
         old_c = before(at, t, p_cs, p_c0, H, D)
-    elif MODE == "GRU":
+    if reads(MODE, "old_h"):
         old_h = before(at, t, p_y, p_h0, H, D)
-    else:
+    if reads(MODE, "h"):
         h = tl.load(p_y + unit, mask=mask, other=0.0)
     if p_dy is not None:
         dy = tl.load(p_dy + unit, mask=mask, other=0.0)
@@ -420,11 +481,15 @@ def load_saved(at, t, p_gates, column, inside, R, H, S: tl.constexpr):
 
 @triton.jit
 def of_h(d, MODE: tl.constexpr):
-    """The gradients at W_hh h: of a GRU without that of x's part of the candidate."""
-    if MODE == "GRU":
-        return d[0], d[1], d[3]
-    else:
-        return d
+    """The gradients at W_hh h: without that of x's part of the candidate."""
+    K: tl.constexpr = gradients(MODE)
+    out = ()
+    for k in tl.static_range(gates(MODE)):
+        if k == apart(MODE):
+            out = out + (d[K - 1],)
+        else:
+            out = out + (d[k],)
+    return out
 
 
 @triton.jit
@@ -479,9 +544,9 @@ def backward(
     BN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    G: tl.constexpr = 4 if MODE == "LSTM" else 3 if MODE == "GRU" else 1
-    S: tl.constexpr = 0 if G == 1 else 4
-    K: tl.constexpr = 1 if G == 1 else 4
+    G: tl.constexpr = gates(MODE)
+    S: tl.constexpr = saved_tiles(MODE)
+    K: tl.constexpr = gradients(MODE)
     acc: tl.constexpr = tl.float64 if p_dgates.dtype.element_ty == tl.float64 else tl.float32
     APART: tl.constexpr = PRECISION == "tf32x3" or acc == tl.float64  # products of a stack of these spill
     H, P = aligned(H, ALIGN), aligned(P, ALIGN)
@@ -492,7 +557,7 @@ def backward(
     c, dh, dc = zeros, zeros, zeros
     if p_dh is not None:
         dh = tl.load(p_dh + state, mask=at.inside, other=0.0)
-    if MODE == "LSTM":
+    if has_cell_state(MODE):
         dc = tl.load(p_dc + state, mask=at.inside, other=0.0)
 
     if FUSED:
@@ -507,7 +572,7 @@ def backward(
         t = time(at, steps - 1, steps)
         saved = load_saved(at, t, p_gates, column, inside, R, H, S)
         values, is_kept = load_backward(at, t, p_dy, p_dcs, p_y, p_cs, p_h0, p_c0, H, MODE, D)
-        if MODE == "LSTM":
+        if has_cell_state(MODE):
             c = after(at, t, p_cs, H, D)
         for i in range(steps):
             t = time(at, steps - 1 - i, steps)
@@ -534,7 +599,7 @@ def backward(
                 da = tl.where(has_w & through, stacked, 0.0)
                 sums = tl.dot(w, da, zeros, out_dtype=acc, input_precision=PRECISION)
             dh = tl.where(at.inside, dh + sums, 0.0)
-            if MODE == "LSTM":
+            if has_cell_state(MODE):
                 c = values[2]  # what was before this step is after the next one
             saved = saved_ahead
             values, is_kept = ahead
@@ -544,7 +609,7 @@ def backward(
         place = at.d * R + row(at, t)
         saved = cast(load(p_gates + place * (S * H) + at.unit, S, H, at.inside & valid), S, acc)
         values, is_kept = load_backward(at, t, p_dy, p_dcs, p_y, p_cs, p_h0, p_c0, H, MODE, D)
-        if MODE == "LSTM":
+        if has_cell_state(MODE):
             c = after(at, t, p_cs, H, D)
         (through_w,) = products(at, p_w, p_through, P, 0, 1, H, zeros, 1, PRECISION)
         d, dh, dc = step_backward(at, t, saved, values, is_kept, c, dh + through_w, dc, MODE)
@@ -556,7 +621,7 @@ def backward(
 
     if p_dh is not None:
         tl.store(p_dh + state, dh, mask=at.inside)
-    if MODE == "LSTM":
+    if has_cell_state(MODE):
         tl.store(p_dc + state, dc, mask=at.inside)
 
 

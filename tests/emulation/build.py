@@ -14,8 +14,9 @@ from pathlib import Path
 
 from torch.utils.cpp_extension import include_paths, library_paths
 
+from rnnfast.cells import CELLS
+
 ROOT = Path(__file__).resolve().parents[2]
-CELLS = {"tanh": "Rnn<Tanh>", "relu": "Rnn<Relu>", "lstm": "Lstm", "gru": "Gru"}
 
 # Kernels look at the same bytes as several types, which nvcc allows. Products and sums are not contracted, so that
 # results do not depend on the host's instruction set; which of them nvcc contracts is its own affair.
@@ -82,9 +83,9 @@ def _ninja_file(sanitize: bool) -> str:
 
     emulation = compile("tests/emulation/emulation.cpp", "emulation", "" if sanitize else "-O3")  # -O3 vectorises
     objects = [compile(f"csrc/cuda/{name}.cu", name) for name in ("stepwise", "recurrence")]
-    for name, cell in CELLS.items():
-        defines = shlex.join([f"-DRNNFAST_CELL={cell}", f"-DRNNFAST_KERNELS={name}_kernels"])
-        objects.append(compile("csrc/cuda/persistent.cu", f"persistent_{name}", defines))
+    for cell in CELLS.values():
+        defines = f"-DRNNFAST_CELL={cell.cpp_name} -DRNNFAST_KERNELS={cell.cpp_name}_kernels"
+        objects.append(compile("csrc/cuda/persistent.cu", f"persistent_{cell.cpp_name}", defines))
     ops = compile("csrc/ops.cpp", "ops")
     link("library.so", [emulation, ops, *objects], f"-shared {shlex.join(libraries)}")
     if sanitize:

@@ -1,0 +1,425 @@
+"""The cells, each declared once: its names, and one step of it as a function that reads as its paper's equations do.
+
+Of a step a cell sees, by name:
+
+    x.i    gate i of ``W_ih x + b_ih``
+    a.i    gate i of ``W_hh h + b_hh``
+    s.h    a state as it was before the step
+
+and returns its states after the step, h first. All else follows. The function runs on tensors as it stands. Traced, it
+is a list of operations; reverse mode over that list gives the gradients; and what those need of the forward, and cannot
+make of the states before and after the step, is what a forward saves. ``codegen.py`` prints the kernels' cells from it.
+
+Torch is not imported here: the installation reads the names of the cells.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+
+class Value:
+    """What an operation makes of others; or, with no operation, an input of a step. In order of ``number``."""
+
+    __slots__ = ("args", "name", "number", "op")
+
+    def __init__(self, op: str, *args: Any, name: str = "") -> None:
+        self.op, self.args, self.name = op, args, name
+        self.number = next(_numbers)
+
+    def __add__(self, other: Any) -> Value:
+        return Value("add", self, other)
+
+    def __radd__(self, other: Any) -> Value:
+        return Value("add", other, self)
+
+    def __sub__(self, other: Any) -> Value:
+        return Value("subtract", self, other)
+
+    def __rsub__(self, other: Any) -> Value:
+        return Value("subtract", other, self)
+
+    def __mul__(self, other: Any) -> Value:
+        return Value("multiply", self, other)
+
+    def __rmul__(self, other: Any) -> Value:
+        return Value("multiply", other, self)
+
+    def __truediv__(self, other: Any) -> Value:
+        return Value("divide", self, other)
+
+    def __rtruediv__(self, other: Any) -> Value:
+        return Value("divide", other, self)
+
+    def __neg__(self) -> Value:
+        return Value("negate", self)
+
+    def __lt__(self, other: Any) -> Value:
+        return Value("less", self, other)
+
+    def __le__(self, other: Any) -> Value:
+        return Value("less_equal", self, other)
+
+    def __gt__(self, other: Any) -> Value:
+        return Value("less", other, self)
+
+    def __ge__(self, other: Any) -> Value:
+        return Value("less_equal", other, self)
+
+    def __bool__(self) -> bool:
+        raise TypeError("a cell cannot branch on a value: use where(condition, this, that)")
+
+
+_numbers = iter(range(sys.maxsize))
+
+
+class Primitive(NamedTuple):
+    """An operation: how it is done with tensors, and the gradients of its arguments."""
+
+    on_tensors: Callable[..., Any]
+    # d, the result and the arguments -> the gradient of each argument, or None
+    gradients: Callable[..., Sequence[Value | None]]
+
+
+def _not_derived(*_: Any) -> Sequence[Value | None]:
+    raise TypeError("the gradient of a gradient is plain torch's to take")
+
+
+PRIMITIVES = {
+    "add": Primitive(lambda a, b: a + b, lambda d, y, a, b: (d, d)),
+    "subtract": Primitive(lambda a, b: a - b, lambda d, y, a, b: (d, -d)),
+    "multiply": Primitive(lambda a, b: a * b, lambda d, y, a, b: (d * b, d * a)),
+    "divide": Primitive(lambda a, b: a / b, lambda d, y, a, b: (d / b, -(d * y / b))),
+    "negate": Primitive(lambda a: -a, lambda d, y, a: (-d,)),
+    "sigmoid": Primitive(lambda a: a.sigmoid(), lambda d, y, a: (d * y * (1 - y),)),
+    "tanh": Primitive(lambda a: a.tanh(), lambda d, y, a: (d * (1 - y * y),)),
+    "relu": Primitive(lambda a: a.relu(), lambda d, y, a: (Value("where_positive", y, d),)),
+    "exp": Primitive(lambda a: a.exp(), lambda d, y, a: (d * y,)),
+    "log": Primitive(lambda a: a.log(), lambda d, y, a: (d / a,)),
+    "log1p": Primitive(lambda a: a.log1p(), lambda d, y, a: (d / (1 + a),)),
+    "sqrt": Primitive(lambda a: a.sqrt(), lambda d, y, a: (d / (2 * y),)),
+    "abs": Primitive(lambda a: a.abs(), lambda d, y, a: (where(a < 0, -d, where(0 < a, d, 0 * d)),)),
+    # Of equal ones the first gets all: torch gives each a half, as good a subgradient.
+    "minimum": Primitive(lambda a, b: a.where(a <= b, b), lambda d, y, a, b: _either(a <= b, d)),
+    "maximum": Primitive(lambda a, b: a.where(b <= a, b), lambda d, y, a, b: _either(b <= a, d)),
+    "where": Primitive(lambda c, a, b: _where_tensors(c, a, b), lambda d, y, c, a, b: (None, *_either(c, d))),
+    "less": Primitive(lambda a, b: a < b, lambda *_: (None, None)),
+    "less_equal": Primitive(lambda a, b: a <= b, lambda *_: (None, None)),
+    # y and d -> d where y is positive or a NaN, and 0 elsewhere: relu's gradient
+    "where_positive": Primitive(lambda y, d: d.where(~(y <= 0), 0 * d), _not_derived),
+}
+
+
+def _either(condition: Value, d: Value) -> tuple[Value, Value]:
+    return where(condition, d, 0 * d), where(condition, 0 * d, d)
+
+
+def _where_tensors(condition: Any, a: Any, b: Any) -> Any:
+    like = b if isinstance(a, (int, float)) else a
+    return (like * 0 + a).where(condition, like * 0 + b)
+
+
+def _primitive(op: str, *args: Any) -> Any:
+    if any(isinstance(arg, Value) for arg in args):
+        return Value(op, *args)
+    return PRIMITIVES[op].on_tensors(*args)
+
+
+sigmoid = functools.partial(_primitive, "sigmoid")
+tanh = functools.partial(_primitive, "tanh")
+relu = functools.partial(_primitive, "relu")
+exp = functools.partial(_primitive, "exp")
+log = functools.partial(_primitive, "log")
+log1p = functools.partial(_primitive, "log1p")
+sqrt = functools.partial(_primitive, "sqrt")
+absolute = functools.partial(_primitive, "abs")
+minimum = functools.partial(_primitive, "minimum")
+maximum = functools.partial(_primitive, "maximum")
+where = functools.partial(_primitive, "where")
+
+
+class Named:
+    """Values by name."""
+
+    def __init__(self, what: str, values: Mapping[str, Any]) -> None:
+        self._what = what
+        self.__dict__.update(values)
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"{self._what} has no {name!r}")
+
+
+class Gradient(NamedTuple):
+    """Of a gate: of its sums with W_ih x, with W_hh h, or of both, where the cell reads the two as one sum."""
+
+    gate: str
+    value: Value
+    of_x: bool
+    of_a: bool
+
+
+class Cell:
+    """A declared cell. Names are in the order in which they were declared, and so lie the gates in every tensor."""
+
+    def __init__(self, function: Callable[..., Any], gates: str, states: str) -> None:
+        self.name, self.function = function.__name__, function
+        self.mode = self.name.upper()  # torch's name
+        self.cpp_name = self.name.title().replace("_", "")
+        self.gates, self.states = gates.split(), states.split()
+
+    def __repr__(self) -> str:
+        return f"cell {self.name}"
+
+    def step(self, x: Sequence[Any], a: Sequence[Any], states: Sequence[Any]) -> tuple[Any, ...]:
+        """The states after a step, from the gates of W_ih x + b_ih and of W_hh h + b_hh and the states before it."""
+        of_gates = (Named(f"{self}: {which}", dict(zip(self.gates, values))) for which, values in (("x", x), ("a", a)))
+        after = self.function(*of_gates, Named(f"{self}: s", dict(zip(self.states, states))))
+        after = after if isinstance(after, tuple) else (after,)
+        if len(after) != len(self.states):
+            raise TypeError(f"{self} returns {len(after)} states, but has {' and '.join(self.states)}")
+        return after
+
+    @functools.cached_property
+    def inputs(self) -> dict[str, list[Value]]:
+        """A step's ``x`` and ``a`` by gate, and its states ``s``."""
+        names = {which: [f"{which}.{gate}" for gate in self.gates] for which in "xa"}
+        names["s"] = [f"old_{state}" for state in self.states]
+        return {which: [Value("", name=name) for name in of] for which, of in names.items()}
+
+    @functools.cached_property
+    def after(self) -> list[Value]:
+        """The states after a step, traced; the function's variables have given the values their names."""
+        values = {}
+
+        def watch(frame: Any, event: str, _: Any) -> None:
+            if event == "return" and frame.f_code is self.function.__code__:
+                values.update(frame.f_locals)
+
+        inputs, before = self.inputs, sys.getprofile()
+        sys.setprofile(watch)
+        try:
+            after = list(self.step(*inputs.values()))
+        finally:
+            sys.setprofile(before)
+        for state, value in zip(self.states, after):
+            if value.op == "" or value in after[: after.index(value)]:
+                raise TypeError(f"{self}: {state} after the step is no value of its own")
+            value.name = state
+        for name, value in values.items():
+            if isinstance(value, Value) and (value.name == "" or value in inputs["a"]):
+                value.name = name
+        return after
+
+    @functools.cached_property
+    def sums(self) -> list[Value | None]:
+        """Of each gate its sum x + a, or None where the cell reads x and a apart."""
+        users: dict[Value, list[Value]] = {}
+        for value in reachable(self.after):
+            for arg in value.args:
+                users.setdefault(arg, []).append(value)
+        found: list[Value | None] = []
+        for x, a in zip(self.inputs["x"], self.inputs["a"]):
+            by = users.get(x, [])
+            joined = len(by) == 1 and by == users.get(a) and by[0].op == "add"
+            found.append(by[0] if joined else None)
+        return found
+
+    @functools.cached_property
+    def incoming(self) -> list[Value]:
+        """The gradients of the states after a step, beside what comes to the others through h."""
+        return [Value("", name=f"d{state}") for state in self.states]
+
+    @functools.cached_property
+    def adjoints(self) -> dict[Value, Value]:
+        """The gradient of each value of a step."""
+        return adjoints(dict(zip(self.after, self.incoming)))
+
+    @functools.cached_property
+    def gradients(self) -> list[Gradient]:
+        """At the gates: first one for each, of x, then those of a that differ from them."""
+        of_x, of_a = [], []
+        for gate, total, x, a in zip(self.gates, self.sums, self.inputs["x"], self.inputs["a"]):
+            if total is not None:
+                of_x.append(Gradient(gate, self.adjoints[total], True, True))
+            else:
+                of_x.append(Gradient(gate, self.adjoints[x], True, False))
+                of_a.append(Gradient(gate, self.adjoints[a], False, True))
+        for gradient in of_x:
+            gradient.value.name = gradient.value.name or f"d{gradient.gate}"
+        return of_x + of_a
+
+    @functools.cached_property
+    def before(self) -> list[Value | None]:
+        """The gradients of the states before the step, of h beside what comes through W_hh; None: there is none."""
+        return [self.adjoints.get(state) for state in self.inputs["s"]]
+
+    @functools.cached_property
+    def saved(self) -> list[Value]:
+        """What the gradients need of the forward and cannot make of the states before and after the step."""
+        known = {*self.after, *self.inputs["s"], *self.incoming}
+        forward, needed = set(reachable(self.after)), set()
+        waiting: list[Any] = [g.value for g in self.gradients] + [state for state in self.before if state is not None]
+        while waiting:
+            value = waiting.pop()
+            if value in forward:
+                needed.add(value)
+            elif isinstance(value, Value):
+                waiting.extend(value.args)
+        # As they are computed; an input, which is there before them, last: the gates keep their places.
+        kept = sorted(needed, key=lambda value: (value.op == "", value.number))
+        for value in kept[::-1]:
+            others = known | {other for other in kept if other is not value}
+            if value in known or is_made_of(value, others):
+                kept.remove(value)
+        return kept
+
+    @functools.cached_property
+    def projects(self) -> bool:
+        """Whether h may be projected: then the h of the steps is another, and the cell's own, of which the projection's
+        gradient is made, is computed again, of what is saved and of the other states after the step."""
+        is_read = {self.after[0], self.inputs["s"][0]} & self.read_by_gradients
+        return not is_read and is_made_of(self.after[0], {*self.saved, *self.after[1:]})
+
+    def output(self, saved: Sequence[Any], after: Sequence[Any]) -> Any:
+        """On tensors, h of what was saved and of the other states after the step."""
+        return evaluate(self.after[0], dict(zip([*self.saved, *self.after[1:]], [*saved, *after])))
+
+    @functools.cached_property
+    def apart(self) -> list[int]:
+        """The gates whose x and a are read apart."""
+        return [k for k, total in enumerate(self.sums) if total is None]
+
+    def reads(self, name: str) -> bool:
+        """Whether the gradients are made of a state before the step, as ``old_h``, or after it, as ``h``."""
+        return any(value.name == name for value in self.read_by_gradients)
+
+    @functools.cached_property
+    def read_by_gradients(self) -> set[Value]:
+        """The states before and after a step, and what is saved, of which the gradients are made."""
+        known, found = {*self.inputs["s"], *self.after, *self.saved}, set()
+        waiting: list[Any] = [g.value for g in self.gradients] + [state for state in self.before if state is not None]
+        while waiting:
+            value = waiting.pop()
+            if value in known:
+                found.add(value)
+            elif isinstance(value, Value):
+                waiting.extend(value.args)
+        return found
+
+    def hidden(self, gate: int) -> int:
+        """Where among the gradients that of a gate of a is."""
+        name = self.gates[gate]
+        return next(i for i, of in enumerate(self.gradients) if of.gate == name and of.of_a)
+
+    def backward(
+        self, x: Sequence[Any], a: Sequence[Any], before: Sequence[Any], grads: Sequence[Any]
+    ) -> tuple[list[Any], list[Any], list[Any]]:
+        """On tensors, from the gradients of the states after a step: those of x and a, by gate, and of the states before
+        it, None where there is none."""
+        known = dict(zip(sum(self.inputs.values(), []), [*x, *a, *before]))
+        known |= zip(self.incoming, grads)
+        gradients = [evaluate(gradient.value, known) for gradient in self.gradients]
+        states = [None if state is None else evaluate(state, known) for state in self.before]
+        of_a = [gradients[self.hidden(gate)] for gate in range(len(self.gates))]
+        return gradients[: len(self.gates)], of_a, states
+
+
+def cell(gates: str, states: str = "h") -> Callable[[Callable[..., Any]], Cell]:
+    """Declare a cell: the names of its gates and of its states, in their order; the first state is the output h."""
+    return lambda function: Cell(function, gates, states)
+
+
+def reachable(values: Iterable[Value]) -> list[Value]:
+    """The values that these are made of, inputs and themselves among them, in the order of their making."""
+    found: set[Value] = set()
+    waiting = list(values)
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, Value) and value not in found:
+            found.add(value)
+            waiting.extend(value.args)
+    return sorted(found, key=lambda value: value.number)
+
+
+def is_made_of(value: Any, given: set[Value]) -> bool:
+    """Whether a value is one of these, or can be computed from them alone."""
+    if not isinstance(value, Value) or value in given:
+        return True
+    return value.op != "" and all(is_made_of(arg, given) for arg in value.args)
+
+
+def adjoints(of: Mapping[Value, Value]) -> dict[Value, Value]:
+    """By value, its gradient, from those of some results."""
+    found = dict(of)
+    for value in reversed(reachable(of)):
+        if value.op == "" or value not in found:
+            continue
+        for arg, gradient in zip(value.args, PRIMITIVES[value.op].gradients(found[value], value, *value.args)):
+            if isinstance(arg, Value) and gradient is not None:
+                found[arg] = _sum(found[arg], gradient) if arg in found else gradient
+    return found
+
+
+def _sum(a: Value, b: Value) -> Value:
+    if b.op != "negate":
+        return a + b
+    (b,) = b.args
+    return a * (1 - b.args[1]) if b.op == "multiply" and b.args[0] is a else a - b
+
+
+def evaluate(value: Any, known: dict[Value, Any]) -> Any:
+    """A value on tensors, from those known of it, to which is added what is met on the way."""
+    if not isinstance(value, Value):
+        return value
+    if value not in known:
+        known[value] = PRIMITIVES[value.op].on_tensors(*(evaluate(arg, known) for arg in value.args))
+    return known[value]
+
+
+# The cells of torch, by its names of them. Torch's pages of nn.RNN, nn.LSTM and nn.GRU have the equations.
+
+
+@cell(gates="g")
+def rnn_tanh(x, a, s):
+    return tanh(x.g + a.g)
+
+
+@cell(gates="g")
+def rnn_relu(x, a, s):
+    return relu(x.g + a.g)
+
+
+@cell(gates="i f g o", states="h c")
+def lstm(x, a, s):
+    i = sigmoid(x.i + a.i)
+    f = sigmoid(x.f + a.f)
+    g = tanh(x.g + a.g)
+    o = sigmoid(x.o + a.o)
+    c = f * s.c + i * g
+    return o * tanh(c), c
+
+
+@cell(gates="r z n")
+def gru(x, a, s):
+    r = sigmoid(x.r + a.r)
+    z = sigmoid(x.z + a.z)
+    q = a.n
+    n = tanh(x.n + r * q)
+    return n + z * (s.h - n)
+
+
+CELLS: dict[str, Cell] = {declared.mode: declared for declared in (rnn_tanh, rnn_relu, lstm, gru)}
+
+
+# Of each cell, by torch's name of it: how many columns of H its gates have, what a forward keeps for the backward, and
+# what a backward makes; whether there is a cell state; which states are read by its gradients; and the gate whose x and
+# a are read apart, or -1.
+GATES = {mode: len(declared.gates) for mode, declared in CELLS.items()}
+SAVED_GATES = {mode: len(declared.saved) for mode, declared in CELLS.items()}
+GRADIENTS = {mode: len(declared.gradients) for mode, declared in CELLS.items()}
+HAS_CELL_STATE = {mode: "c" in declared.states for mode, declared in CELLS.items()}
+READS = {mode: tuple(n for n in ("h", "old_h") if declared.reads(n)) for mode, declared in CELLS.items()}
+APART = {mode: declared.apart[0] if declared.apart else -1 for mode, declared in CELLS.items()}
