@@ -34,6 +34,7 @@ FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -DTORCH_TARGET_VERSION=0
 # Not -ffast-math: NaN and infinities are results here.
 KERNEL_FLAGS = "-fno-math-errno -fno-trapping-math -ffp-contract=fast"
 
+
 def _cells():
     spec = importlib.util.spec_from_file_location("cells", ROOT / "rnnfast" / "cells.py")
     sys.modules["cells"] = cells = importlib.util.module_from_spec(spec)

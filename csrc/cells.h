@@ -6,8 +6,8 @@
 //   s[j]  what the backward needs of a step  d[j]  gradient at the gates: d[0..kGates) are those of x[g], and
 //                                                  d[hidden(g)] is that of a[g]
 // h and c are the states: before the step on entry, after it on return. dh is the gradient of the new h; dc that of the
-// new c on entry, of the old c on return; the old h gets W_hh^T d[hidden(g)] plus what backward() returns. Where h may be
-// projected output() makes it again, for the projection's gradient.
+// new c on entry, of the old c on return; the old h gets W_hh^T d[hidden(g)] plus what backward() returns. Where h may
+// be projected output() makes it again, for the projection's gradient.
 #pragma once
 
 #ifdef __CUDACC__
@@ -128,8 +128,7 @@ struct CellFacts {
   bool has_cell, projects;
 };
 
-#define RNNFAST_FACTS(Cell) \
-  {Cell::kMode, Cell::kGates, Cell::kSaved, Cell::kGrads, Cell::kHasCell, Cell::kProjects},
+#define RNNFAST_FACTS(Cell) {Cell::kMode, Cell::kGates, Cell::kSaved, Cell::kGrads, Cell::kHasCell, Cell::kProjects},
 constexpr CellFacts kCells[] = {RNNFAST_CELLS(RNNFAST_FACTS)};  // by kind
 #undef RNNFAST_FACTS
 

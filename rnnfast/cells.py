@@ -16,8 +16,9 @@ Torch is not imported here: the installation reads the names of the cells.
 from __future__ import annotations
 
 import functools
+import itertools
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 
@@ -73,7 +74,7 @@ class Value:
         raise TypeError("a cell cannot branch on a value: use where(condition, this, that)")
 
 
-_numbers = iter(range(sys.maxsize))
+_numbers = itertools.count()
 
 
 class Primitive(NamedTuple):
@@ -101,15 +102,15 @@ PRIMITIVES = {
     "log": Primitive(lambda a: a.log(), lambda d, y, a: (d / a,)),
     "log1p": Primitive(lambda a: a.log1p(), lambda d, y, a: (d / (1 + a),)),
     "sqrt": Primitive(lambda a: a.sqrt(), lambda d, y, a: (d / (2 * y),)),
-    "abs": Primitive(lambda a: a.abs(), lambda d, y, a: (where(a < 0, -d, where(0 < a, d, 0 * d)),)),
+    "abs": Primitive(lambda a: a.abs(), lambda d, y, a: (where(a < 0, -d, where(a > 0, d, 0 * d)),)),
     # Of equal ones the first gets all: torch gives each a half, as good a subgradient.
-    "minimum": Primitive(lambda a, b: a.where(a <= b, b), lambda d, y, a, b: _either(a <= b, d)),
-    "maximum": Primitive(lambda a, b: a.where(b <= a, b), lambda d, y, a, b: _either(b <= a, d)),
-    "where": Primitive(lambda c, a, b: _where_tensors(c, a, b), lambda d, y, c, a, b: (None, *_either(c, d))),
+    "minimum": Primitive(lambda a, b: _where(a <= b, a, b), lambda d, y, a, b: _either(a <= b, d)),
+    "maximum": Primitive(lambda a, b: _where(b <= a, a, b), lambda d, y, a, b: _either(b <= a, d)),
+    "where": Primitive(lambda c, a, b: _where(c, a, b), lambda d, y, c, a, b: (None, *_either(c, d))),
     "less": Primitive(lambda a, b: a < b, lambda *_: (None, None)),
     "less_equal": Primitive(lambda a, b: a <= b, lambda *_: (None, None)),
     # y and d -> d where y is positive or a NaN, and 0 elsewhere: relu's gradient
-    "where_positive": Primitive(lambda y, d: d.where(~(y <= 0), 0 * d), _not_derived),
+    "where_positive": Primitive(lambda y, d: _where(y <= 0, 0.0, d), _not_derived),
 }
 
 
@@ -117,9 +118,16 @@ def _either(condition: Value, d: Value) -> tuple[Value, Value]:
     return where(condition, d, 0 * d), where(condition, 0 * d, d)
 
 
-def _where_tensors(condition: Any, a: Any, b: Any) -> Any:
-    like = b if isinstance(a, (int, float)) else a
-    return (like * 0 + a).where(condition, like * 0 + b)
+def _tensor(value: Any, like: Any) -> Any:
+    return like.new_zeros(like.shape) + value if isinstance(value, (int, float)) else value
+
+
+def _where(condition: Any, a: Any, b: Any) -> Any:
+    """Of tensors or numbers, of which the condition need not be one."""
+    if isinstance(condition, bool):
+        return a if condition else b
+    like = next((value for value in (a, b) if not isinstance(value, (int, float))), condition + 0.0)
+    return _tensor(a, like).where(condition, _tensor(b, like))
 
 
 def _primitive(op: str, *args: Any) -> Any:
@@ -156,7 +164,7 @@ class Gradient(NamedTuple):
     """Of a gate: of its sums with W_ih x, with W_hh h, or of both, where the cell reads the two as one sum."""
 
     gate: str
-    value: Value
+    value: Any  # a Value; or 0, where the cell does not read the gate
     of_x: bool
     of_a: bool
 
@@ -243,12 +251,13 @@ class Cell:
         of_x, of_a = [], []
         for gate, total, x, a in zip(self.gates, self.sums, self.inputs["x"], self.inputs["a"]):
             if total is not None:
-                of_x.append(Gradient(gate, self.adjoints[total], True, True))
+                of_x.append(Gradient(gate, self.adjoints.get(total, 0), True, True))
             else:
-                of_x.append(Gradient(gate, self.adjoints[x], True, False))
-                of_a.append(Gradient(gate, self.adjoints[a], False, True))
+                of_x.append(Gradient(gate, self.adjoints.get(x, 0), True, False))
+                of_a.append(Gradient(gate, self.adjoints.get(a, 0), False, True))
         for gradient in of_x:
-            gradient.value.name = gradient.value.name or f"d{gradient.gate}"
+            if isinstance(gradient.value, Value):
+                gradient.value.name = gradient.value.name or f"d{gradient.gate}"
         return of_x + of_a
 
     @functools.cached_property
@@ -274,6 +283,8 @@ class Cell:
             others = known | {other for other in kept if other is not value}
             if value in known or is_made_of(value, others):
                 kept.remove(value)
+        for j, value in enumerate(kept):
+            value.name = value.name or f"saved_{j}"
         return kept
 
     @functools.cached_property
@@ -317,11 +328,12 @@ class Cell:
     def backward(
         self, x: Sequence[Any], a: Sequence[Any], before: Sequence[Any], grads: Sequence[Any]
     ) -> tuple[list[Any], list[Any], list[Any]]:
-        """On tensors, from the gradients of the states after a step: those of x and a, by gate, and of the states before
-        it, None where there is none."""
-        known = dict(zip(sum(self.inputs.values(), []), [*x, *a, *before]))
+        """On tensors, from the gradients of the states after a step: those of x and a, by gate, and of the states
+        before it, None where there is none."""
+        known = dict(zip(itertools.chain(*self.inputs.values()), [*x, *a, *before]))
         known |= zip(self.incoming, grads)
-        gradients = [evaluate(gradient.value, known) for gradient in self.gradients]
+        likes = [*x, *(a[gate] for gate in self.apart)]
+        gradients = [_tensor(evaluate(of.value, known), like) for of, like in zip(self.gradients, likes)]
         states = [None if state is None else evaluate(state, known) for state in self.before]
         of_a = [gradients[self.hidden(gate)] for gate in range(len(self.gates))]
         return gradients[: len(self.gates)], of_a, states

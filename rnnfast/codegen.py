@@ -1,7 +1,7 @@
 """The kernels' cells, printed from those declared in ``cells.py``.
 
-    python -m rnnfast.codegen            # write csrc/cells.h and rnnfast/triton/cells.py anew
-    python -m rnnfast.codegen --check    # fail if they are not what would be written
+python -m rnnfast.codegen            # write csrc/cells.h and rnnfast/triton/cells.py anew
+python -m rnnfast.codegen --check    # fail if they are not what would be written
 """
 
 from __future__ import annotations
@@ -62,9 +62,9 @@ class Printer:
     def number(self, number: float) -> str:
         return str(number)
 
-    def statements(self, wanted: Iterable[Value], returned: Iterable[Value] = ()) -> list[Statement]:
+    def statements(self, wanted: list[Any], returned: Iterable[Value] = ()) -> list[Statement]:
         """Wanted values, and what has to have a name on the way to them and to those that are returned."""
-        wanted, returned = list(wanted), list(returned)
+        returned = list(returned)
         uses = Counter(
             arg for value in self._unknown([*wanted, *returned]) for arg in value.args if isinstance(arg, Value)
         )
@@ -194,7 +194,7 @@ def _cpp_backward(cell: Cell) -> list[str]:
     printer, statements = _backward(cell, Cpp)
     gradients, incoming = [g.value for g in cell.gradients], [value.name for value in cell.incoming]
     for s in statements:
-        slot = f"d[{gradients.index(s.value)}] = " if s.value in gradients else ""
+        slot = "".join(f"d[{k}] = " for k, value in enumerate(gradients) if value is s.value)
         name = s.name if s.name in incoming else f"F {s.name}"
         lines.append(f"{f'{name} = ' if s.is_read or not slot else ''}{slot}{s.text};")
     computed = [s.value for s in statements]
@@ -333,17 +333,18 @@ def _triton_tuple(texts: list[str]) -> str:
     return f"({', '.join(texts)}{',' if len(texts) == 1 else ''})"
 
 
+ROOT = Path(__file__).parents[1]
 FILES = {"csrc/cells.h": cpp, "rnnfast/triton/cells.py": triton}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing")
-    check, root = parser.parse_args().check, Path(__file__).parents[1]
-    stale = [name for name, printed in FILES.items() if (root / name).read_text() != printed()]
+    check = parser.parse_args().check
+    stale = [name for name, printed in FILES.items() if (ROOT / name).read_text() != printed()]
     for name in stale:
         if not check:
-            (root / name).write_text(FILES[name]())
+            (ROOT / name).write_text(FILES[name]())
         print(f"{name} {'is not as cells.py has it' if check else 'is written'}")
     return check and bool(stale)
 

@@ -1,0 +1,172 @@
+"""Cells as they are declared: what is derived from them, for torch's cells and for others."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from rnnfast import cells, codegen
+from rnnfast.cells import CELLS, PRIMITIVES, Cell, Value, cell
+
+SMOOTH = {  # primitives and where they may be applied without a kink or a pole nearby
+    "sigmoid": cells.sigmoid,
+    "tanh": cells.tanh,
+    "exp": lambda v: cells.exp(-v * v),
+    "log": lambda v: cells.log(1 + v * v),
+    "log1p": lambda v: cells.log1p(v * v),
+    "sqrt": lambda v: cells.sqrt(2 + v * v),
+    "negate": lambda v: -v,
+}
+KINKED = {"relu": cells.relu, "abs": cells.absolute}
+BINARY = {
+    "add": operator.add,
+    "subtract": operator.sub,
+    "multiply": operator.mul,
+    "divide": lambda v, w: v / (2 + w * w),
+    "minimum": cells.minimum,
+    "maximum": cells.maximum,
+    "where": lambda v, w: cells.where(v < w, v * w, v - w),
+    "less_equal": lambda v, w: cells.where(w >= v, 2 * w, 0.5),
+}
+
+
+def assert_gradients_are_autograds(of: Cell) -> None:
+    """In float64, of random states, from random gradients of the states after the step."""
+    torch.manual_seed(0)
+    shapes = len(of.gates), len(of.gates), len(of.states)
+    x, a, before = ([torch.randn(2, 3, dtype=torch.float64, requires_grad=True) for _ in range(n)] for n in shapes)
+    after = of.step(x, a, before)
+    grads = [torch.randn_like(t) for t in after]
+    inputs = [*x, *a, *before]
+    expected = torch.autograd.grad(after, inputs, grads, materialize_grads=True, allow_unused=True)
+    with torch.no_grad():
+        of_x, of_a, of_before = of.backward(x, a, before, grads)
+    found = [*of_x, *of_a, *(torch.zeros_like(s) if g is None else g for g, s in zip(of_before, before))]
+    torch.testing.assert_close(tuple(map(torch.as_tensor, found)), expected)
+
+
+@pytest.mark.parametrize("mode", CELLS)
+def test_gradients(mode: str) -> None:
+    assert_gradients_are_autograds(CELLS[mode])
+
+
+@pytest.mark.parametrize("name", PRIMITIVES.keys() - {"where_positive", "less"})
+def test_gradients_of_primitives(name: str) -> None:
+    if name in BINARY:
+        function = lambda x, a, s: BINARY[name](cells.tanh(x.g + a.g), s.h)
+    else:
+        function = lambda x, a, s: (SMOOTH | KINKED)[name](cells.tanh(x.g + a.g)) * s.h
+    function.__name__ = name
+    assert_gradients_are_autograds(cell(gates="g")(function))
+
+
+EXPRESSIONS = st.recursive(
+    st.sampled_from(["x.g", "x.k", "a.g + x.g", "a.k", "s.h", "s.c", 0.5, 2]),
+    lambda inner: st.one_of(
+        st.tuples(st.sampled_from(sorted(SMOOTH | KINKED)), inner),
+        st.tuples(st.sampled_from(sorted(BINARY)), inner, inner),
+    ),
+    max_leaves=8,
+)
+
+
+def value_of(expression: Any, names: dict[str, Any]) -> Any:
+    if isinstance(expression, tuple):
+        operation, *args = expression
+        args = [value_of(arg, names) for arg in args]
+        if not any(isinstance(arg, (Value, Tensor)) for arg in args):
+            return args[0]
+        return (SMOOTH | KINKED | BINARY)[operation](*args)
+    return eval(expression, names) if isinstance(expression, str) else expression
+
+
+@settings(deadline=None, max_examples=200, derandomize=True)
+@given(EXPRESSIONS, EXPRESSIONS)
+def test_gradients_of_any_cell(first: Any, second: Any) -> None:
+    """Of random expressions."""
+
+    def anything(x: Any, a: Any, s: Any) -> Any:
+        names = {"x": x, "a": a, "s": s}
+        c = cells.sigmoid(value_of(first, names) + x.g) * s.c
+        return cells.tanh(value_of(second, names) + c), c
+
+    assert_gradients_are_autograds(cell(gates="g k", states="h c")(anything))
+
+
+def test_what_is_saved() -> None:
+    """What the backward cannot make of the states: a gate's value, and of the GRU what the reset gate multiplies."""
+    saved = {mode: [value.name for value in of.saved] for mode, of in CELLS.items()}
+    assert saved == {"RNN_TANH": [], "RNN_RELU": [], "LSTM": list("ifgo"), "GRU": list("rznq")}
+    assert cells.READS == {"RNN_TANH": ("h",), "RNN_RELU": ("h",), "LSTM": (), "GRU": ("old_h",)}
+    assert [mode for mode, of in CELLS.items() if of.projects] == ["LSTM"]
+
+
+def test_output_of_what_was_saved() -> None:
+    x, a, before = ([torch.randn(2, 3) for _ in range(n)] for n in (4, 4, 2))
+    i, f, g, o = ((v + w).tanh() if k == 2 else (v + w).sigmoid() for k, (v, w) in enumerate(zip(x, a)))
+    h, c = cells.lstm.step(x, a, before)
+    assert torch.equal(cells.lstm.output([i, f, g, o], [c]), h)
+
+
+def test_printed_cells_are_those_declared() -> None:
+    for name, printed in codegen.FILES.items():
+        assert (codegen.ROOT / name).read_text() == printed(), f"{name}: python -m rnnfast.codegen writes it anew"
+
+
+@cell(gates="g")
+def branches(x, a, s):
+    return x.g if x.g > 0 else a.g
+
+
+@cell(gates="g")
+def misspells(x, a, s):
+    return cells.tanh(x.g + a.h)
+
+
+@cell(gates="g", states="h c")
+def loses_a_state(x, a, s):
+    return cells.tanh(x.g + a.g)
+
+
+@cell(gates="g")
+def passes_an_input_on(x, a, s):
+    return x.g
+
+
+@pytest.mark.parametrize(
+    ("of", "message"),
+    [
+        (branches, "a cell cannot branch on a value: use where"),
+        (misspells, "cell misspells: a has no 'h'"),
+        (loses_a_state, "cell loses_a_state returns 1 states, but has h and c"),
+        (passes_an_input_on, "cell passes_an_input_on: h after the step is no value of its own"),
+    ],
+    ids=lambda value: getattr(value, "name", None),
+)
+def test_refuses(of: Cell, message: str) -> None:
+    with pytest.raises((TypeError, AttributeError), match=message):
+        assert of.after
+
+
+@cell(gates="g", states="h c")
+def reads_an_old_state_late(x, a, s):
+    c = cells.tanh(x.g + a.g)
+    return c * s.c, c
+
+
+@cell(gates="g")
+def takes_a_logarithm(x, a, s):
+    return cells.log(x.g + a.g)
+
+
+def test_what_cannot_be_printed() -> None:
+    with pytest.raises(NotImplementedError, match="c is computed before the old one is read for the last time"):
+        codegen._cpp_cell(reads_an_old_state_late)
+    with pytest.raises(NotImplementedError, match="Cpp has no log"):
+        codegen._cpp_cell(takes_a_logarithm)
