@@ -150,14 +150,16 @@ where = functools.partial(_primitive, "where")
 
 
 class Named:
-    """Values by name."""
+    """Values by name, and the frame of the function that read one last."""
 
     def __init__(self, what: str, values: Mapping[str, Any]) -> None:
-        self._what = what
-        self.__dict__.update(values)
+        self._what, self._values = what, values
 
     def __getattr__(self, name: str) -> Any:
-        raise AttributeError(f"{self._what} has no {name!r}")
+        if name not in self._values:
+            raise AttributeError(f"{self._what} has no {name!r}")
+        self._reader = sys._getframe(1)
+        return self._values[name]
 
 
 class Gradient(NamedTuple):
@@ -183,12 +185,18 @@ class Cell:
 
     def step(self, x: Sequence[Any], a: Sequence[Any], states: Sequence[Any]) -> tuple[Any, ...]:
         """The states after a step, from the gates of W_ih x + b_ih and of W_hh h + b_hh and the states before it."""
-        of_gates = (Named(f"{self}: {which}", dict(zip(self.gates, values))) for which, values in (("x", x), ("a", a)))
-        after = self.function(*of_gates, Named(f"{self}: s", dict(zip(self.states, states))))
+        return self._step(x, a, states)[0]
+
+    def _step(self, *values: Sequence[Any]) -> tuple[tuple[Any, ...], Named]:
+        x, a, s = (
+            Named(f"{self}: {which}", dict(zip(names, of)))
+            for which, names, of in zip("xas", (self.gates, self.gates, self.states), values)
+        )
+        after = self.function(x, a, s)
         after = after if isinstance(after, tuple) else (after,)
         if len(after) != len(self.states):
             raise TypeError(f"{self} returns {len(after)} states, but has {' and '.join(self.states)}")
-        return after
+        return after, x
 
     @functools.cached_property
     def inputs(self) -> dict[str, list[Value]]:
@@ -200,26 +208,16 @@ class Cell:
     @functools.cached_property
     def after(self) -> list[Value]:
         """The states after a step, traced; the function's variables have given the values their names."""
-        values = {}
-
-        def watch(frame: Any, event: str, _: Any) -> None:
-            if event == "return" and frame.f_code is self.function.__code__:
-                values.update(frame.f_locals)
-
-        inputs, before = self.inputs, sys.getprofile()
-        sys.setprofile(watch)
-        try:
-            after = list(self.step(*inputs.values()))
-        finally:
-            sys.setprofile(before)
+        inputs = self.inputs
+        after, x = self._step(*inputs.values())
         for state, value in zip(self.states, after):
             if value.op == "" or value in after[: after.index(value)]:
                 raise TypeError(f"{self}: {state} after the step is no value of its own")
             value.name = state
-        for name, value in values.items():
+        for name, value in x._reader.f_locals.items():  # of the function, which has returned
             if isinstance(value, Value) and (value.name == "" or value in inputs["a"]):
                 value.name = name
-        return after
+        return list(after)
 
     @functools.cached_property
     def sums(self) -> list[Value | None]:
