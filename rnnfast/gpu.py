@@ -14,10 +14,8 @@ import torch
 from torch import Tensor
 
 from . import border, recurrence
-from .recurrence import DTYPES, SAVED_GATES
-from .reference import GATES, split_weights
-
-GRADIENTS = {"RNN_TANH": 1, "RNN_RELU": 1, "LSTM": 4, "GRU": 4}  # columns of H, as recurrence.SAVED_GATES
+from .recurrence import DTYPES
+from .reference import GATES, GRADIENTS, SAVED_GATES, split_weights
 
 
 class Form(NamedTuple):

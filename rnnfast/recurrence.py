@@ -24,6 +24,7 @@ from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch.autograd import forward_ad
 
 from . import border, onnx, reference
+from .reference import SAVED_GATES
 
 _FORWARD = (
     "(str mode, Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? batch_sizes, Tensor? lengths, "
@@ -52,7 +53,6 @@ _CUDA = (
     "bool backward, int device) -> str",
     "cuda_regime(int? use) -> int",
 )
-SAVED_GATES = {"RNN_TANH": 0, "RNN_RELU": 0, "LSTM": 4, "GRU": 4}  # columns of H; the GRU also keeps W_hn h + b_hn
 
 _OPS: dict[tuple[str, str], torch._ops.OpOverload] = {}  # by backend and direction
 _SAVES_GATES: set[str] = set()  # backends whose backward needs what the forward computed

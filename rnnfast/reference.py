@@ -15,6 +15,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 GATES = {"RNN_TANH": 1, "RNN_RELU": 1, "LSTM": 4, "GRU": 3}
+# Of the other backends, in columns of H: what the forward saves for the backward, a GRU also W_hn h + b_hn; and the
+# gradients at the gates, a GRU's with that of the candidate at W_hn h + b_hn.
+SAVED_GATES = {"RNN_TANH": 0, "RNN_RELU": 0, "LSTM": 4, "GRU": 4}
+GRADIENTS = {"RNN_TANH": 1, "RNN_RELU": 1, "LSTM": 4, "GRU": 4}
 
 
 def check_mode(mode: str) -> None:
