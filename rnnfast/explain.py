@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from .backends import choose_backend
 from .functional import autocast_dtype
 from .modules import _Cell, _Recurrent
-from .recurrence import choose_backend
 
 
 class Choice(NamedTuple):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from .recurrence import BACKEND_NAMES
+from .backends import BACKEND_NAMES
 
 
 def _is_unknown(lengths: Tensor | None) -> bool:

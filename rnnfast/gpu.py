@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import border, recurrence
-from .recurrence import DTYPES
+from . import border
+from .backends import DTYPES, find_cuda
 from .reference import GATES, GRADIENTS, SAVED_GATES, split_weights
 
 
@@ -77,7 +77,7 @@ def stream_of(device: torch.device) -> int:
 
 def _multiplies(x: Tensor) -> bool:
     """Whether the CUDA library makes the products: of float32, in a precision for which torch's have no switch."""
-    return x.dtype == torch.float32 and x.is_cuda and recurrence.find_cuda(x.device).available
+    return x.dtype == torch.float32 and x.is_cuda and find_cuda(x.device).available
 
 
 class Layer(abc.ABC):

@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 import rnnfast
 import rnnfast.__main__ as command
 from rnnfast import modules
-from rnnfast.recurrence import choose_backend
+from rnnfast.backends import choose_backend
 
 DOUBLE = torch.float64
 

@@ -26,6 +26,7 @@ from helpers import (
     Case,
     Problem,
     assert_off_by_twice_at_most,
+    chooser,
     computed,
     error_of,
     flatten,
@@ -37,7 +38,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import rnnfast
-from rnnfast.recurrence import choose_backend
+from rnnfast.backends import choose_backend
 
 pytestmark = pytest.mark.gpu
 DEVICE, ELSEWHERE = "cuda", "cpu"
@@ -562,7 +563,7 @@ def test_the_choice_is_cuda_where_it_is_built(kernels: str) -> None:
     expected = "cuda" if rnnfast.backends()["cuda"].available else "triton"
     device = torch.device(DEVICE)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rnnfast.recurrence, "_forced", None)
+        patch.setattr(chooser, "_forced", None)
         assert choose_backend("LSTM", device, torch.float32)[0] == expected
 
 
