@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -16,43 +16,74 @@ from torch.autograd import forward_ad
 
 from . import onnx
 
-_tracing_state = torch._C._get_tracing_state  # asked for at every call
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# Of the CPU backend, as rnnfast::cpu_isa numbers them.
+INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 
 
-class Backend(NamedTuple):
-    """A backend of this machine: whether it can be used, and with what, or why not."""
+class Availability(NamedTuple):
+    """Whether a backend can be used here, and with what, or why not."""
 
     available: bool
     detail: str
 
 
+class Backend(NamedTuple):
+    """What the rest of the package has to know of a backend."""
+
+    probe: Callable[[torch.device | None], Availability]  # on a device, or wherever it runs
+    devices: tuple[str, ...] = ()  # types of those that it serves without being asked for
+    dtypes: tuple[torch.dtype, ...] | None = DTYPES  # None: all
+    # Of this package, with `forward`, `backward` and `reason`, which says what the first will run. None: the kernels
+    # come with the native library, or are plain torch.
+    module: str | None = None
+    has_operators: bool = True
+    saves_gates: bool = True  # whether its backward needs what the forward computed
+
+    def load(self) -> ModuleType:
+        """The module, when it is first used: Triton takes time to import, and may be missing."""
+        return _import(f".{self.module}", __package__)
+
+
+_import = functools.cache(importlib.import_module)
+
+
 @functools.cache
-def _load(name: str, compiler: str, detail: str) -> Backend:
+def _load(name: str, compiler: str, detail: str) -> Availability:
     path = Path(__file__).with_name(name)
     if not path.exists():
-        return Backend(False, f"the native library is not built (no {compiler} at installation?)")
+        return Availability(False, f"the native library is not built (no {compiler} at installation?)")
     try:
         torch.ops.load_library(path)
     except OSError as error:
-        return Backend(False, f"the native library does not load: {error}")
-    return Backend(True, detail)
+        return Availability(False, f"the native library does not load: {error}")
+    return Availability(True, detail)
 
 
-_CPU = _load("_cpu.so", "C++ compiler", "C++ with SIMD")  # it defines operators, which are defined here without it
+# It defines operators, which ops.py does where it is not.
+_CPU = _load("_cpu.so", "C++ compiler", "native kernels serve this dtype on a CPU")
 
 
-def _gpu(device: torch.device | None, detail: str) -> Backend:
+def _cpu(device: torch.device | None) -> Availability:
+    if device is None and _CPU.available:
+        return Availability(True, f"C++ with SIMD: {INSTRUCTION_SETS[torch.ops.rnnfast.cpu_isa(None)]}")
+    if device is None or device.type == "cpu":
+        return _CPU
+    return Availability(False, f"it does not serve device {device.type!r}")
+
+
+def _gpu(device: torch.device | None, detail: str) -> Availability:
     """Whether kernels for GPUs can run on a device, or on all that torch can use."""
     if device is not None and device.type != "cuda":
-        return Backend(False, f"it does not serve device {device.type!r}")
+        return Availability(False, f"it does not serve device {device.type!r}")
     if not torch.cuda.is_available():
-        return Backend(False, "torch finds no GPU that it can use")
+        return Availability(False, "torch finds no GPU that it can use")
     for of in range(torch.cuda.device_count()) if device is None else [device]:
         properties = torch.cuda.get_device_properties(of)
         if torch.version.hip is None and properties.major < 8:
             capability = f"{properties.major}.{properties.minor}"
-            return Backend(False, f"{properties.name} has compute capability {capability}, the kernels need 8.0")
-    return Backend(True, detail)
+            return Availability(False, f"{properties.name} has compute capability {capability}, the kernels need 8.0")
+    return Availability(True, detail)
 
 
 # Triton reads this when it is imported, and then interprets every kernel, also on a CPU: a way to test.
@@ -60,11 +91,11 @@ _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
-def _triton(device: torch.device | None = None) -> Backend:
+def _triton(device: torch.device | None) -> Availability:
     if not _HAS_TRITON:
-        return Backend(False, "Triton is not installed")
+        return Availability(False, "Triton is not installed")
     if _INTERPRETED and (device is None or device.type in ("cpu", "cuda")):
-        return Backend(True, "Triton's interpreter, for tests")
+        return Availability(True, "Triton's interpreter, for tests")
     return _gpu(device, "Triton kernels")
 
 
@@ -73,22 +104,23 @@ def _is_emulated() -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key("rnnfast::cuda_forward_steps", "CPU")
 
 
-def _cuda(device: torch.device | None = None) -> Backend:
+def _cuda(device: torch.device | None) -> Availability:
     if (device is None or device.type == "cpu") and _is_emulated():
-        return Backend(True, "CUDA kernels under a host emulation, for tests")
+        return Availability(True, "CUDA kernels under a host emulation, for tests")
     return find_cuda(device)
 
 
 _cuda._dynamo_marked_constant = True  # as torch.compiler.assume_constant_result does, which imports the compiler
 
 
-_RUN_CUDA: dict[torch.device, Backend] = {}  # by devices that do: to ask the driver takes longer than a call's checks
+# By devices that run it: to ask the driver takes longer than the checks of a call.
+_RUN_CUDA: dict[torch.device, Availability] = {}
 
 
-def find_cuda(device: torch.device | None) -> Backend:
+def find_cuda(device: torch.device | None) -> Availability:
     """The CUDA library for a GPU, or for all that there are."""
     if torch.version.hip is not None:
-        return Backend(False, "its kernels are for NVIDIA's GPUs")
+        return Availability(False, "its kernels are for NVIDIA's GPUs")
     if device in _RUN_CUDA:
         return _RUN_CUDA[device]
     found = _gpu(device, "CUDA kernels")
@@ -99,39 +131,35 @@ def find_cuda(device: torch.device | None) -> Backend:
     return found
 
 
-_BACKENDS = {
-    "reference": Backend(True, "plain torch, any dtype and device"),
-    "torch": Backend(True, "PyTorch's own kernels, those of torch.nn"),
-    "cpu": _CPU,
-    "triton": None,  # looked for when asked for: that wakes the GPU's driver
-    "cuda": None,
+# Of those for one type of device the last that can is the one that serves; ROCm's type is also called cuda.
+BACKENDS = {
+    "reference": Backend(
+        lambda device: Availability(True, "plain torch, any dtype and device"), dtypes=None, saves_gates=False
+    ),
+    "torch": Backend(
+        lambda device: Availability(True, "PyTorch's own kernels, those of torch.nn"), has_operators=False
+    ),
+    "cpu": Backend(_cpu, ("cpu",)),
+    "triton": Backend(_triton, ("cuda",), module="triton"),
+    "cuda": Backend(_cuda, ("cuda",), module="cuda"),
 }
-# Of the CPU backend, as rnnfast::cpu_isa numbers them.
-INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
-# By the device's type, the fastest first; ROCm's is also called cuda.
-_BACKENDS_OF = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
-BACKEND_NAMES = ("reference", "cpu", "triton", "cuda")  # that have operators
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_forced: str | None = None  # by use_backend
+WITH_OPERATORS = tuple(name for name, backend in BACKENDS.items() if backend.has_operators)
+_OF_DEVICE = {
+    of: tuple(name for name in reversed(BACKENDS) if of in BACKENDS[name].devices)
+    for of in {of for backend in BACKENDS.values() for of in backend.devices}
+}
 
 
-def _backend(name: str, device: torch.device | None = None) -> Backend:
-    """A backend on a device, or wherever it runs."""
-    if name == "triton":
-        return _triton(device)
-    if name == "cuda":
-        return _cuda(device)
-    if name == "cpu" and device is not None and device.type != "cpu":
-        return Backend(False, f"it does not serve device {device.type!r}")
-    return _BACKENDS[name]
-
-
-def backends() -> dict[str, Backend]:
+def backends() -> dict[str, Availability]:
     """Every backend by name: whether this machine can use it, and with what, or why not."""
-    found = {name: _backend(name) for name in _BACKENDS}
-    if found["cpu"].available:
-        found["cpu"] = Backend(True, f"C++ with SIMD: {INSTRUCTION_SETS[torch.ops.rnnfast.cpu_isa(None)]}")
-    return found
+    return {name: backend.probe(None) for name, backend in BACKENDS.items()}
+
+
+# The choice of one.
+
+_forced: str | None = None  # by use_backend
+_tracing_state, _is_compiling = torch._C._get_tracing_state, torch.compiler.is_compiling  # asked for at every call
+_is_transformed = torch._C._are_functorch_transforms_active
 
 
 @contextmanager
@@ -145,11 +173,11 @@ def use_backend(name: str) -> Iterator[None]:
         RuntimeError: this machine lacks it; or, from a layer's call, it cannot serve the call.
     """
     global _forced
-    if name not in _BACKENDS:
-        raise ValueError(f"unknown backend {name!r}, expected one of {', '.join(_BACKENDS)}")
-    backend = _backend(name)
-    if not backend.available:
-        raise RuntimeError(f"backend {name!r} is missing here: {backend.detail}")
+    if name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}, expected one of {', '.join(BACKENDS)}")
+    found = BACKENDS[name].probe(None)
+    if not found.available:
+        raise RuntimeError(f"backend {name!r} is missing here: {found.detail}")
     before, _forced = _forced, name
     try:
         yield
@@ -157,7 +185,32 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = before
 
 
+class Circumstances(NamedTuple):
+    """What beside a call itself decides which backend serves it."""
+
+    forced: str | None = None  # by use_backend
+    forward_mode: bool = False  # forward-mode derivatives are being taken
+    recorded: bool = False  # as is_recorded
+    compiled: bool = False  # by torch.compile or torch.export
+    transformed: bool = False  # by torch.func
+
+
+_USUAL = Circumstances()  # it takes longer to make one than to see that nothing is special
+
+
+def circumstances() -> Circumstances:
+    """Those of a call made now."""
+    found = _forced, forward_ad._current_level >= 0, is_recorded(), _is_compiling(), _is_transformed()
+    return Circumstances(*found) if any(found) else _USUAL
+
+
+def is_recorded() -> bool:
+    """Whether torch.jit or torch.onnx record a graph, which is to run where rnnfast is not installed."""
+    return _tracing_state() is not None or onnx.is_exporting()
+
+
 def choose_backend(
+    circumstances: Circumstances,
     mode: str,
     device: torch.device,
     dtype: torch.dtype,
@@ -167,7 +220,7 @@ def choose_backend(
     projected: bool = False,
     extended: bool = False,
 ) -> tuple[str, str]:
-    """The backend that serves a layer, and why.
+    """The backend that serves a layer, and why: a matter of the arguments, and of what this machine has.
 
     Args:
         mode: torch's name of the cell, such as ``"LSTM"``.
@@ -177,55 +230,36 @@ def choose_backend(
             ``csrc/cuda/plan.h`` and ``triton/plan.py``.
         extended: whether the call has resets, or asks for the states of every step: torch's kernels know neither.
     """
-    if _forced == "reference":
+    forced, forward_mode, recorded, compiled, transformed = circumstances
+    in_torch = not (extended or transformed or (compiled and not recorded))
+    if forced == "reference":
         return "reference", "asked for by use_backend"
-    if forward_ad._current_level >= 0:  # as second derivatives are, whatever the backend
+    if forward_mode:  # as second derivatives are, whatever the backend
         return "reference", "forward-mode derivatives are taken through plain torch"
-    recorded = is_recorded()
-    if _forced == "torch" or (_forced is None and recorded):
-        why = "asked for by use_backend" if _forced else "a graph is recorded that others run"
-        if extended and _forced:
+    if forced == "torch" or (forced is None and recorded):
+        if extended and forced:
             raise RuntimeError(f"backend 'torch' cannot serve this call: {_NOT_IN_TORCH}")
-        return ("torch", why) if _is_served_by_torch(extended, recorded) else ("reference", _NOT_IN_TORCH)
-    names = _BACKENDS_OF.get(device.type, ()) if _forced is None else (_forced,)
-    reasons = []
-    if not names:
-        reasons.append(f"no fused backend serves device {device.type!r}")
-    elif dtype not in DTYPES:
-        reasons.append(f"no fused backend serves {dtype}")
-    else:
-        for name in names:
-            backend = _backend(name, device)
-            if backend.available:
-                if name == "cpu":
-                    return name, "native kernels serve this dtype on a CPU"
-                if hidden is None:
-                    return name, backend.detail
-                return name, module_of(name).reason(device, mode, dtype, hidden, batch, bidirectional, projected)
-            if backend.detail not in reasons:
-                reasons.append(backend.detail)
-    reason = "; ".join(reasons)
-    if _forced is not None:
-        raise RuntimeError(f"backend {_forced!r} cannot serve this call: {reason}")
+        why = "asked for by use_backend" if forced else "a graph is recorded that others run"
+        return ("torch", why) if in_torch else ("reference", _NOT_IN_TORCH)
+    names = _OF_DEVICE.get(device.type, ()) if forced is None else (forced,)
+    reasons: list[str] = []
+    for name in names:
+        backend = BACKENDS[name]
+        if dtype not in backend.dtypes:
+            continue
+        found = backend.probe(device)
+        if found.available and (hidden is None or backend.module is None):
+            return name, found.detail
+        if found.available:
+            return name, backend.load().reason(device, mode, dtype, hidden, batch, bidirectional, projected)
+        if found.detail not in reasons:
+            reasons.append(found.detail)
+    reason = "; ".join(reasons) or f"no fused backend serves {dtype if names else f'device {device.type!r}'}"
+    if forced is not None:
+        raise RuntimeError(f"backend {forced!r} cannot serve this call: {reason}")
     # A loop in Python is slower than torch's kernels.
-    served = dtype in DTYPES and device.type != "meta" and _is_served_by_torch(extended, recorded)
-    return "torch" if served else "reference", reason
+    in_torch = in_torch and device.type != "meta" and dtype in BACKENDS["torch"].dtypes
+    return "torch" if in_torch else "reference", reason
 
 
 _NOT_IN_TORCH = "torch's kernels know neither resets nor the states of every step, nor torch.func, nor torch.compile"
-
-
-def _is_served_by_torch(extended: bool, recorded: bool) -> bool:
-    compiled = torch.compiler.is_compiling() and not recorded
-    return not (extended or compiled or torch._C._are_functorch_transforms_active())
-
-
-def is_recorded() -> bool:
-    """Whether torch.jit or torch.onnx record a graph, which is to run where rnnfast is not installed."""
-    return _tracing_state() is not None or onnx.is_exporting()
-
-
-@functools.cache
-def module_of(backend: str) -> ModuleType:
-    """That of a backend for GPUs. Triton takes time to import, and may be missing."""
-    return importlib.import_module(f".{backend}", __package__)

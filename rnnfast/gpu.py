@@ -1,6 +1,7 @@
 """One layer on a GPU: the recurrence is a backend's, the products over the whole sequence are torch's.
 
-A backend for GPUs is a subclass of ``Layer``, and a function ``reason`` beside it, which says what it will run.
+A backend for GPUs is a module with a subclass of ``Layer``, and what :class:`rnnfast.backends.Backend` asks for:
+``forward`` and ``backward``, which are those here with that class, and ``reason``.
 """
 
 from __future__ import annotations

@@ -7,14 +7,14 @@ traces into, and the first once more for exported programs, ``rnnfast::NAME_laye
 from __future__ import annotations
 
 import functools
-import itertools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import border, reference
-from .backends import BACKEND_NAMES, module_of
+from .backends import BACKENDS, WITH_OPERATORS
 from .reference import SAVED_GATES
 
 _FORWARD = (
@@ -46,7 +46,6 @@ _CUDA = (
 )
 
 OPERATORS: dict[tuple[str, str], torch._ops.OpOverload] = {}  # by backend and direction
-SAVES_GATES: set[str] = set()  # backends whose backward needs what the forward computed
 LIBRARY = torch.library.Library("rnnfast", "DEF")
 _CONTIGUOUS = torch.contiguous_format
 
@@ -91,10 +90,8 @@ def _backward_fake(mode, dy, dh_n, dc_n, dc, x, h0, c0, weights, batch_sizes, le
     return like(x, need_dx), like(h0), like(c0), [like(w) for w in weights] if need_dw else []
 
 
-def _define(backend: str, saves_gates: bool) -> None:
-    if saves_gates:
-        SAVES_GATES.add(backend)
-    forward_fake = functools.partial(_forward_fake, saves_gates=saves_gates)
+def _define(backend: str) -> None:
+    forward_fake = functools.partial(_forward_fake, saves_gates=BACKENDS[backend].saves_gates)
     for direction, schema, fake in (
         ("forward", _FORWARD, forward_fake),
         ("layer", _FORWARD, forward_fake),  # the forward once more, as it stands in exported programs
@@ -150,22 +147,23 @@ def _checked_lengths(lengths: Tensor, steps: int) -> Tensor:
     return lengths.to(torch.int64, copy=True).clamp_(0, steps)
 
 
-def _on_gpu(backend: str, direction: str, *args: Any) -> tuple:
-    from . import gpu
+def _run(backend: str, direction: str, *args: Any) -> tuple:
+    """A kernel in the module of a backend."""
+    return getattr(BACKENDS[backend].load(), direction)(*args)
 
-    return getattr(gpu, direction)(module_of(backend).Layer, *args)
+
+def _implement(backend: str, forward: Callable, backward: Callable) -> None:
+    for direction, kernel in (("forward", forward), ("layer", forward), ("backward", backward)):
+        LIBRARY.impl(f"{backend}_{direction}", kernel, "CompositeExplicitAutograd")
 
 
-for _name in BACKEND_NAMES:
-    _define(_name, saves_gates=_name != "reference")
+for _name in WITH_OPERATORS:
+    _define(_name)
+    if BACKENDS[_name].module:
+        _implement(_name, *(functools.partial(_run, _name, direction) for direction in ("forward", "backward")))
+_implement("reference", _reference_forward, _reference_backward)
 for _schema in ("cpu_isa(int? use) -> int", "checked_lengths(Tensor lengths, SymInt steps) -> Tensor", *_CUDA):
     _define_operator(_schema)
-for _direction in ("forward", "layer"):
-    LIBRARY.impl(f"reference_{_direction}", _reference_forward, "CompositeExplicitAutograd")
-LIBRARY.impl("reference_backward", _reference_backward, "CompositeExplicitAutograd")
-for _name, _direction in itertools.product(("triton", "cuda"), ("forward", "layer", "backward")):
-    _kernel = functools.partial(_on_gpu, _name, "backward" if _direction == "backward" else "forward")
-    LIBRARY.impl(f"{_name}_{_direction}", _kernel, "CompositeExplicitAutograd")
 LIBRARY.impl("checked_lengths", _checked_lengths, "CompositeExplicitAutograd")
 torch.library.register_fake(
     "rnnfast::checked_lengths", lambda lengths, steps: torch.empty_like(lengths, dtype=torch.int64), lib=LIBRARY

@@ -16,8 +16,8 @@ from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch.autograd import forward_ad
 
 from . import reference
-from .backends import BACKEND_NAMES, is_recorded
-from .ops import LIBRARY, OPERATORS, SAVES_GATES
+from .backends import BACKENDS, WITH_OPERATORS, is_recorded
+from .ops import LIBRARY, OPERATORS
 from .reference import SAVED_GATES
 
 _is_exporting = torch.compiler.is_exporting  # asked for at every call
@@ -188,7 +188,7 @@ def _backward_of_layer(ctx: Any, dy, dh_n, dc_n, dc, _) -> tuple:
     return None, *of_operands, list(grads[3:]) or [None] * len(need_dw), *[None] * (len(ctx.needs_input_grad) - 5)
 
 
-for _name in BACKEND_NAMES:
+for _name in WITH_OPERATORS:
     torch.library.register_autograd(
         f"rnnfast::{_name}_layer", _backward_of_layer, lib=LIBRARY,
         setup_context=functools.partial(_setup_layer, backend=_name),
@@ -238,7 +238,7 @@ def layer(
     if torch._C._are_functorch_transforms_active():
         return _transformed(backend, mode, bidirectional, *form, x, h0, c0, *weights)[:4]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, h0, c0, *weights)):
-        recompute = recompute and SAVED_GATES[mode] > 0 and backend in SAVES_GATES
+        recompute = recompute and SAVED_GATES[mode] > 0 and BACKENDS[backend].saves_gates
         apply = _Layer.apply if torch.compiler.is_compiling() else _apply
         return apply(backend, mode, bidirectional, recompute, *form, x, h0, c0, *weights)[:4]
     return OPERATORS[backend, "forward"](mode, x, h0, c0, weights, *form, bidirectional, keep_c, False)[:4]

@@ -18,7 +18,7 @@ from covering import covering
 from helpers import chooser
 from poison import fill_memory
 
-from rnnfast.backends import Backend
+from rnnfast.backends import Availability
 
 # Inductor keeps precompiled headers, by all but the vectors that they are for: a cache for each kind.
 _CAPABILITY = torch.backends.cpu.get_cpu_capability().replace(" ", "-")
@@ -133,7 +133,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
     def pretend(*capabilities: tuple[int, int], library: bool = False) -> None:
         found = [SimpleNamespace(name=f"GPU {i}", major=a, minor=b) for i, (a, b) in enumerate(capabilities)]
-        load = lambda name, compiler, detail: Backend(library, detail if library else "no library")
+        load = lambda name, compiler, detail: Availability(library, detail if library else "no library")
         monkeypatch.setattr(chooser, "_INTERPRETED", False)
         monkeypatch.setattr(chooser, "_is_emulated", lambda: False)
         monkeypatch.setattr(chooser, "_load", load)

@@ -76,6 +76,11 @@ def load(path: str) -> ModuleType:
     return module
 
 
+def choose(*args: Any, **kwargs: Any) -> tuple[str, str]:
+    """The backend that serves such a layer now, and why."""
+    return chooser.choose_backend(chooser.circumstances(), *args, **kwargs)
+
+
 def pair(name: str, *args: Any, **kwargs: Any) -> tuple[nn.Module, nn.Module]:
     """torch.nn's module and ours of that name, with equal weights."""
     theirs, ours = (getattr(library, name)(*args, **kwargs) for library in (nn, rnnfast))

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import CELL_MODULES, LAYERS, assert_same, flatten, states, train, values_and_grads
+from helpers import CELL_MODULES, LAYERS, assert_same, choose, flatten, states, train, values_and_grads
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import pack_padded_sequence
@@ -22,7 +22,6 @@ from torch.nn.utils.rnn import pack_padded_sequence
 import rnnfast
 import rnnfast.__main__ as command
 from rnnfast import modules
-from rnnfast.backends import choose_backend
 
 DOUBLE = torch.float64
 
@@ -467,7 +466,7 @@ def test_explain_names_the_modules_of_torch(model: Tagger, x: torch.Tensor) -> N
 
 
 def test_explain_says_what_runs(here: str) -> None:
-    module, (backend, reason) = rnnfast.GRU(4, 5), choose_backend("GRU", torch.device("cpu"), torch.float32)
+    module, (backend, reason) = rnnfast.GRU(4, 5), choose("GRU", torch.device("cpu"), torch.float32)
     assert backend == here
     packed = pack_padded_sequence(torch.randn(3, 2, 4), torch.tensor([3, 2]))
     assert rnnfast.explain(module, packed)[0] == ("", "GRU(4, 5)", "torch.float32 on cpu", here, reason)

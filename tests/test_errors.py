@@ -367,7 +367,8 @@ def test_a_backend_refuses_what_it_cannot_serve(name: str, monkeypatch: pytest.M
     module = getattr(rnnfast, name)(4, 5, dtype=torch.complex64)
     x = R(*((3, 2, 4) if name in LAYERS else (2, 4)), dtype=torch.complex64)
     # Where the library is not built the refusal is the same: it is decided before any kernel.
-    monkeypatch.setitem(chooser._BACKENDS, "cpu", chooser.Backend(True, "C++"))
+    there = chooser.BACKENDS["cpu"]._replace(probe=lambda device: chooser.Availability(True, "C++"))
+    monkeypatch.setitem(chooser.BACKENDS, "cpu", there)
     expected = dict(flatten(module(x)))  # on the reference
     with rnnfast.use_backend("cpu"), pytest.raises(RuntimeError, match=r"'cpu' cannot serve this call: .*complex64"):
         module(x)

@@ -26,6 +26,7 @@ from helpers import (
     Case,
     Problem,
     assert_off_by_twice_at_most,
+    choose,
     chooser,
     computed,
     error_of,
@@ -38,7 +39,6 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import rnnfast
-from rnnfast.backends import choose_backend
 
 pytestmark = pytest.mark.gpu
 DEVICE, ELSEWHERE = "cuda", "cpu"
@@ -162,7 +162,7 @@ def test_those_cases_meet_small_and_large_layers(cell: str, precision: str, kern
     with tf32(allowed_tf32):
         for case in {case for case, of_cell, _ in PARITY if of_cell == cell}:
             sizes = GPU_CASES[case].hidden, GPU_CASES[case].batch, GPU_CASES[case].bidirectional, cell == "projection"
-            found.add(choose_backend(MODES[cell], torch.device(DEVICE), dtype, *sizes)[1].partition(":")[0])
+            found.add(choose(MODES[cell], torch.device(DEVICE), dtype, *sizes)[1].partition(":")[0])
     if cell == "projection" or (kernels == "cuda" and dtype == torch.float64):
         assert found == {"stepwise"}
     elif kernels == "cuda":
@@ -564,7 +564,7 @@ def test_the_choice_is_cuda_where_it_is_built(kernels: str) -> None:
     device = torch.device(DEVICE)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chooser, "_forced", None)
-        assert choose_backend("LSTM", device, torch.float32)[0] == expected
+        assert choose("LSTM", device, torch.float32)[0] == expected
 
 
 # Refusals, in the words that torch.nn has for them here

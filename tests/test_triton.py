@@ -14,12 +14,12 @@ from pathlib import Path
 import interpreter
 import pytest
 import torch
-from helpers import chooser
+from helpers import choose, chooser
 from torch.nn.utils.rnn import PackedSequence
 
 import rnnfast
 from rnnfast import gpu
-from rnnfast.backends import DTYPES, choose_backend
+from rnnfast.backends import DTYPES
 from rnnfast.reference import GATES
 from rnnfast.triton import kernels, plan_on
 from rnnfast.triton.plan import Chip, plan
@@ -147,12 +147,11 @@ def test_what_is_missing_is_said(lack: str, gpus: Callable[..., None], monkeypat
         pass
     reason = f"no library; {reason}" if lack == "triton" else reason  # what the CUDA kernels lack is said, too
     device = torch.device("cuda", 1)
-    assert choose_backend("LSTM", device, torch.float32) == ("torch", reason)
+    assert choose("LSTM", device, torch.float32) == ("torch", reason)
 
 
 def test_a_gpu_gets_triton(gpus: Callable[..., None]) -> None:
     gpus((9, 0), (7, 5))
-    choose = choose_backend
     assert choose("LSTM", CUDA, torch.float32) == ("triton", "Triton kernels")
     assert choose("LSTM", CUDA, torch.complex64)[0] == "reference"
     assert choose("LSTM", CPU, torch.float32)[0] != "triton"
@@ -167,8 +166,9 @@ def test_a_gpu_gets_triton(gpus: Callable[..., None]) -> None:
 
 def test_other_backends_leave_the_gpu_asleep(monkeypatch: pytest.MonkeyPatch) -> None:
     """To look for a GPU would start its driver, which a forked child cannot use."""
-    for backend in ("_triton", "_cuda"):
-        monkeypatch.setattr(chooser, backend, lambda device=None: pytest.fail("looked for a GPU"))
+    for name in ("triton", "cuda"):
+        asleep = chooser.BACKENDS[name]._replace(probe=lambda device: pytest.fail("looked for a GPU"))
+        monkeypatch.setitem(chooser.BACKENDS, name, asleep)
     with rnnfast.use_backend("reference"):
         rnnfast.LSTM(4, 5)(torch.randn(3, 2, 4))
 
