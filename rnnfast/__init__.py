@@ -1,10 +1,10 @@
 """Fused RNN, LSTM and GRU layers for PyTorch that give ``torch.nn``'s numbers."""
 
 from . import flops, functional  # noqa: F401  flops is known to torch from here on
+from .backends import backends, use_backend
 from .convert import convert, revert
 from .explain import explain
 from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
-from .recurrence import backends, use_backend
 
 __version__ = "0.1.0"
 __all__ = [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -66,3 +68,6 @@ class Layer(gpu.Layer):
     def states_before(self, y: Tensor, h0: Tensor | None, out: Tensor) -> None:
         T, _, R, *tables = self.form
         _states_before(y.view(R, -1), h0, out, *tables, T, self.stream)
+
+
+forward, backward = functools.partial(gpu.forward, Layer), functools.partial(gpu.backward, Layer)

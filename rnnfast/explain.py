@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from .backends import choose_backend, circumstances
 from .functional import autocast_dtype
 from .modules import _Cell, _Recurrent
-from .recurrence import choose_backend
 
 
 class Choice(NamedTuple):
@@ -90,4 +90,5 @@ def _choice(name: str, module: nn.Module, data: Tensor, batch: int = 1, extended
         return Choice(name, layer, described, "torch.nn", "not an rnnfast module; rnnfast.convert would make it one")
     mode = module.mode if isinstance(module, _Recurrent) else module._mode
     sizes = module.hidden_size, batch, getattr(module, "bidirectional", False), getattr(module, "proj_size", 0) > 0
-    return Choice(name, layer, described, *choose_backend(mode, data.device, dtype, *sizes, extended))
+    found = choose_backend(circumstances(), mode, data.device, dtype, *sizes, extended)
+    return Choice(name, layer, described, *found)

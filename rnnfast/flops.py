@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from .recurrence import BACKEND_NAMES
+from .backends import WITH_OPERATORS
 
 
 def _is_unknown(lengths: Tensor | None) -> bool:
@@ -66,7 +66,7 @@ def _register() -> None:
     from torch.utils.flop_counter import register_flop_formula
 
     for direction, formula in (("forward", _forward_flops), ("layer", _forward_flops), ("backward", _backward_flops)):
-        operators = [getattr(torch.ops.rnnfast, f"{backend}_{direction}") for backend in BACKEND_NAMES]
+        operators = [getattr(torch.ops.rnnfast, f"{backend}_{direction}") for backend in WITH_OPERATORS]
         register_flop_formula(operators, get_raw=True)(formula)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import aten, recurrence
+from .backends import choose_backend, circumstances, is_recorded
 from .border import DTYPE_NAMES
 from .reference import GATES, check_mode
 
@@ -74,7 +75,7 @@ def rnn(
         _check_resets(input, resets)
 
     extended = resets is not None or return_states
-    backend, _ = recurrence.choose_backend(mode, input.device, input.dtype, extended=extended)
+    backend, _ = choose_backend(circumstances(), mode, input.device, input.dtype, extended=extended)
     if backend == "torch" and per_layer // directions % 2 and torch.onnx.is_in_onnx_export():
         backend = "reference"  # ONNX has no operator with a projection, and torch's translation of it does not run
     by_torch = None
@@ -146,7 +147,7 @@ def cell(mode: str, input: Tensor, hx: Sequence[Tensor] | None, weights: Sequenc
             raise RuntimeError(f"hidden{k} has inconsistent hidden_size: got {state.size(1)}, expected {hidden}")
     h0, c0 = (None, None) if hx is None else (hx[0], hx[1] if mode == "LSTM" else None)
     input, h0, c0, weights = _operands(input, h0, c0, weights)
-    backend, _ = recurrence.choose_backend(mode, input.device, input.dtype)
+    backend, _ = choose_backend(circumstances(), mode, input.device, input.dtype)
     if backend == "torch":
         return aten.cell(mode, input, h0, c0, weights)
     if h0 is not None:
@@ -165,9 +166,10 @@ def _join(function, tensors: list[Tensor]) -> Tensor:
 def _operands(input: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor]) -> tuple:
     """What a backend computes with: cast under autocast, and of one device and dtype, or refused in torch's words."""
     device = input.device
-    if device.type != "meta" and torch.is_autocast_enabled(device.type):
+    kind = device.type  # torch makes it anew each time, in a third of a microsecond
+    if kind != "meta" and torch.is_autocast_enabled(kind):
         operands = (input, h0, c0, *weights)
-        input, h0, c0, *weights = (None if t is None else t.to(autocast_dtype(device.type, t.dtype)) for t in operands)
+        input, h0, c0, *weights = (None if t is None else t.to(autocast_dtype(kind, t.dtype)) for t in operands)
     dtype = input.dtype
     for t in (h0, c0, *weights):
         if t is not None and (t.dtype != dtype or t.device != device):
@@ -230,7 +232,7 @@ def _check_lengths(input: Tensor, lengths: Tensor | None) -> Tensor | None:
     if lengths.dim() != 1 or lengths.size(0) != input.size(1):
         raise ValueError(f"lengths must have shape [{input.size(1)}], the batch size, got {list(lengths.shape)}")
     # A graph may run where this operator, which is Python's, is not; a layer on a CPU checks the values once more.
-    if recurrence.is_recorded() or (torch.compiler.is_exporting() and input.device.type == "cpu"):
+    if is_recorded() or (torch.compiler.is_exporting() and input.device.type == "cpu"):
         return lengths.to(input.device, torch.int64)
     return torch.ops.rnnfast.checked_lengths(lengths, input.size(0)).to(input.device)
 

@@ -1,6 +1,7 @@
 """One layer on a GPU: the recurrence is a backend's, the products over the whole sequence are torch's.
 
-A backend for GPUs is a subclass of ``Layer``, and a function ``reason`` beside it, which says what it will run.
+A backend for GPUs is a module with a subclass of ``Layer``, and what :class:`rnnfast.backends.Backend` asks for:
+``forward`` and ``backward``, which are those here with that class, and ``reason``.
 """
 
 from __future__ import annotations
@@ -13,11 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import border, recurrence
-from .recurrence import DTYPES, SAVED_GATES
-from .reference import GATES, split_weights
-
-GRADIENTS = {"RNN_TANH": 1, "RNN_RELU": 1, "LSTM": 4, "GRU": 4}  # columns of H, as recurrence.SAVED_GATES
+from . import border
+from .backends import DTYPES, find_cuda
+from .reference import GATES, GRADIENTS, SAVED_GATES, split_weights
 
 
 class Form(NamedTuple):
@@ -79,7 +78,7 @@ def stream_of(device: torch.device) -> int:
 
 def _multiplies(x: Tensor) -> bool:
     """Whether the CUDA library makes the products: of float32, in a precision for which torch's have no switch."""
-    return x.dtype == torch.float32 and x.is_cuda and recurrence.find_cuda(x.device).available
+    return x.dtype == torch.float32 and x.is_cuda and find_cuda(x.device).available
 
 
 class Layer(abc.ABC):

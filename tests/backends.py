@@ -12,7 +12,7 @@ import interpreter  # before Triton's kernels
 import torch
 
 import rnnfast
-from rnnfast.recurrence import INSTRUCTION_SETS
+from rnnfast.backends import INSTRUCTION_SETS
 
 REGIMES = ("by the table", "multiprocessor", "cluster", "chip", "stepwise")  # as rnnfast::cuda_regime numbers them
 PERSISTENT = REGIMES[1:4]  # in one launch

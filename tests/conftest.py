@@ -15,10 +15,10 @@ import pytest
 import torch
 from backends import BACKENDS, PERSISTENT, Size, serves, use
 from covering import covering
+from helpers import chooser
 from poison import fill_memory
 
-from rnnfast import recurrence
-from rnnfast.recurrence import Backend
+from rnnfast.backends import Availability
 
 # Inductor keeps precompiled headers, by all but the vectors that they are for: a cache for each kind.
 _CAPABILITY = torch.backends.cpu.get_cpu_capability().replace(" ", "-")
@@ -133,11 +133,11 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
     def pretend(*capabilities: tuple[int, int], library: bool = False) -> None:
         found = [SimpleNamespace(name=f"GPU {i}", major=a, minor=b) for i, (a, b) in enumerate(capabilities)]
-        load = lambda name, compiler, detail: Backend(library, detail if library else "no library")
-        monkeypatch.setattr(recurrence, "_INTERPRETED", False)
-        monkeypatch.setattr(recurrence, "_is_emulated", lambda: False)
-        monkeypatch.setattr(recurrence, "_load", load)
-        monkeypatch.setattr(recurrence, "_RUN_CUDA", {})
+        load = lambda name, compiler, detail: Availability(library, detail if library else "no library")
+        monkeypatch.setattr(chooser, "_INTERPRETED", False)
+        monkeypatch.setattr(chooser, "_is_emulated", lambda: False)
+        monkeypatch.setattr(chooser, "_load", load)
+        monkeypatch.setattr(chooser, "_RUN_CUDA", {})
         monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(found))
         monkeypatch.setattr(torch.cuda, "device_count", lambda: len(found))
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda d: found[d if isinstance(d, int) else d.index])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,6 +30,7 @@ FORMS = ("rectangular", "packed", "lengths", "resets")
 # The floor of assert_off_by_twice_at_most, relative to the largest value: a few roundings of the dtype (2 of a half
 # type, 8 of float32; in float64 the exact result is itself a float64 run, so the floor is all there is: 45).
 FLOOR = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
+chooser = importlib.import_module("rnnfast.backends")  # the package has a function of that name
 HANG = 3600  # seconds after which something hangs, however busy the machine is
 LIBRARIES = {"torch": nn, "rnnfast": rnnfast}
 ROUNDING = {
@@ -72,6 +74,11 @@ def load(path: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def choose(*args: Any, **kwargs: Any) -> tuple[str, str]:
+    """The backend that serves such a layer now, and why."""
+    return chooser.choose_backend(chooser.circumstances(), *args, **kwargs)
 
 
 def pair(name: str, *args: Any, **kwargs: Any) -> tuple[nn.Module, nn.Module]:

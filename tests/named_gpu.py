@@ -23,13 +23,12 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from covering import covering
-from helpers import CELLS, FORMS, layer, load, states_of
+from helpers import CELLS, FORMS, chooser, layer, load, states_of
 from torch.nn.utils.rnn import pack_padded_sequence
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
 import rnnfast
-from rnnfast import recurrence
 from rnnfast.triton import layer as launches
 
 TARGETS = load("bench/resources.py").TARGETS
@@ -126,7 +125,7 @@ def make(call: Call) -> None:
 def start(target: str) -> None:
     named, chip = TARGETS[target]
     torch.set_num_threads(1)
-    recurrence._INTERPRETED = True  # so that Triton serves tensors on a CPU
+    chooser._INTERPRETED = True  # so that Triton serves tensors on a CPU
     launches._chip = lambda device: chip
     triton.runtime.driver.set_active(NamedGPU(named, chip.shared_memory))
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import CELL_MODULES, LAYERS, assert_same, flatten, states, train, values_and_grads
+from helpers import CELL_MODULES, LAYERS, assert_same, choose, chooser, flatten, states, train, values_and_grads
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import pack_padded_sequence
@@ -22,7 +22,6 @@ from torch.nn.utils.rnn import pack_padded_sequence
 import rnnfast
 import rnnfast.__main__ as command
 from rnnfast import modules
-from rnnfast.recurrence import choose_backend
 
 DOUBLE = torch.float64
 
@@ -467,7 +466,7 @@ def test_explain_names_the_modules_of_torch(model: Tagger, x: torch.Tensor) -> N
 
 
 def test_explain_says_what_runs(here: str) -> None:
-    module, (backend, reason) = rnnfast.GRU(4, 5), choose_backend("GRU", torch.device("cpu"), torch.float32)
+    module, (backend, reason) = rnnfast.GRU(4, 5), choose("GRU", torch.device("cpu"), torch.float32)
     assert backend == here
     packed = pack_padded_sequence(torch.randn(3, 2, 4), torch.tensor([3, 2]))
     assert rnnfast.explain(module, packed)[0] == ("", "GRU(4, 5)", "torch.float32 on cpu", here, reason)
@@ -482,6 +481,27 @@ def test_explain_says_what_runs(here: str) -> None:
     assert choice[2:] == ("torch.float32 on meta", "reference", "no fused backend serves device 'meta'")
     with rnnfast.use_backend("reference"):
         assert rnnfast.explain(module)[0][3:] == ("reference", "asked for by use_backend")
+
+
+def test_the_choice_depends_on_its_arguments() -> None:
+    """And on nothing that holds where it is made."""
+    layer, usual = ("LSTM", torch.device("cpu"), torch.float32), choose("LSTM", torch.device("cpu"), torch.float32)
+    recorded = "a graph is recorded that others run"
+    forward_mode = "forward-mode derivatives are taken through plain torch"
+    asked = "asked for by use_backend"
+    expected = {
+        chooser.Circumstances(): usual,
+        chooser.Circumstances(forced="torch"): ("torch", asked),
+        chooser.Circumstances(forced="reference", recorded=True): ("reference", asked),
+        chooser.Circumstances(forced="torch", forward_mode=True): ("reference", forward_mode),
+        chooser.Circumstances(recorded=True): ("torch", recorded),
+        chooser.Circumstances(recorded=True, compiled=True): ("torch", recorded),
+        chooser.Circumstances(recorded=True, transformed=True): ("reference", chooser._NOT_IN_TORCH),
+    }
+    with rnnfast.use_backend("reference"), torch.autograd.forward_ad.dual_level():
+        assert choose(*layer) == ("reference", asked)
+        for circumstances, choice in expected.items():
+            assert chooser.choose_backend(circumstances, *layer) == choice
 
 
 def test_backends() -> None:

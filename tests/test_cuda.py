@@ -19,13 +19,12 @@ import helpers
 import pytest
 import torch
 from backends import EMULATION, MODES, PERSISTENT, REGIMES, Size, regime, serves
-from helpers import CASES, FLOOR
+from helpers import CASES, FLOOR, choose, chooser
 from torch import Tensor, nn
 
 import rnnfast
-from rnnfast import recurrence
+from rnnfast.backends import Availability
 from rnnfast.gpu import allows_tf32
-from rnnfast.recurrence import Backend
 
 emulated = pytest.mark.skipif(EMULATION is None, reason="there is a GPU: test_gpu.py runs the kernels")
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -259,7 +258,6 @@ def test_explain_names_the_kernel() -> None:
 
 def test_a_gpu_gets_cuda(gpus: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     gpus((9, 0), (7, 5), library=True)
-    choose = recurrence.choose_backend
     assert choose("LSTM", CUDA, torch.float32) == ("cuda", "CUDA kernels")
     assert choose("LSTM", CUDA, torch.complex64)[0] == "reference"
     assert choose("LSTM", CPU, torch.float32)[0] != "cuda"
@@ -286,12 +284,12 @@ def test_a_gpu_gets_cuda(gpus: Callable[..., None], monkeypatch: pytest.MonkeyPa
 def test_what_is_missing_is_said(
     lack: str, gpus: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    load = recurrence._load.__wrapped__
+    load = chooser._load.__wrapped__
     gpus(*([] if lack == "gpu" else [(9, 0), (7, 5) if lack == "capability" else (8, 0)]), library=True)
-    monkeypatch.setattr(recurrence, "_HAS_TRITON", False)
+    monkeypatch.setattr(chooser, "_HAS_TRITON", False)
     if "library" in lack:
-        monkeypatch.setattr(recurrence, "_load", load)
-        monkeypatch.setattr(recurrence, "__file__", str(tmp_path / "recurrence.py"))
+        monkeypatch.setattr(chooser, "_load", load)
+        monkeypatch.setattr(chooser, "__file__", str(tmp_path / "backends.py"))
     if lack == "loadable-library":
         (tmp_path / "_cuda.so").write_bytes(b"no library")
     reason = {
@@ -305,14 +303,14 @@ def test_what_is_missing_is_said(
     with pytest.raises(RuntimeError) as missing, rnnfast.use_backend("cuda"):
         pass
     assert str(missing.value).startswith(f"backend 'cuda' is missing here: {reason}")
-    backend, said = recurrence.choose_backend("LSTM", torch.device("cuda", 1), torch.float32)
+    backend, said = choose("LSTM", torch.device("cuda", 1), torch.float32)
     assert backend == "torch" and said == f"{found.detail}; Triton is not installed"
 
 
 def test_without_a_gpu_the_library_is_not_loaded(gpus: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     gpus()
-    monkeypatch.setattr(recurrence, "_load", lambda *args: pytest.fail("loaded the library"))
-    assert rnnfast.backends()["cuda"] == Backend(False, "torch finds no GPU that it can use")
+    monkeypatch.setattr(chooser, "_load", lambda *args: pytest.fail("loaded the library"))
+    assert rnnfast.backends()["cuda"] == Availability(False, "torch finds no GPU that it can use")
 
 
 # The operators check what they are given

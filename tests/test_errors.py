@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
+import threading
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -11,9 +13,11 @@ import pytest
 import torch
 from helpers import (
     CELL_MODULES,
+    HANG,
     LAYERS,
     assert_equal_modules,
     assert_same,
+    chooser,
     error_of,
     flatten,
     leaves,
@@ -361,12 +365,56 @@ def test_use_backend() -> None:
     assert rnnfast.explain(module)[0].backend == before
 
 
+def test_use_backend_is_of_a_thread() -> None:
+    module, found = rnnfast.LSTM(4, 5), []
+    chosen = lambda: rnnfast.explain(module)[0].backend
+    usual, entered, leave = chosen(), threading.Event(), threading.Event()
+
+    def within() -> None:
+        found.append(chosen())
+        with rnnfast.use_backend("torch"):
+            entered.set()
+            leave.wait(HANG)
+            found.append(chosen())
+
+    thread = threading.Thread(target=within, daemon=True)
+    with rnnfast.use_backend("reference"):
+        thread.start()
+        assert entered.wait(HANG)
+        assert chosen() == "reference"
+    assert chosen() == usual
+    leave.set()
+    thread.join(HANG)
+    assert found == [usual, "torch"]
+
+
+def test_use_backend_is_of_a_task() -> None:
+    module = rnnfast.LSTM(4, 5)
+
+    async def chosen() -> str:
+        return rnnfast.explain(module)[0].backend
+
+    async def within(name: str) -> tuple[str, str]:
+        with rnnfast.use_backend(name):
+            await asyncio.sleep(0)  # now the other task is within, too
+            return await chosen(), await asyncio.create_task(chosen())
+
+    async def both() -> None:
+        usual = await chosen()
+        found = await asyncio.gather(*map(within, ("reference", "torch")))
+        assert found == [("reference", "reference"), ("torch", "torch")]
+        assert await chosen() == usual
+
+    asyncio.run(both())
+
+
 @pytest.mark.parametrize("name", LAYERS + CELL_MODULES)
 def test_a_backend_refuses_what_it_cannot_serve(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module = getattr(rnnfast, name)(4, 5, dtype=torch.complex64)
     x = R(*((3, 2, 4) if name in LAYERS else (2, 4)), dtype=torch.complex64)
     # Where the library is not built the refusal is the same: it is decided before any kernel.
-    monkeypatch.setitem(rnnfast.recurrence._BACKENDS, "cpu", rnnfast.recurrence.Backend(True, "C++"))
+    there = chooser.BACKENDS["cpu"]._replace(probe=lambda device: chooser.Availability(True, "C++"))
+    monkeypatch.setitem(chooser.BACKENDS, "cpu", there)
     expected = dict(flatten(module(x)))  # on the reference
     with rnnfast.use_backend("cpu"), pytest.raises(RuntimeError, match=r"'cpu' cannot serve this call: .*complex64"):
         module(x)

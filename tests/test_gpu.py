@@ -26,6 +26,8 @@ from helpers import (
     Case,
     Problem,
     assert_off_by_twice_at_most,
+    choose,
+    chooser,
     computed,
     error_of,
     flatten,
@@ -37,7 +39,6 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import rnnfast
-from rnnfast.recurrence import choose_backend
 
 pytestmark = pytest.mark.gpu
 DEVICE, ELSEWHERE = "cuda", "cpu"
@@ -161,7 +162,7 @@ def test_those_cases_meet_small_and_large_layers(cell: str, precision: str, kern
     with tf32(allowed_tf32):
         for case in {case for case, of_cell, _ in PARITY if of_cell == cell}:
             sizes = GPU_CASES[case].hidden, GPU_CASES[case].batch, GPU_CASES[case].bidirectional, cell == "projection"
-            found.add(choose_backend(MODES[cell], torch.device(DEVICE), dtype, *sizes)[1].partition(":")[0])
+            found.add(choose(MODES[cell], torch.device(DEVICE), dtype, *sizes)[1].partition(":")[0])
     if cell == "projection" or (kernels == "cuda" and dtype == torch.float64):
         assert found == {"stepwise"}
     elif kernels == "cuda":
@@ -560,10 +561,8 @@ def test_explanation_names_the_kernel(kernels: str) -> None:
 
 def test_the_choice_is_cuda_where_it_is_built(kernels: str) -> None:
     expected = "cuda" if rnnfast.backends()["cuda"].available else "triton"
-    device = torch.device(DEVICE)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rnnfast.recurrence, "_forced", None)
-        assert choose_backend("LSTM", device, torch.float32)[0] == expected
+    found = chooser.choose_backend(chooser.Circumstances(), "LSTM", torch.device(DEVICE), torch.float32)
+    assert found[0] == expected
 
 
 # Refusals, in the words that torch.nn has for them here

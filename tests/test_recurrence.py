@@ -26,7 +26,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import rnnfast
 from rnnfast import reference
-from rnnfast.recurrence import INSTRUCTION_SETS
+from rnnfast.backends import INSTRUCTION_SETS
 
 DOUBLE = torch.float64
 CPU_BACKENDS = [backend for backend in BACKENDS if backend.startswith("cpu")]

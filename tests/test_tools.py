@@ -19,7 +19,19 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from helpers import CELL_MODULES, HANG, LAYERS, assert_same, flatten, pair, states, tensors_of, values_and_grads
+from helpers import (
+    CELL_MODULES,
+    HANG,
+    LAYERS,
+    assert_same,
+    choose,
+    chooser,
+    flatten,
+    pair,
+    states,
+    tensors_of,
+    values_and_grads,
+)
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.rnn import pack_padded_sequence
@@ -824,15 +836,12 @@ def test_backend_torch_flattens_weights_for_cudnn(name: str, monkeypatch: pytest
 
 
 def test_backend_torch_serves_what_no_kernel_of_ours_does(gpus: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rnnfast import recurrence
-
-    choose = recurrence.choose_backend
     gpus((7, 5))
     for device in (torch.device("cuda", 0), torch.device("mps"), torch.device("xpu")):
         assert choose("LSTM", device, torch.float32)[0] == "torch"
         assert choose("LSTM", device, torch.float32, extended=True)[0] == "reference"
         assert choose("LSTM", device, torch.complex64)[0] == "reference"
-    monkeypatch.setitem(recurrence._BACKENDS, "cpu", recurrence.Backend(False, "the native library is not built"))
+    monkeypatch.setattr(chooser, "_CPU", chooser.Availability(False, "the native library is not built"))
     assert choose("GRU", torch.device("cpu"), torch.float32) == ("torch", "the native library is not built")
     module, x = rnnfast.GRU(4, 5, dtype=DOUBLE), torch.randn(7, 3, 4, dtype=DOUBLE)
     found = values_and_grads(module, x)

@@ -14,10 +14,12 @@ from pathlib import Path
 import interpreter
 import pytest
 import torch
+from helpers import choose, chooser
 from torch.nn.utils.rnn import PackedSequence
 
 import rnnfast
-from rnnfast import gpu, recurrence
+from rnnfast import gpu
+from rnnfast.backends import DTYPES
 from rnnfast.reference import GATES
 from rnnfast.triton import kernels, plan_on
 from rnnfast.triton.plan import Chip, plan
@@ -89,7 +91,7 @@ def test_plan(mode: str, dtype: torch.dtype, largest: int, tf32: bool) -> None:
 
 
 @pytest.mark.parametrize("mode", GATES)
-@pytest.mark.parametrize("dtype", recurrence.DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_plan_of_other_chips(mode: str, dtype: torch.dtype) -> None:
     """Blackwell's tensor memory would take tiles of 64 units by 16 rows; RDNA fuses only what does not spill there."""
     blackwell = Chip(shared_memory=227 * 1024, processors=148, generation=10)
@@ -131,7 +133,7 @@ def test_explain_names_the_kernel() -> None:
 def test_what_is_missing_is_said(lack: str, gpus: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     gpus(*([] if lack == "gpu" else [(9, 0), (7, 5) if lack == "capability" else (8, 0)]))
     if lack == "triton":
-        monkeypatch.setattr(recurrence, "_HAS_TRITON", False)
+        monkeypatch.setattr(chooser, "_HAS_TRITON", False)
     reason = {
         "gpu": "torch finds no GPU that it can use",
         "capability": "GPU 1 has compute capability 7.5, the kernels need 8.0",
@@ -145,12 +147,11 @@ def test_what_is_missing_is_said(lack: str, gpus: Callable[..., None], monkeypat
         pass
     reason = f"no library; {reason}" if lack == "triton" else reason  # what the CUDA kernels lack is said, too
     device = torch.device("cuda", 1)
-    assert recurrence.choose_backend("LSTM", device, torch.float32) == ("torch", reason)
+    assert choose("LSTM", device, torch.float32) == ("torch", reason)
 
 
 def test_a_gpu_gets_triton(gpus: Callable[..., None]) -> None:
     gpus((9, 0), (7, 5))
-    choose = recurrence.choose_backend
     assert choose("LSTM", CUDA, torch.float32) == ("triton", "Triton kernels")
     assert choose("LSTM", CUDA, torch.complex64)[0] == "reference"
     assert choose("LSTM", CPU, torch.float32)[0] != "triton"
@@ -165,8 +166,9 @@ def test_a_gpu_gets_triton(gpus: Callable[..., None]) -> None:
 
 def test_other_backends_leave_the_gpu_asleep(monkeypatch: pytest.MonkeyPatch) -> None:
     """To look for a GPU would start its driver, which a forked child cannot use."""
-    for backend in ("_triton", "_cuda"):
-        monkeypatch.setattr(recurrence, backend, lambda device=None: pytest.fail("looked for a GPU"))
+    for name in ("triton", "cuda"):
+        asleep = chooser.BACKENDS[name]._replace(probe=lambda device: pytest.fail("looked for a GPU"))
+        monkeypatch.setitem(chooser.BACKENDS, name, asleep)
     with rnnfast.use_backend("reference"):
         rnnfast.LSTM(4, 5)(torch.randn(3, 2, 4))
 

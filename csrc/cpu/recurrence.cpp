@@ -107,7 +107,7 @@ void release(void* memory) { scratch_pool().release(memory); }
 
 namespace {
 
-// ---- instruction sets, numbered as rnnfast/recurrence.py names them
+// ---- instruction sets, numbered as rnnfast/backends.py names them
 
 struct InstructionSet {
   const Kernels* kernels;

@@ -126,3 +126,6 @@ class Layer(gpu.Layer):
 
     def states_before(self, y: Tensor, h0: Tensor | None, out: Tensor) -> None:
         self.launch(kernels.states_before, self.P, y, h0, out, steps=self.form.T)
+
+
+forward, backward = functools.partial(gpu.forward, Layer), functools.partial(gpu.backward, Layer)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..gpu import GRADIENTS
+from ..reference import GRADIENTS
 
 _KB = 1024
 
