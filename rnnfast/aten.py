@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from . import onnx, reference
+from .cells import GATES
 
 _STACKS = {
     "RNN_TANH": torch._VF.rnn_tanh,
@@ -77,7 +78,7 @@ def cell(mode: str, x: Tensor, h: Tensor | None, c: Tensor | None, weights: Sequ
 def _states(mode, x, h0, c0, weights, batch_sizes, count: int) -> list[Tensor]:
     """The initial state. A batch size that is read off a tensor stays one where a graph is recorded."""
     batch = x.size(1) if batch_sizes is None else batch_sizes[0]
-    widths = {"h": weights[1].size(1), "c": weights[0].size(0) // reference.GATES[mode]}
+    widths = {"h": weights[1].size(1), "c": weights[0].size(0) // GATES[mode]}
     given = {"h": h0, "c": c0} if mode == "LSTM" else {"h": h0}
     return [x.new_zeros(count, batch, widths[name]) if t is None else t for name, t in given.items()]
 
@@ -94,7 +95,7 @@ def _flatten(mode: str, weights: Sequence[Tensor], num_layers: int, bidirectiona
     if torch.cuda.is_current_stream_capturing():  # the copies would be the graph's
         return
     count = len(weights) // (num_layers * (1 + bidirectional))
-    out, hidden = weights[1].size(1), weights[0].size(0) // reference.GATES[mode]
+    out, hidden = weights[1].size(1), weights[0].size(0) // GATES[mode]
     layer = SimpleNamespace(
         _flat_weights=list(weights), _flat_weights_names=weights, mode=mode, bias=count >= 4,
         proj_size=out if count % 2 else 0, input_size=first.size(1), hidden_size=hidden, num_layers=num_layers,

@@ -11,7 +11,8 @@ from typing import NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from .reference import GATES, check_mode
+from .cells import CELLS, GATES, HAS_CELL_STATE
+from .reference import check_mode
 
 # As C++ names them; the other dtypes go by torch's name in Python.
 DTYPE_NAMES = {
@@ -36,7 +37,7 @@ _STRIDED = torch.strided
 class Sizes(NamedTuple):
     """What the arguments of a layer say."""
 
-    is_lstm: bool
+    has_cell: bool
     D: int
     N: int
     H: int
@@ -101,7 +102,8 @@ def check_layer(
     check_mode(mode)
     if x is None:
         _refuse("x is missing")
-    G, D, dtype, device, is_lstm = GATES[mode], 1 + bidirectional, x.dtype, x.device, mode == "LSTM"
+    cell, D, dtype, device = CELLS[mode], 1 + bidirectional, x.dtype, x.device
+    G, has_cell = GATES[mode], HAS_CELL_STATE[mode]
     if not (dtype.is_floating_point or dtype.is_complex) if dtypes is None else dtype not in dtypes:
         _refuse(f"no kernel for dtype {DTYPE_NAMES.get(dtype, dtype)}")
     if x.layout is not _STRIDED:
@@ -133,7 +135,7 @@ def check_layer(
     if len(weights) % D or not 2 <= count <= 5:
         _refuse(f"got {len(weights)} weights, expected 2 to 5 for each of {D} direction(s)")
     projected = count % 2 == 1
-    if projected and not is_lstm:
+    if projected and not cell.projects:
         _refuse("only an LSTM has a projection")
     if weights[0].dim() != 2 or weights[0].shape[0] % G:
         _refuse(f"weight_ih has to be [{G} * hidden_size, input_size]")
@@ -158,9 +160,9 @@ def check_layer(
         _check("h0", h0, (D, N, P), dtype, device)
     if c0 is not None:
         _check("c0", c0, (D, N, H), dtype, device)
-        if not is_lstm:
+        if not has_cell:
             _refuse("only an LSTM has a cell state")
-    return Sizes(is_lstm, D, N, H, P, R, tuple(rows), dtype, torch.promote_types(dtype, torch.float32), device)
+    return Sizes(has_cell, D, N, H, P, R, tuple(rows), dtype, torch.promote_types(dtype, torch.float32), device)
 
 
 def _check_batch_sizes(batch_sizes: Tensor, rows: int) -> tuple[int, int]:
@@ -190,8 +192,8 @@ def check_backward(
     gates: Tensor,
 ) -> None:
     """Checks what a layer's backward is given beside; ``saved``: columns of H that its forward keeps of the gates."""
-    is_lstm, D, N, H, P, R, rows, dtype, acc, device = sizes
-    of_y, of_c, of_c_n = (*rows, D * P), (*rows, D * H) if is_lstm else (0,), (D, N, H) if is_lstm else (0,)
+    has_cell, D, N, H, P, R, rows, dtype, acc, device = sizes
+    of_y, of_c, of_c_n = (*rows, D * P), (*rows, D * H) if has_cell else (0,), (D, N, H) if has_cell else (0,)
     _check("y", y, of_y, dtype, device)
     _check("c", c, of_c, acc, device)
     _check("gates", gates, (D, R, saved * H) if saved else (0,), dtype, device)

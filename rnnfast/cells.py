@@ -323,6 +323,17 @@ class Cell:
         name = self.gates[gate]
         return next(i for i, of in enumerate(self.gradients) if of.gate == name and of.of_a)
 
+    def ranges_of_a(self) -> list[tuple[int, int, int]]:
+        """Where among the gradients those of a are, by range: its first gate, the place of that one, and how many."""
+        found: list[tuple[int, int, int]] = []
+        for gate in range(len(self.gates)):
+            first, at, count = found[-1] if found else (0, 0, 0)
+            if self.hidden(gate) == at + count:
+                found[-1:] = [(first, at, count + 1)]
+            else:
+                found.append((gate, self.hidden(gate), 1))
+        return found
+
     def backward(
         self, x: Sequence[Any], a: Sequence[Any], before: Sequence[Any], grads: Sequence[Any]
     ) -> tuple[list[Any], list[Any], list[Any]]:
@@ -425,11 +436,12 @@ CELLS: dict[str, Cell] = {declared.mode: declared for declared in (rnn_tanh, rnn
 
 
 # Of each cell, by torch's name of it: how many columns of H its gates have, what a forward keeps for the backward, and
-# what a backward makes; whether there is a cell state; which states are read by its gradients; and the gate whose x and
-# a are read apart, or -1.
+# what a backward makes; whether there is a cell state; which states are read by its gradients; the ranges of Cell;
+# and the gate whose x and a are read apart, or -1.
 GATES = {mode: len(declared.gates) for mode, declared in CELLS.items()}
 SAVED_GATES = {mode: len(declared.saved) for mode, declared in CELLS.items()}
 GRADIENTS = {mode: len(declared.gradients) for mode, declared in CELLS.items()}
 HAS_CELL_STATE = {mode: "c" in declared.states for mode, declared in CELLS.items()}
 READS = {mode: tuple(n for n in ("h", "old_h") if declared.reads(n)) for mode, declared in CELLS.items()}
+RANGES_OF_A = {mode: declared.ranges_of_a() for mode, declared in CELLS.items()}
 APART = {mode: declared.apart[0] if declared.apart else -1 for mode, declared in CELLS.items()}

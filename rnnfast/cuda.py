@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import gpu
+from .cells import HAS_CELL_STATE
 
 
 def reason(
@@ -59,7 +60,7 @@ class Layer(gpu.Layer):
         w_hh, w_hr = self.of_directions("w_hh"), self.of_directions("w_hr")
         T, _, R, *tables = self.form
         dy, dcs = None if dy is None else dy.view(R, -1), None if dcs is None else dcs.view(R, -1)
-        y, cs = y.view(R, -1), cs.view(R, -1) if self.mode == "LSTM" else cs
+        y, cs = y.view(R, -1), cs.view(R, -1) if HAS_CELL_STATE[self.mode] else cs
         _backward_steps(
             self.mode, dy, dcs, gates, y, cs, h0, c0, w_hh, w_hr, dh, dc, dgates, dprojections, *tables, T,
             self.allows_tf32, self.stream,

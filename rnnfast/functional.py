@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from . import aten, recurrence
 from .backends import choose_backend, circumstances, is_recorded
 from .border import DTYPE_NAMES
-from .reference import GATES, check_mode
+from .cells import GATES, HAS_CELL_STATE
+from .reference import check_mode
 
 
 def rnn(
@@ -59,7 +60,7 @@ def rnn(
         ValueError: lengths or resets have a wrong shape or dtype; lengths on the CPU leave 0..T.
     """
     check_mode(mode)
-    h0, c0 = (None, None) if hx is None else (hx[0], hx[1] if mode == "LSTM" else None)
+    h0, c0 = (None, None) if hx is None else (hx[0], hx[1] if HAS_CELL_STATE[mode] else None)
     input, h0, c0, weights = _operands(input, h0, c0, weights)
     if input.size(-1) != weights[0].size(1):
         raise _products_differ(input.numel() // max(input.size(-1), 1), input.size(-1), weights[0])
@@ -116,7 +117,7 @@ def rnn(
         hs.append(y)
         cs.append(c)
     all_states = _join(torch.stack, hs) if return_states else None
-    if return_states and mode == "LSTM":
+    if return_states and HAS_CELL_STATE[mode]:
         all_states = all_states, _join(torch.stack, cs).to(input.dtype)
     return y, _join(torch.cat, h_ns), _join(torch.cat, c_ns), all_states
 
@@ -145,7 +146,7 @@ def cell(mode: str, input: Tensor, hx: Sequence[Tensor] | None, weights: Sequenc
             raise RuntimeError(f"Input batch size {input.size(0)} doesn't match hidden{k} batch size {state.size(0)}")
         if state.size(1) != hidden:
             raise RuntimeError(f"hidden{k} has inconsistent hidden_size: got {state.size(1)}, expected {hidden}")
-    h0, c0 = (None, None) if hx is None else (hx[0], hx[1] if mode == "LSTM" else None)
+    h0, c0 = (None, None) if hx is None else (hx[0], hx[1] if HAS_CELL_STATE[mode] else None)
     input, h0, c0, weights = _operands(input, h0, c0, weights)
     backend, _ = choose_backend(circumstances(), mode, input.device, input.dtype)
     if backend == "torch":
@@ -153,7 +154,7 @@ def cell(mode: str, input: Tensor, hx: Sequence[Tensor] | None, weights: Sequenc
     if h0 is not None:
         h0, c0 = h0.unsqueeze(0), c0 if c0 is None else c0.unsqueeze(0)
     _, h_n, c_n, _ = recurrence.layer(backend, mode, input.unsqueeze(0), h0, c0, weights)
-    return h_n.squeeze(0), c_n.squeeze(0) if mode == "LSTM" else c_n
+    return h_n.squeeze(0), c_n.squeeze(0) if HAS_CELL_STATE[mode] else c_n
 
 
 def _join(function, tensors: list[Tensor]) -> Tensor:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from . import border
 from .backends import DTYPES, find_cuda
-from .reference import GATES, GRADIENTS, SAVED_GATES, split_weights
+from .cells import CELLS, GATES, GRADIENTS, HAS_CELL_STATE, RANGES_OF_A, SAVED_GATES
+from .reference import split_weights
 
 
 class Form(NamedTuple):
@@ -110,7 +111,7 @@ class Layer(abc.ABC):
     @property
     @abc.abstractmethod
     def gates_replace_x(self) -> bool:
-        """Whether an LSTM's gates may take the place of what they are computed from."""
+        """Whether gates may take the place of what they are computed from."""
 
     @abc.abstractmethod
     def forward_steps(
@@ -200,13 +201,13 @@ def forward(
     border.check_layer(mode, x, h0, c0, weights, batch_sizes, lengths, resets, bidirectional, DTYPES)
     with _on(x.device):
         k = backend(mode, x, weights, batch_sizes, lengths, resets, bidirectional)
-        is_lstm, R, S, rows = mode == "LSTM", k.form.R, SAVED_GATES[mode], x.shape[:-1]
+        has_cell, R, S, rows = HAS_CELL_STATE[mode], k.form.R, SAVED_GATES[mode], x.shape[:-1]
         y = k.new_rows(*rows, k.D * k.P)
-        h, c = k.state(h0, k.P, x.dtype), k.state(c0, k.H, k.acc) if is_lstm else None
-        cs = k.new_rows(*rows, k.D * k.H, dtype=k.acc) if is_lstm and keep_c else None
+        h, c = k.state(h0, k.P, x.dtype), k.state(c0, k.H, k.acc) if has_cell else None
+        cs = k.new_rows(*rows, k.D * k.H, dtype=k.acc) if has_cell and keep_c else None
         gates = k.new_rows(k.D, R, S * k.H) if S and keep_gates else None
         if R:
-            in_place = gates is not None and is_lstm and not k.projected and k.gates_replace_x
+            in_place = gates is not None and S == k.G and not k.projected and k.gates_replace_x
             x_gates = gates if in_place else x.new_empty(k.D, R, k.G * k.H)
             x_rows = x.reshape(R, x.shape[-1])
             for w, out in zip(k.directions, x_gates.unbind()):
@@ -244,13 +245,13 @@ def backward(
     border.check_backward(sizes, SAVED_GATES[mode], dy, dh_n, dc_n, dc, y, cs, gates)
     with _on(x.device):
         k = backend(mode, x, weights, batch_sizes, lengths, resets, bidirectional)
-        is_lstm = mode == "LSTM"
-        dcs = dc if is_lstm else None  # of an absent c it has shape [0]
+        has_cell = HAS_CELL_STATE[mode]
+        dcs = dc if has_cell else None  # of an absent c it has shape [0]
         dy, dcs, h0, c0, y, cs, gates = [None if t is None else t.contiguous() for t in (dy, dcs, h0, c0, y, cs, gates)]
-        if is_lstm and not k.projected and all(t is None for t in (h0, c0, dh_n, dc_n)):
+        if has_cell and not k.projected and all(t is None for t in (h0, c0, dh_n, dc_n)):
             dh, dc = x.new_zeros((2, k.D, k.form.N, k.H), dtype=k.acc).unbind()  # one launch: neither is returned
         else:
-            dh, dc = k.state(dh_n, k.P, k.acc), k.state(dc_n, k.H, k.acc) if is_lstm else None
+            dh, dc = k.state(dh_n, k.P, k.acc), k.state(dc_n, k.H, k.acc) if has_cell else None
         dgates = k.new_rows(k.D, k.form.R, GRADIENTS[mode] * k.H)
         dprojections = k.new_rows(k.D, k.form.R, k.P) if k.projected else None
         if k.form.R:
@@ -259,6 +260,10 @@ def backward(
         dh0 = x.new_empty(0) if h0 is None else dh.to(x.dtype)
         dc0 = x.new_empty(0) if c0 is None else dc.to(x.dtype)
         return dx, dh0, dc0, dweights
+
+
+def _part(rows: Tensor, first: int, count: int) -> Tensor:
+    return rows if count == len(rows) else rows[first : first + count]
 
 
 def _products(
@@ -273,14 +278,13 @@ def _products(
     need_dw: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     """What the gate gradients make of x and the weights: products over the whole sequence."""
-    x, H, R, dgates_of = k.x.reshape(k.form.R, k.x.shape[-1]), k.H, k.form.R, dgates.unbind()
-    is_gru = k.mode == "GRU"
-    at_x = [of_one[:, : k.G * H] for of_one in dgates_of] if is_gru else dgates_of
+    x, H, R, dgates_of = k.x.reshape(k.form.R, k.x.shape[-1]), k.H, k.form.R, [one.t() for one in dgates.unbind()]
+    at_x, ranges = [_part(one, 0, k.G * H) for one in dgates_of], RANGES_OF_A[k.mode]
     dx = x.new_empty(0)
     if need_dx:
         dx = x.new_empty(x.shape)  # contiguous, whatever x is
         for d, w in enumerate(k.directions):
-            k.multiply(at_x[d], w.w_ih, dx, add=dx if d else None)
+            k.multiply(at_x[d].t(), w.w_ih, dx, add=dx if d else None)
         dx = dx.view(k.x.shape)
     dweights: list[Tensor] = []
     if not need_dw:
@@ -290,20 +294,19 @@ def _products(
         k.states_before(y, h0, h_before)
     for d, w in enumerate(k.directions):
         dw_ih, dw_hh, at_h, before = torch.empty_like(w.w_ih), torch.empty_like(w.w_hh), dgates_of[d], h_before[d]
-        k.multiply(at_x[d].t(), x, dw_ih)
-        if is_gru:  # the candidate's gradient at W_hn h differs from that at W_in x
-            k.multiply(at_h[:, : 2 * H].t(), before, dw_hh[: 2 * H])
-            k.multiply(at_h[:, 3 * H :].t(), before, dw_hh[2 * H :])
-        else:
-            k.multiply(at_h.t(), before, dw_hh)
+        k.multiply(at_x[d], x, dw_ih)
+        for gate, at, count in ranges:  # the gradients at W_hh h, of which a candidate's differs from that at W_ih x
+            k.multiply(_part(at_h, at * H, count * H), before, _part(dw_hh, gate * H, count * H))
         dweights += [dw_ih, dw_hh]
         if w.b_ih is not None:
-            sums = at_h.sum(0)
-            of_hidden = torch.cat((sums[: 2 * H], sums[3 * H :])) if is_gru else sums.clone()
-            dweights += [sums[: 3 * H] if is_gru else sums, of_hidden]
+            sums = at_h.sum(1)
+            dweights += [
+                _part(sums, 0, k.G * H),
+                torch.cat([_part(sums, at * H, count * H) for _, at, count in ranges]),
+            ]
         if k.projected:
-            o, c = gates[d, :, 3 * H :].to(k.acc), cs.view(R, k.D, H)[:, d]
+            m = CELLS[k.mode].output(gates[d].to(k.acc).split(H, 1), [cs.view(R, k.D, H)[:, d]])
             dw_hr = torch.empty_like(w.w_hr)
-            k.multiply(dprojections[d].t(), (o * c.tanh()).to(x.dtype), dw_hr)
+            k.multiply(dprojections[d].t(), m.to(x.dtype), dw_hr)
             dweights.append(dw_hr)
     return dx, dweights

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .cells import GATES
 
 # Where ONNX's gates stand in torch's order: i o f c, and z r h.
 _ORDER = {"RNN_TANH": (0,), "RNN_RELU": (0,), "LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2)}
@@ -34,7 +35,7 @@ def layer(
     directions = reference.split_weights(weights, bidirectional)
 
     def onnx_order(weight: Tensor) -> Tensor:
-        gates = weight.chunk(reference.GATES[mode])
+        gates = weight.chunk(GATES[mode])
         return torch.cat([gates[gate] for gate in _ORDER[mode]])
 
     w = torch.stack([onnx_order(of.w_ih) for of in directions])

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import border, reference
 from .backends import BACKENDS, WITH_OPERATORS
-from .reference import SAVED_GATES
+from .cells import GATES, HAS_CELL_STATE, SAVED_GATES
 
 _FORWARD = (
     "(str mode, Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? batch_sizes, Tensor? lengths, "
@@ -60,7 +60,7 @@ def _forward_fake(
     border.check_devices(x, (h0, c0, *weights, lengths, resets), batch_sizes)
     directions = 1 + bidirectional
     gate_rows, out = weights[1].shape
-    hidden = gate_rows // reference.GATES[mode]
+    hidden = gate_rows // GATES[mode]
     if batch_sizes is None:
         batch = x.shape[1]
     elif h0 is not None:
@@ -68,13 +68,13 @@ def _forward_fake(
     else:  # known only from the values of batch_sizes
         batch = torch.library.get_ctx().new_dynamic_size()
     rows = functools.reduce(lambda a, b: a * b, x.shape[:-1])
-    is_lstm, saved = mode == "LSTM", SAVED_GATES[mode]
+    has_cell, saved = HAS_CELL_STATE[mode], SAVED_GATES[mode]
     acc = torch.promote_types(x.dtype, torch.float32)
     return (
         x.new_empty(*x.shape[:-1], directions * out),
         x.new_empty(directions, batch, out),
-        x.new_empty(directions, batch, hidden) if is_lstm else x.new_empty(0),
-        x.new_empty(*x.shape[:-1], directions * hidden, dtype=acc) if is_lstm and keep_c else x.new_empty(0, dtype=acc),
+        x.new_empty(directions, batch, hidden) if has_cell else x.new_empty(0),
+        x.new_empty(*((*x.shape[:-1], directions * hidden) if has_cell and keep_c else (0,)), dtype=acc),
         x.new_empty(directions, rows, saved * hidden) if saved and keep_gates and saves_gates else x.new_empty(0),
     )
 

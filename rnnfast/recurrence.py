@@ -17,8 +17,8 @@ from torch.autograd import forward_ad
 
 from . import reference
 from .backends import BACKENDS, WITH_OPERATORS, is_recorded
+from .cells import HAS_CELL_STATE, SAVED_GATES
 from .ops import LIBRARY, OPERATORS
-from .reference import SAVED_GATES
 
 _is_exporting = torch.compiler.is_exporting  # asked for at every call
 _is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
@@ -106,7 +106,7 @@ def _layer_backward(ctx, dy, dh_n, dc_n, dc, need_dx: bool, need_dw: bool) -> tu
         return None, None, None
     batch_sizes, lengths, resets, x, h0, c0, y, c, gates, *weights = _saved(ctx)
     if ctx.recompute:
-        is_kept = ctx.mode != "LSTM" or c.dim() > 1
+        is_kept = not HAS_CELL_STATE[ctx.mode] or c.dim() > 1
         with torch.no_grad():
             *_, again, gates = OPERATORS[ctx.backend, "forward"](
                 ctx.mode, x, h0, c0, weights, batch_sizes, lengths, resets, ctx.bidirectional, not is_kept, True

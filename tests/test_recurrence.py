@@ -27,6 +27,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 import rnnfast
 from rnnfast import reference
 from rnnfast.backends import INSTRUCTION_SETS
+from rnnfast.cells import GATES
 
 DOUBLE = torch.float64
 CPU_BACKENDS = [backend for backend in BACKENDS if backend.startswith("cpu")]
@@ -455,10 +456,10 @@ def test_opcheck(name: str, cell: str, form: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.runs(DOUBLE)
-@pytest.mark.parametrize("mode", reference.GATES)
+@pytest.mark.parametrize("mode", GATES)
 def test_no_input_features(backend: str, mode: str) -> None:
     """The biases alone: weight_ih has no columns, yet every gradient is there."""
-    rows = reference.GATES[mode] * 5
+    rows = GATES[mode] * 5
     shapes = ((rows, 0), (rows, 5), (rows,), (rows,))
     weights = [torch.randn(shape, dtype=DOUBLE, requires_grad=True) for shape in shapes]
 

@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import PackedSequence
 import rnnfast
 from rnnfast import gpu
 from rnnfast.backends import DTYPES
-from rnnfast.reference import GATES
+from rnnfast.cells import GATES
 from rnnfast.triton import kernels, plan_on
 from rnnfast.triton.plan import Chip, plan
 

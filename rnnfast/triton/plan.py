@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..reference import GRADIENTS
+from ..cells import GRADIENTS
 
 _KB = 1024
 
