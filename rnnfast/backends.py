@@ -7,9 +7,10 @@ import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd import forward_ad
@@ -110,9 +111,6 @@ def _cuda(device: torch.device | None) -> Availability:
     return find_cuda(device)
 
 
-_cuda._dynamo_marked_constant = True  # as torch.compiler.assume_constant_result does, which imports the compiler
-
-
 # By devices that run it: to ask the driver takes longer than the checks of a call.
 _RUN_CUDA: dict[torch.device, Availability] = {}
 
@@ -130,6 +128,9 @@ def find_cuda(device: torch.device | None) -> Availability:
         _RUN_CUDA[device] = found
     return found
 
+
+# torch.compile cannot trace what these ask. torch.compiler.assume_constant_result would import the compiler.
+_cpu._dynamo_marked_constant = _cuda._dynamo_marked_constant = True
 
 # Of those for one type of device the last that can is the one that serves; ROCm's type is also called cuda.
 BACKENDS = {
@@ -157,32 +158,58 @@ def backends() -> dict[str, Availability]:
 
 # The choice of one.
 
-_forced: str | None = None  # by use_backend
 _tracing_state, _is_compiling = torch._C._get_tracing_state, torch.compiler.is_compiling  # asked for at every call
 _is_transformed = torch._C._are_functorch_transforms_active
+_asked: ContextVar[Any] = ContextVar("rnnfast.use_backend")
+
+
+class _AskedFor:
+    """The name that use_backend was last given, where torch.compile sees it.
+
+    Dynamo refuses the methods of a ContextVar, and never looks again at a threading.local whose default stands in its
+    class. But a property whose getter is written in C it takes for an attribute: compiled code reads it in the thread
+    and task that call, and another value makes another graph.
+    """
+
+    here = property(_asked.get)  # of this thread and task; as get takes a default, the object itself if there is none
+
+    def __init__(self) -> None:
+        self.traced: str | None = None  # by use_backend within the code that is compiled, which also undoes it
+
+
+_asked_for = _AskedFor()
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Within the context every layer runs on the backend ``name``; where it cannot, the call raises.
 
-    The setting is the process's: threads share it.
+    The choice holds in this thread and, with asyncio, in this task and those that it starts; as torch.no_grad's, not in
+    other threads: not in DataParallel's, nor where a backward on a GPU runs the forward of a checkpoint once more.
 
     Raises:
         ValueError: there is no backend of that name.
         RuntimeError: this machine lacks it; or, from a layer's call, it cannot serve the call.
     """
-    global _forced
     if name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}, expected one of {', '.join(BACKENDS)}")
     found = BACKENDS[name].probe(None)
     if not found.available:
         raise RuntimeError(f"backend {name!r} is missing here: {found.detail}")
-    before, _forced = _forced, name
+    is_traced = torch.compiler.is_dynamo_compiling()
+    before = _asked_for.traced if is_traced else _asked_for.here
+    _ask_for(name, is_traced)
     try:
         yield
     finally:
-        _forced = before
+        _ask_for(before, is_traced)
+
+
+def _ask_for(name: Any, is_traced: bool) -> None:
+    if is_traced:
+        _asked_for.traced = name
+    else:
+        _asked.set(name)
 
 
 class Circumstances(NamedTuple):
@@ -200,7 +227,9 @@ _USUAL = Circumstances()  # it takes longer to make one than to see that nothing
 
 def circumstances() -> Circumstances:
     """Those of a call made now."""
-    found = _forced, forward_ad._current_level >= 0, is_recorded(), _is_compiling(), _is_transformed()
+    here = _asked_for.here
+    forced = _asked_for.traced or (None if here is _asked_for else here)
+    found = forced, forward_ad._current_level >= 0, is_recorded(), _is_compiling(), _is_transformed()
     return Circumstances(*found) if any(found) else _USUAL
 
 

@@ -365,8 +365,8 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         (
             "use_backend forgets the one around it",
             "test_errors.py -k backend",
-            "        _forced = before\n",
-            "        _forced = None\n",
+            "        _ask_for(before, is_traced)\n",
+            "        _ask_for(_asked_for, is_traced)\n",
         ),
     ],
     "rnnfast/ops.py": [

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from helpers import CELL_MODULES, LAYERS, assert_same, flatten, states, values_and_grads
+from helpers import CELL_MODULES, HANG, LAYERS, assert_same, chooser, flatten, states, values_and_grads
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
@@ -126,6 +127,44 @@ def test_compiled_once_for_every_length() -> None:
         x = torch.randn(steps, rows, 3, dtype=DOUBLE)
         assert_same(dict(flatten(compiled(x))), dict(flatten(model(x))))
     assert len(graphs) == 1
+
+
+@pytest.mark.skipif(not rnnfast.backends()["cpu"].available, reason="the native library is not built")
+def test_compiled_code_sees_use_backend() -> None:
+    """Entered around a call, within what is compiled, or in another thread; each choice is compiled once."""
+    made, ran, model, x = [], [], rnnfast.GRU(4, 5), torch.randn(3, 2, 4)
+
+    def record(graph: torch.fx.GraphModule, inputs: list) -> Callable:
+        names = [str(node.target).split(".")[1] for node in graph.graph.nodes if "rnnfast" in str(node.target)]
+        made.append(names)
+        return lambda *args: ran.append(names) or graph(*args)
+
+    @torch.no_grad()
+    def run(function: Callable) -> list[str]:
+        function(x)
+        return ran[-1]
+
+    def chosen_within(x: torch.Tensor) -> torch.Tensor:
+        with rnnfast.use_backend("reference"):
+            y = model(x)[0]
+        return y + model(x)[0]
+
+    around, within = (torch.compile(function, backend=record, fullgraph=True) for function in (model, chosen_within))
+    found = chooser.choose_backend(chooser.Circumstances(compiled=True), "GRU", x.device, x.dtype)[0]
+    usual, reference = f"{found}_forward", "reference_forward"
+    of_thread: list[list[str]] = []
+    for _ in range(2):
+        assert run(around) == [usual]
+        with rnnfast.use_backend("reference"):
+            assert run(around) == [reference]
+            thread = threading.Thread(target=lambda: of_thread.append(run(around)), daemon=True)
+            thread.start()
+            thread.join(HANG)
+            assert run(within) == [reference, reference]
+        assert run(around) == [usual]
+        assert run(within) == [reference, usual]
+    assert of_thread == [[usual], [usual]]
+    assert made == [[usual], [reference], [reference, reference], [reference, usual]]
 
 
 @pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="Inductor needs a C++ compiler")

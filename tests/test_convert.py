@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import CELL_MODULES, LAYERS, assert_same, choose, flatten, states, train, values_and_grads
+from helpers import CELL_MODULES, LAYERS, assert_same, choose, chooser, flatten, states, train, values_and_grads
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import pack_padded_sequence
@@ -481,6 +481,27 @@ def test_explain_says_what_runs(here: str) -> None:
     assert choice[2:] == ("torch.float32 on meta", "reference", "no fused backend serves device 'meta'")
     with rnnfast.use_backend("reference"):
         assert rnnfast.explain(module)[0][3:] == ("reference", "asked for by use_backend")
+
+
+def test_the_choice_depends_on_its_arguments() -> None:
+    """And on nothing that holds where it is made."""
+    layer, usual = ("LSTM", torch.device("cpu"), torch.float32), choose("LSTM", torch.device("cpu"), torch.float32)
+    recorded = "a graph is recorded that others run"
+    forward_mode = "forward-mode derivatives are taken through plain torch"
+    asked = "asked for by use_backend"
+    expected = {
+        chooser.Circumstances(): usual,
+        chooser.Circumstances(forced="torch"): ("torch", asked),
+        chooser.Circumstances(forced="reference", recorded=True): ("reference", asked),
+        chooser.Circumstances(forced="torch", forward_mode=True): ("reference", forward_mode),
+        chooser.Circumstances(recorded=True): ("torch", recorded),
+        chooser.Circumstances(recorded=True, compiled=True): ("torch", recorded),
+        chooser.Circumstances(recorded=True, transformed=True): ("reference", chooser._NOT_IN_TORCH),
+    }
+    with rnnfast.use_backend("reference"), torch.autograd.forward_ad.dual_level():
+        assert choose(*layer) == ("reference", asked)
+        for circumstances, choice in expected.items():
+            assert chooser.choose_backend(circumstances, *layer) == choice
 
 
 def test_backends() -> None:

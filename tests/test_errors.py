@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
+import threading
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +13,7 @@ import pytest
 import torch
 from helpers import (
     CELL_MODULES,
+    HANG,
     LAYERS,
     assert_equal_modules,
     assert_same,
@@ -360,6 +363,49 @@ def test_use_backend() -> None:
                     assert rnnfast.explain(module)[0].backend == name
             assert rnnfast.explain(module)[0].backend == "reference"
     assert rnnfast.explain(module)[0].backend == before
+
+
+def test_use_backend_is_of_a_thread() -> None:
+    module, found = rnnfast.LSTM(4, 5), []
+    chosen = lambda: rnnfast.explain(module)[0].backend
+    usual, entered, leave = chosen(), threading.Event(), threading.Event()
+
+    def within() -> None:
+        found.append(chosen())
+        with rnnfast.use_backend("torch"):
+            entered.set()
+            leave.wait(HANG)
+            found.append(chosen())
+
+    thread = threading.Thread(target=within, daemon=True)
+    with rnnfast.use_backend("reference"):
+        thread.start()
+        assert entered.wait(HANG)
+        assert chosen() == "reference"
+    assert chosen() == usual
+    leave.set()
+    thread.join(HANG)
+    assert found == [usual, "torch"]
+
+
+def test_use_backend_is_of_a_task() -> None:
+    module = rnnfast.LSTM(4, 5)
+
+    async def chosen() -> str:
+        return rnnfast.explain(module)[0].backend
+
+    async def within(name: str) -> tuple[str, str]:
+        with rnnfast.use_backend(name):
+            await asyncio.sleep(0)  # now the other task is within, too
+            return await chosen(), await asyncio.create_task(chosen())
+
+    async def both() -> None:
+        usual = await chosen()
+        found = await asyncio.gather(*map(within, ("reference", "torch")))
+        assert found == [("reference", "reference"), ("torch", "torch")]
+        assert await chosen() == usual
+
+    asyncio.run(both())
 
 
 @pytest.mark.parametrize("name", LAYERS + CELL_MODULES)

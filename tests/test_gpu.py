@@ -561,10 +561,8 @@ def test_explanation_names_the_kernel(kernels: str) -> None:
 
 def test_the_choice_is_cuda_where_it_is_built(kernels: str) -> None:
     expected = "cuda" if rnnfast.backends()["cuda"].available else "triton"
-    device = torch.device(DEVICE)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chooser, "_forced", None)
-        assert choose("LSTM", device, torch.float32)[0] == expected
+    found = chooser.choose_backend(chooser.Circumstances(), "LSTM", torch.device(DEVICE), torch.float32)
+    assert found[0] == expected
 
 
 # Refusals, in the words that torch.nn has for them here
