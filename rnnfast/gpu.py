@@ -305,7 +305,9 @@ def _products(
                 torch.cat([_part(sums, at * H, count * H) for _, at, count in ranges]),
             ]
         if k.projected:
-            m = CELLS[k.mode].output(gates[d].to(k.acc).split(H, 1), [cs.view(R, k.D, H)[:, d]])
+            m = CELLS[k.mode].output(
+                gates[d].to(k.acc).view(R, SAVED_GATES[k.mode], H).unbind(1), [cs.view(R, k.D, H)[:, d]]
+            )
             dw_hr = torch.empty_like(w.w_hr)
             k.multiply(dprojections[d].t(), m.to(x.dtype), dw_hr)
             dweights.append(dw_hr)

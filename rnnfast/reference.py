@@ -42,6 +42,7 @@ def cell_backward(
     mode: str, x: Tensor, a: Tensor, h: Tensor, c: Tensor | None, dh: Tensor, dc: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """The gradients of :func:`cell`'s x, a, h and c, from those of its results (None: there is none)."""
+    check_mode(mode)
     of = CELLS[mode]
     count = len(of.states)
     d_x, d_a, before = of.backward(*(t.chunk(len(of.gates), 1) for t in (x, a)), (h, c)[:count], (dh, dc)[:count])
@@ -144,6 +145,7 @@ def layer(
     bidirectional: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One layer with all its directions; arguments and results as :func:`rnnfast.recurrence.layer`."""
+    check_mode(mode)
     if batch_sizes is not None:
         pad, pack, lengths = _packing(batch_sizes, x.device)
         y, h_n, c_n, c = layer(mode, pad(x), h0, c0, weights, None, lengths, None, bidirectional)
@@ -173,6 +175,7 @@ def layer_backward(
     bidirectional: bool = False,
 ) -> tuple[Tensor | None, ...]:
     """The gradients of :func:`layer`'s x, h0, c0 (None where that is None) and weights, from those of its results."""
+    check_mode(mode)
     if batch_sizes is not None:
         pad, pack, lengths = _packing(batch_sizes, x.device)
         dy, dc = (None if d is None else pad(d) for d in (dy, dc if HAS_CELL_STATE[mode] else None))
