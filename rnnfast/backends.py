@@ -131,10 +131,7 @@ def find_cuda(device: torch.device | None) -> Availability:
 
 # torch.compile cannot trace what these ask. torch.compiler.assume_constant_result would import the compiler.
 _cpu._dynamo_marked_constant = _cuda._dynamo_marked_constant = True
-<<<<<<< HEAD
-=======
 
->>>>>>> wt-split
 # Of those for one type of device the last that can is the one that serves; ROCm's type is also called cuda.
 BACKENDS = {
     "reference": Backend(
