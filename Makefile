@@ -28,7 +28,7 @@ sources := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' 
 core := $(addprefix tests/test_,recurrence.py modules.py module_db.py errors.py properties.py threads.py)
 core += -m "not full" -k "not ([reference or [triton or [cuda)"
 
-.PHONY: demo examples test test-full test-lesser cuda wheel-cuda gpu lint clean
+.PHONY: demo examples test test-full test-lesser cells cuda wheel-cuda gpu lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/demo.py $(ARGS)
@@ -48,6 +48,9 @@ test-lesser: $(VENV)/installed
 	ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 RNNFAST_TEST_ISA=avx2 $(TEST) $(core)
 	ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 ONEDNN_MAX_CPU_ISA=SSE41 RNNFAST_TEST_ISA=portable \
 		$(TEST) $(core)
+
+cells: $(VENV)/torch
+	$(BIN)/python -m rnnfast.codegen
 
 cuda: $(VENV)/torch
 	RNNFAST_CUDA=1 $(BIN)/python setup.py --quiet build_ext --inplace
