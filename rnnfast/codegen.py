@@ -1,14 +1,11 @@
 """The kernels' cells, printed from those declared in ``cells.py``.
 
-python -m rnnfast.codegen            # write csrc/cells.h and rnnfast/triton/cells.py anew
-python -m rnnfast.codegen --check    # fail if they are not what would be written
+``python -m rnnfast.codegen`` writes csrc/cells.h and rnnfast/triton/cells.py anew.
 """
 
 from __future__ import annotations
 
-import argparse
 import re
-import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -337,17 +334,10 @@ ROOT = Path(__file__).parents[1]
 FILES = {"csrc/cells.h": cpp, "rnnfast/triton/cells.py": triton}
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing")
-    check = parser.parse_args().check
-    stale = [name for name, printed in FILES.items() if (ROOT / name).read_text() != printed()]
-    for name in stale:
-        if not check:
-            (ROOT / name).write_text(FILES[name]())
-        print(f"{name} {'is not as cells.py has it' if check else 'is written'}")
-    return check and bool(stale)
+def main() -> None:
+    for name, printed in FILES.items():
+        (ROOT / name).write_text(printed())
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
