@@ -266,15 +266,7 @@ class Cell:
     @functools.cached_property
     def saved(self) -> list[Value]:
         """What the gradients need of the forward and cannot make of the states before and after the step."""
-        known = {*self.after, *self.inputs["s"], *self.incoming}
-        forward, needed = set(reachable(self.after)), set()
-        waiting: list[Any] = [g.value for g in self.gradients] + [state for state in self.before if state is not None]
-        while waiting:
-            value = waiting.pop()
-            if value in forward:
-                needed.add(value)
-            elif isinstance(value, Value):
-                waiting.extend(value.args)
+        known, needed = {*self.after, *self.inputs["s"], *self.incoming}, self._read(set(reachable(self.after)))
         # As they are computed; an input, which is there before them, last: the gates keep their places.
         kept = sorted(needed, key=lambda value: (value.op == "", value.number))
         for value in kept[::-1]:
@@ -308,11 +300,15 @@ class Cell:
     @functools.cached_property
     def read_by_gradients(self) -> set[Value]:
         """The states before and after a step, and what is saved, of which the gradients are made."""
-        known, found = {*self.inputs["s"], *self.after, *self.saved}, set()
-        waiting: list[Any] = [g.value for g in self.gradients] + [state for state in self.before if state is not None]
+        return self._read({*self.inputs["s"], *self.after, *self.saved})
+
+    def _read(self, among: set[Value]) -> set[Value]:
+        """Of some values those that the gradients are made of, not through others of them."""
+        found: set[Value] = set()
+        waiting: list[Any] = [*(gradient.value for gradient in self.gradients), *self.before]
         while waiting:
             value = waiting.pop()
-            if value in known:
+            if value in among:
                 found.add(value)
             elif isinstance(value, Value):
                 waiting.extend(value.args)
