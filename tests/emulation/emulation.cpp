@@ -440,8 +440,9 @@ float value(uint32_t bits, int half) {
 using Row = float __attribute__((vector_size(32)));
 using Bits = int32_t __attribute__((vector_size(32)));
 
-// sum plus the products as tensor cores add: aligned to the largest of them, cut off one bit below its last, and the sum
-// cut off, not rounded. (Fasi et al., Numerical behavior of NVIDIA tensor cores, 2021: one such bit is the least seen.)
+// sum plus the products as tensor cores add: aligned to the largest of them, cut off one bit below its last, and the
+// sum cut off, not rounded (Fasi et al., "Numerical behavior of NVIDIA tensor cores", 2021: one such bit is the least
+// that was seen).
 template <int kCount>
 Row truncated_sum(Row sum, const Row (&products)[kCount]) {
   const auto magnitude = [](Row x) { return __builtin_bit_cast(Bits, x) & 0x7fffffff; };
