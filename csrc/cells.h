@@ -21,7 +21,8 @@ namespace rnnfast {
 struct RnnTanh {
   static constexpr const char* kMode = "RNN_TANH";
   static constexpr int kGates = 1, kSaved = 0, kGrads = 1;
-  static constexpr bool kHasCell = false, kNeedsH = true, kNeedsOldH = false, kHasDirect = false, kProjects = false;
+  static constexpr bool kHasCell = false, kHasDirect = false, kProjects = false;
+  static constexpr bool kReadsH = false, kNeedsH = true, kNeedsOldH = false;
 
   static constexpr RNNFAST_INLINE int hidden(int gate) { return gate; }
 
@@ -39,7 +40,8 @@ struct RnnTanh {
 struct RnnRelu {
   static constexpr const char* kMode = "RNN_RELU";
   static constexpr int kGates = 1, kSaved = 0, kGrads = 1;
-  static constexpr bool kHasCell = false, kNeedsH = true, kNeedsOldH = false, kHasDirect = false, kProjects = false;
+  static constexpr bool kHasCell = false, kHasDirect = false, kProjects = false;
+  static constexpr bool kReadsH = false, kNeedsH = true, kNeedsOldH = false;
 
   static constexpr RNNFAST_INLINE int hidden(int gate) { return gate; }
 
@@ -57,7 +59,8 @@ struct RnnRelu {
 struct Lstm {
   static constexpr const char* kMode = "LSTM";
   static constexpr int kGates = 4, kSaved = 4, kGrads = 4;
-  static constexpr bool kHasCell = true, kNeedsH = false, kNeedsOldH = false, kHasDirect = false, kProjects = true;
+  static constexpr bool kHasCell = true, kHasDirect = false, kProjects = true;
+  static constexpr bool kReadsH = false, kNeedsH = false, kNeedsOldH = false;
 
   static constexpr RNNFAST_INLINE int hidden(int gate) { return gate; }
 
@@ -92,7 +95,8 @@ struct Lstm {
 struct Gru {
   static constexpr const char* kMode = "GRU";
   static constexpr int kGates = 3, kSaved = 4, kGrads = 4;
-  static constexpr bool kHasCell = false, kNeedsH = false, kNeedsOldH = true, kHasDirect = true, kProjects = false;
+  static constexpr bool kHasCell = false, kHasDirect = true, kProjects = false;
+  static constexpr bool kReadsH = true, kNeedsH = false, kNeedsOldH = true;
 
   static constexpr RNNFAST_INLINE int hidden(int gate) { return gate == 2 ? 3 : gate; }
 

@@ -7,6 +7,7 @@ Letters as in ``reference.py``, and L layers.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -58,7 +59,7 @@ def stack(
     states = _states(mode, x, h0, c0, weights, batch_sizes, num_layers * (1 + bidirectional))
     form, inputs = (mode, num_layers, bidirectional, batch_sizes, len(states)), (x, *states, *weights)
     is_recorded = torch.jit.is_tracing() or torch.compiler.is_compiling()
-    if not is_recorded and all(isinstance(w, nn.Parameter) for w in weights):  # a view's owner would lose it
+    if not is_recorded and all(isinstance(w, nn.Parameter) for w in weights):
         _flatten(mode, weights, num_layers, bidirectional)
     if is_recorded or not _is_differentiated(inputs):
         y, h_n, *c_n = _call(*form, training, inputs)
@@ -87,10 +88,18 @@ def _is_differentiated(inputs: Sequence[Tensor]) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
 
 
+_flattening = threading.Lock()
+
+
 def _flatten(mode: str, weights: Sequence[Tensor], num_layers: int, bidirectional: bool) -> None:
-    """Move weights on a GPU into one chunk of memory, as cuDNN reads them: once, for then they share a storage."""
+    """Move weights on a GPU into one chunk of memory, as cuDNN reads them: once, for there each has part of a storage.
+
+    What has part of one before, as an optimizer's flat buffer or a chunk of another layer's, stays there.
+    """
     first = weights[0]
-    if not first.is_cuda or isinstance(first, FakeTensor) or len({w.untyped_storage()._cdata for w in weights}) == 1:
+    if not first.is_cuda or isinstance(first, FakeTensor):
+        return
+    if any(w.untyped_storage().nbytes() != w.numel() * w.element_size() for w in weights):
         return
     if torch.cuda.is_current_stream_capturing():  # the copies would be the graph's
         return
@@ -101,7 +110,8 @@ def _flatten(mode: str, weights: Sequence[Tensor], num_layers: int, bidirectiona
         proj_size=out if count % 2 else 0, input_size=first.size(1), hidden_size=hidden, num_layers=num_layers,
         batch_first=False, bidirectional=bidirectional,
     )  # fmt: skip
-    nn.RNNBase.flatten_parameters(layer)
+    with _flattening:
+        nn.RNNBase.flatten_parameters(layer)
 
 
 def _call(

@@ -6,7 +6,7 @@ Of a step a cell sees, by name:
     a.i    gate i of ``W_hh h + b_hh``
     s.h    a state as it was before the step
 
-and returns its states after the step, h first. All else follows. The function runs on tensors as it stands. Traced, it
+and returns its states after the step, h first. The function runs on tensors as it stands. Traced, it
 is a list of operations; reverse mode over that list gives the gradients; and what those need of the forward, and cannot
 make of the states before and after the step, is what a forward saves. ``codegen.py`` prints the kernels' cells from it.
 
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import keyword
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -102,7 +103,7 @@ PRIMITIVES = {
     "log": Primitive(lambda a: a.log(), lambda d, y, a: (d / a,)),
     "log1p": Primitive(lambda a: a.log1p(), lambda d, y, a: (d / (1 + a),)),
     "sqrt": Primitive(lambda a: a.sqrt(), lambda d, y, a: (d / (2 * y),)),
-    "abs": Primitive(lambda a: a.abs(), lambda d, y, a: (where(a < 0, -d, where(a > 0, d, 0 * d)),)),
+    "abs": Primitive(lambda a: a.abs(), lambda d, y, a: (where(a < 0, -d, where(a > 0, d, 0.0)),)),
     # Of equal ones the first gets all: torch gives each a half, as good a subgradient.
     "minimum": Primitive(lambda a, b: _where(a <= b, a, b), lambda d, y, a, b: _either(a <= b, d)),
     "maximum": Primitive(lambda a, b: _where(b <= a, a, b), lambda d, y, a, b: _either(b <= a, d)),
@@ -115,7 +116,7 @@ PRIMITIVES = {
 
 
 def _either(condition: Value, d: Value) -> tuple[Value, Value]:
-    return where(condition, d, 0 * d), where(condition, 0 * d, d)
+    return where(condition, d, 0.0), where(condition, 0.0, d)
 
 
 def _tensor(value: Any, like: Any) -> Any:
@@ -150,16 +151,53 @@ where = functools.partial(_primitive, "where")
 
 
 class Named:
+    """Values by name."""
+
+    def __init__(self, what: str, names: Sequence[str], values: Sequence[Any]) -> None:
+        self.__dict__.update(zip(names, values))
+        self._what = what
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"{self._what} has no {name!r}")
+
+
+class _Watched(Named):
     """Values by name, and the frame of the function that read one last."""
 
-    def __init__(self, what: str, values: Mapping[str, Any]) -> None:
-        self._what, self._values = what, values
+    def __init__(self, what: str, names: Sequence[str], values: Sequence[Any]) -> None:
+        self._what, self._values, self._reader = what, dict(zip(names, values)), None
 
     def __getattr__(self, name: str) -> Any:
         if name not in self._values:
-            raise AttributeError(f"{self._what} has no {name!r}")
+            super().__getattr__(name)
         self._reader = sys._getframe(1)
         return self._values[name]
+
+
+# What printed cells have for themselves, and what their languages do.
+_RESERVED = {"x", "a", "s", "d", "F", "sums", "tl", "triton", "direct", *keyword.kwlist}
+_RESERVED |= {
+    "auto",
+    "bool",
+    "case",
+    "char",
+    "const",
+    "default",
+    "do",
+    "double",
+    "enum",
+    "float",
+    "goto",
+    "int",
+    "long",
+}
+_RESERVED |= {"new", "short", "switch", "this", "sigmoid", "tanh", "relu", "where_positive"}
+
+
+def _unlike(name: str, taken: set[str]) -> str:
+    while name in taken:
+        name += "_"
+    return name
 
 
 class Gradient(NamedTuple):
@@ -185,18 +223,16 @@ class Cell:
 
     def step(self, x: Sequence[Any], a: Sequence[Any], states: Sequence[Any]) -> tuple[Any, ...]:
         """The states after a step, from the gates of W_ih x + b_ih and of W_hh h + b_hh and the states before it."""
-        return self._step(x, a, states)[0]
+        return self._step(Named, x, a, states)[0]
 
-    def _step(self, *values: Sequence[Any]) -> tuple[tuple[Any, ...], Named]:
-        x, a, s = (
-            Named(f"{self}: {which}", dict(zip(names, of)))
-            for which, names, of in zip("xas", (self.gates, self.gates, self.states), values)
-        )
-        after = self.function(x, a, s)
+    def _step(self, named: type[Named], *values: Sequence[Any]) -> tuple[tuple[Any, ...], list[Named]]:
+        names = self.gates, self.gates, self.states
+        given = [named(f"cell {self.name}: {which}", *of) for which, *of in zip("xas", names, values)]
+        after = self.function(*given)
         after = after if isinstance(after, tuple) else (after,)
         if len(after) != len(self.states):
             raise TypeError(f"{self} returns {len(after)} states, but has {' and '.join(self.states)}")
-        return after, x
+        return after, given
 
     @functools.cached_property
     def inputs(self) -> dict[str, list[Value]]:
@@ -209,15 +245,24 @@ class Cell:
     def after(self) -> list[Value]:
         """The states after a step, traced; the function's variables have given the values their names."""
         inputs = self.inputs
-        after, x = self._step(*inputs.values())
-        for state, value in zip(self.states, after):
-            if value.op == "" or value in after[: after.index(value)]:
+        after, given = self._step(_Watched, *inputs.values())
+        for k, (state, value) in enumerate(zip(self.states, after)):
+            if not isinstance(value, Value) or value.op == "" or value in after[:k]:
                 raise TypeError(f"{self}: {state} after the step is no value of its own")
             value.name = state
-        for name, value in x._reader.f_locals.items():  # of the function, which has returned
-            if isinstance(value, Value) and (value.name == "" or value in inputs["a"]):
-                value.name = name
+        taken = self._names_of_states
+        for reader in {of._reader for of in given} - {None}:
+            for name, value in reader.f_locals.items():  # of the function, which has returned
+                if isinstance(value, Value) and (value.name == "" or value in inputs["x"] + inputs["a"]):
+                    value.name = _unlike(name, taken)
+                    taken = {*taken, value.name}
+        for of in given:
+            of._reader = None  # it holds what was read
         return list(after)
+
+    @property
+    def _names_of_states(self) -> set[str]:
+        return {f"{of}{state}" for of in ("", "old_", "d") for state in self.states} | _RESERVED
 
     @functools.cached_property
     def sums(self) -> list[Value | None]:
@@ -253,9 +298,11 @@ class Cell:
             else:
                 of_x.append(Gradient(gate, self.adjoints.get(x, 0), True, False))
                 of_a.append(Gradient(gate, self.adjoints.get(a, 0), False, True))
+        taken = self._names_of_states | {value.name for value in reachable(self.after)}
         for gradient in of_x:
-            if isinstance(gradient.value, Value):
-                gradient.value.name = gradient.value.name or f"d{gradient.gate}"
+            if isinstance(gradient.value, Value) and not gradient.value.name:
+                gradient.value.name = _unlike(f"d{gradient.gate}", taken)
+                taken = {*taken, gradient.value.name}
         return of_x + of_a
 
     @functools.cached_property

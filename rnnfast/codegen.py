@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .cells import CELLS, Cell, Value
+from .cells import CELLS, Cell, Value, reachable
 
 _INFIX = {"add": "+", "subtract": "-", "multiply": "*", "divide": "/", "less": "<", "less_equal": "<="}
 _STRENGTH = {"<": 0, "<=": 0, "+": 1, "-": 1, "*": 2, "/": 2}  # with which operators bind
@@ -33,6 +33,7 @@ class Printer:
 
     def __init__(self, known: Mapping[Value, str], hints: Mapping[Value, str] | None = None) -> None:
         self.known, self.hints, self.reads = dict(known), hints or {}, set[Value]()
+        self.incoming: set[str] = set()
 
     def text(self, value: Any) -> str:
         return self._text(value)[0]
@@ -87,8 +88,15 @@ class Printer:
         if is_wanted or value.name or uses[value] > 1:
             self.reads = set()
             text = self.text(value)
-            self.known[value] = name = value.name or self.hints.get(value) or self._name(value)
+            self.known[value] = name = value.name or self._hinted(value) or self._name(value)
             yield Statement(value, name, text, frozenset(self.reads), uses[value] > 0)
+
+    def _hinted(self, value: Value) -> str | None:
+        """A gradient's name. That of a state takes the place of the part of it that comes in."""
+        name, taken = self.hints.get(value), set(self.known.values()) - self.incoming
+        while name in taken:
+            name += "_"
+        return name
 
     def _name(self, value: Value) -> str:
         """As tanh_c of tanh(c)."""
@@ -115,6 +123,8 @@ class Triton(Printer):
 def _forward(cell: Cell, printer: Printer) -> list[Statement]:
     """What is saved, then the states, the last one first: h is made of the others. A state takes the place of the one
     before the step, and so may be computed only when that is read no more."""
+    if set(cell.after) & printer.known.keys():
+        raise NotImplementedError(f"{cell}: a state is no more than a sum")
     statements = printer.statements([*cell.saved, *cell.after[::-1]])
     for old, state in zip(cell.inputs["s"], cell.after):
         done = [s.value for s in statements].index(state)
@@ -128,26 +138,35 @@ def _backward(cell: Cell, printer: type[Printer]) -> tuple[Printer, list[Stateme
     known = [*cell.inputs["s"], *cell.after, *cell.saved, *cell.incoming]
     hints = {gradient: f"d{value.name}" for value, gradient in cell.adjoints.items() if value.name}
     made = printer({value: value.name for value in known}, hints)
+    made.incoming = {value.name for value in cell.incoming}
     return made, made.statements([g.value for g in cell.gradients], [v for v in cell.before if v is not None])
 
 
 # C++
 
 
+def _check(cell: Cell) -> None:
+    """Whether the kernels can run a cell."""
+    gates, gradients, saved = len(cell.gates), len(cell.gradients), len(cell.saved)
+    for holds, what in (
+        (cell.states in (["h"], ["h", "c"]), f"no room for states {' '.join(cell.states)}"),
+        (all(isinstance(gradient.value, Value) for gradient in cell.gradients), "no room for gates that are not read"),
+        (cell.apart in ([], [gates - 1]), "x and a apart in the last gate only"),
+        (gradients in (1, 4) and saved in (0, gradients), f"no stacks of {gradients} gradients and {saved} saved"),
+    ):
+        if not holds:
+            raise NotImplementedError(f"{cell}: the kernels have {what}")
+
+
 def _cpp_cell(cell: Cell) -> str:
+    _check(cell)
     of_a = [cell.hidden(gate) for gate in range(len(cell.gates))]
-    constants = {
-        "int": {"kGates": len(cell.gates), "kSaved": len(cell.saved), "kGrads": len(cell.gradients)},
-        "bool": {
-            "kHasCell": "c" in cell.states,
-            "kNeedsH": cell.reads("h"),
-            "kNeedsOldH": cell.reads("old_h"),
-            "kHasDirect": cell.before[0] is not None,
-            "kProjects": cell.projects,
-        },
-    }
+    sizes = {"kGates": len(cell.gates), "kSaved": len(cell.saved), "kGrads": len(cell.gradients)}
+    has = {"kHasCell": "c" in cell.states, "kHasDirect": cell.before[0] is not None, "kProjects": cell.projects}
+    reads = {"kReadsH": cell.inputs["s"][0] in reachable(cell.after)}  # by the forward; the others by the backward
+    reads |= {"kNeedsH": cell.reads("h"), "kNeedsOldH": cell.reads("old_h")}
     lines = [f'static constexpr const char* kMode = "{cell.mode}";']
-    for kind, values in constants.items():
+    for kind, values in ("int", sizes), ("bool", has), ("bool", reads):
         lines.append(f"static constexpr {kind} {', '.join(f'{k} = {str(v).lower()}' for k, v in values.items())};")
     lines += ["", f"static constexpr RNNFAST_INLINE int hidden(int gate) {{ return {_cpp_hidden(of_a)}; }}", ""]
     lines += [*_cpp_forward(cell), *_cpp_backward(cell)]
@@ -197,6 +216,9 @@ def _cpp_backward(cell: Cell) -> list[str]:
     computed = [s.value for s in statements]
     lines += [f"d[{k}] = {printer.text(v)};" for k, v in enumerate(gradients) if v not in computed]
     direct, *others = ("F(0)" if value is None else printer.text(value) for value in cell.before)
+    if others and direct != "F(0)":  # it may be made of what the next lines overwrite
+        lines.append(f"F direct = {direct};")
+        direct = "direct"
     lines += [f"d{state} = {text};" for state, text in zip(cell.states[1:], others)]
     parameters = {"s": "const F*", "h": "F", "old_h": "F", "c": "F", "old_c": "F", "dh": "F", "dc": "F&", "d": "F*"}
     return _cpp_function("F", "backward", parameters, [*lines, f"return {direct};"])

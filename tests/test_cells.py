@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import operator
+import weakref
 from typing import Any
 
 import pytest
@@ -154,10 +156,100 @@ def test_refuses(of: Cell, message: str) -> None:
         assert of.after
 
 
-@cell(gates="g", states="h c")
+class _Torch:
+    """triton.language on tensors."""
+
+    zeros_like = staticmethod(torch.zeros_like)
+
+
+@cell(gates="r z h")
+def gru_of_the_paper(x, a, s):
+    d = cells.sigmoid(x.r + a.r)
+    F = cells.sigmoid(x.z + a.z)
+    old_h = a.h
+    h = cells.tanh(x.h + d * old_h)
+    return h + F * (s.h - h)
+
+
+@cell(gates="i f c o", states="h c")
+def lstm_of_the_paper(x, a, s):
+    dh = cells.sigmoid(x.i + a.i)
+    dc = cells.sigmoid(x.f + a.f)
+    c = cells.tanh(x.c + a.c)
+    new = dc * s.c + dh * c
+    return cells.sigmoid(x.o + a.o) * cells.tanh(new), new
+
+
+@pytest.mark.parametrize("of", [*CELLS.values(), gru_of_the_paper, lstm_of_the_paper], ids=lambda of: of.name)
+def test_printed_functions(of: Cell) -> None:
+    """Triton's, run on tensors, whatever a cell calls its gates and variables."""
+    text = codegen._triton_cell(of).replace("@triton.jit\n", "")
+    names: dict[str, Any] = {"tl": _Torch, "tanh": torch.tanh, "sigmoid": torch.sigmoid, "relu": torch.relu}
+    names["where_positive"] = lambda y, d: torch.where(y <= 0, 0.0, d)
+    exec(text, names)
+    torch.manual_seed(0)
+    G, states = len(of.gates), len(of.states)
+    x, a, before, grads = ([torch.randn(2, 3, dtype=torch.float64) for _ in range(n)] for n in (G, G, states, states))
+    sums = [v if k in of.apart else v + w for k, (v, w) in enumerate(zip(x, a))] + [a[k] for k in of.apart]
+    h, c, saved = names[f"{of.name}_forward"](sums, *before, *[None] * (2 - states))
+    after = of.step(x, a, before)
+    torch.testing.assert_close((h, c)[:states], after)
+    both = [value for pair in zip(after, before) for value in pair] + [None, None]
+    d, direct, dc = names[f"{of.name}_backward"](saved, *both[:4], *grads, *[None] * (2 - states))
+    of_x, of_a, of_before = of.backward(x, a, before, grads)
+    torch.testing.assert_close(list(d), [*of_x, *(of_a[k] for k in of.apart)])
+    expected = torch.zeros_like(h) if of_before[0] is None else of_before[0]
+    torch.testing.assert_close((direct, dc)[:states], (expected, *of_before[1:]))
+
+
+def test_a_step_on_tensors_leaves_nothing_behind() -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        x = [torch.randn(2, 3) for _ in range(4)]
+        cells.lstm.step(x, x, x[:2])
+        references = [weakref.ref(t) for t in x]
+        del x
+        assert not any(reference() is not None for reference in references)
+    finally:
+        gc.enable()
+
+
+@cell(gates="g", states="h m")
+def has_another_state(x, a, s):
+    m = cells.tanh(x.g + a.g) + s.m
+    return cells.tanh(m), m
+
+
+@cell(gates="n r")
+def reads_the_first_gate_apart(x, a, s):
+    return cells.tanh(x.n + cells.sigmoid(x.r + a.r) * a.n)
+
+
+@cell(gates="g k")
+def leaves_a_gate(x, a, s):
+    return cells.tanh(x.g + a.g)
+
+
+@pytest.mark.parametrize(
+    ("of", "message"),
+    [
+        (has_another_state, "no room for states h m"),
+        (reads_the_first_gate_apart, "x and a apart in the last gate only"),
+        (leaves_a_gate, "no room for gates that are not read"),
+    ],
+    ids=lambda value: getattr(value, "name", None),
+)
+def test_what_the_kernels_have_not(of: Cell, message: str) -> None:
+    with pytest.raises(NotImplementedError, match=message):
+        codegen._cpp_cell(of)
+
+
+@cell(gates="i f g o", states="h c")
 def reads_an_old_state_late(x, a, s):
-    c = cells.tanh(x.g + a.g)
-    return c * s.c, c
+    i, f, g, o = (cells.tanh(v + w) for v, w in ((x.i, a.i), (x.f, a.f), (x.g, a.g), (x.o, a.o)))
+    c = f * i
+    return o * g * s.c, c
 
 
 @cell(gates="g")

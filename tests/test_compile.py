@@ -254,3 +254,15 @@ def test_export_cell(name: str) -> None:
     assert sum("_layer" in target for target in _nodes(program)) == 1
     args = torch.randn(8, 3, dtype=DOUBLE), states(name, 8, 5)
     assert_same(dict(flatten(program.module()(*args))), dict(flatten(model(*args))))
+
+
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+def test_forward_mode_compiles(name: str) -> None:
+    """Through plain torch, the cells' functions among it."""
+    torch._dynamo.reset()
+    layer, x = getattr(rnnfast, name)(4, 5), torch.randn(3, 2, 4)
+
+    def tangent(x: torch.Tensor) -> torch.Tensor:
+        return torch.func.jvp(lambda x: layer(x)[0], (x,), (torch.ones_like(x),))[1]
+
+    torch.testing.assert_close(torch.compile(tangent, backend="aot_eager", fullgraph=True)(x), tangent(x))

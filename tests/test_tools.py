@@ -833,6 +833,12 @@ def test_backend_torch_flattens_weights_for_cudnn(name: str, monkeypatch: pytest
     count = 5 if name == "projection" else 4
     assert calls == [(count, 4, module.mode, 5, options.get("proj_size", 0), 2, False, True)]
     assert len({p.untyped_storage().data_ptr() for p in module.parameters()}) == 1
+    tied = rnnfast.RNN(4, 5, dtype=DOUBLE)
+    tied.weight_hh_l0 = _OnGpu(torch.randn(2, 5, 5, dtype=DOUBLE)[0])  # part of a buffer, which would lose it
+    tied.weight_ih_l0 = _OnGpu(tied.weight_ih_l0.detach())
+    with rnnfast.use_backend("torch"):
+        tied(x)
+    assert len(calls) == 1
 
 
 def test_backend_torch_serves_what_no_kernel_of_ours_does(gpus: Callable, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -235,7 +235,7 @@ class ForwardPass {
         const int64_t r = u.start + u.order[u.rank + i * u.stride];
         Vec<A> xs[G], as[G], saved[Cell::kSaved + 1], h, c;
         for (int k = 0; k < G; k++) xs[k] = load(x + k * U), as[k] = load(a + k * U);
-        if (Cell::kNeedsOldH) h = X::get(u.old_h + i * state + unit, part);
+        if (Cell::kReadsH) h = X::get(u.old_h + i * state + unit, part);
         if (Cell::kHasCell) c = load(u.c + i * cells + unit);
         Cell::forward(xs, as, h, c, saved);
         if (Cell::kHasCell) {

@@ -81,8 +81,8 @@ def lstm_backward(s, h, old_h, c, old_c, dh, dc):
     di = dc * g * i * (1 - i)
     df = dc * old_c * f * (1 - f)
     dg = dc * i * (1 - g * g)
-    do = dh * tanh_c * o * (1 - o)
-    return (di, df, dg, do), tl.zeros_like(dh), dc * f
+    do_ = dh * tanh_c * o * (1 - o)
+    return (di, df, dg, do_), tl.zeros_like(dh), dc * f
 
 
 @triton.jit

@@ -548,7 +548,7 @@ def backward(
     S: tl.constexpr = saved_tiles(MODE)
     K: tl.constexpr = gradients(MODE)
     acc: tl.constexpr = tl.float64 if p_dgates.dtype.element_ty == tl.float64 else tl.float32
-    APART: tl.constexpr = PRECISION == "tf32x3" or acc == tl.float64  # products of a stack of these spill
+    ONE_BY_ONE: tl.constexpr = PRECISION == "tf32x3" or acc == tl.float64  # products of a stack of these spill
     H, P = aligned(H, ALIGN), aligned(P, ALIGN)
     at = Tile(*tile(tl.program_id(0), p_lengths, T, N, H, BH, BN), p_offsets, p_resets, T, N)
     p_w = tl.where(at.d == 0, p_w, p_w_reverse)
@@ -562,7 +562,7 @@ def backward(
 
     if FUSED:
         column, of_w, is_unit, _, has_w = stack(H, MODE, K, BH)
-        if APART:
+        if ONE_BY_ONE:
             k = tl.arange(0, BH)[None, :]
             w = load(p_w + k * H + at.unit, G, H * H, at.is_unit & (k < H))
         else:
@@ -590,7 +590,7 @@ def backward(
                 through = through & is_kept
             tl.store(p_dgates + (at.d * R + row(at, t)) * (K * H) + column, stacked, mask=inside & valid)
             # An accumulator of their own: Triton for Blackwell fails at one that is carried from step to step.
-            if APART:
+            if ONE_BY_ONE:
                 da = where(at.inside & through, of_h(d, MODE), G)
                 sums = zeros
                 for j in tl.static_range(G):
