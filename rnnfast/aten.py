@@ -99,18 +99,18 @@ def _flatten(mode: str, weights: Sequence[Tensor], num_layers: int, bidirectiona
     first = weights[0]
     if not first.is_cuda or isinstance(first, FakeTensor):
         return
-    if any(w.untyped_storage().nbytes() != w.numel() * w.element_size() for w in weights):
-        return
     if torch.cuda.is_current_stream_capturing():  # the copies would be the graph's
         return
-    count = len(weights) // (num_layers * (1 + bidirectional))
-    out, hidden = weights[1].size(1), weights[0].size(0) // GATES[mode]
-    layer = SimpleNamespace(
-        _flat_weights=list(weights), _flat_weights_names=weights, mode=mode, bias=count >= 4,
-        proj_size=out if count % 2 else 0, input_size=first.size(1), hidden_size=hidden, num_layers=num_layers,
-        batch_first=False, bidirectional=bidirectional,
-    )  # fmt: skip
-    with _flattening:
+    with _flattening:  # a thread that waited here finds them moved
+        if any(w.untyped_storage().nbytes() != w.numel() * w.element_size() for w in weights):
+            return
+        count = len(weights) // (num_layers * (1 + bidirectional))
+        out, hidden = weights[1].size(1), weights[0].size(0) // GATES[mode]
+        layer = SimpleNamespace(
+            _flat_weights=list(weights), _flat_weights_names=weights, mode=mode, bias=count >= 4,
+            proj_size=out if count % 2 else 0, input_size=first.size(1), hidden_size=hidden, num_layers=num_layers,
+            batch_first=False, bidirectional=bidirectional,
+        )  # fmt: skip
         nn.RNNBase.flatten_parameters(layer)
 
 

@@ -19,7 +19,7 @@ import functools
 import itertools
 import keyword
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 
@@ -194,7 +194,7 @@ _RESERVED |= {
 _RESERVED |= {"new", "short", "switch", "this", "sigmoid", "tanh", "relu", "where_positive"}
 
 
-def _unlike(name: str, taken: set[str]) -> str:
+def unlike(name: str, taken: set[str]) -> str:
     while name in taken:
         name += "_"
     return name
@@ -205,7 +205,6 @@ class Gradient(NamedTuple):
 
     gate: str
     value: Any  # a Value; or 0, where the cell does not read the gate
-    of_x: bool
     of_a: bool
 
 
@@ -254,7 +253,7 @@ class Cell:
         for reader in {of._reader for of in given} - {None}:
             for name, value in reader.f_locals.items():  # of the function, which has returned
                 if isinstance(value, Value) and (value.name == "" or value in inputs["x"] + inputs["a"]):
-                    value.name = _unlike(name, taken)
+                    value.name = unlike(name, taken)
                     taken = {*taken, value.name}
         for of in given:
             of._reader = None  # it holds what was read
@@ -294,14 +293,14 @@ class Cell:
         of_x, of_a = [], []
         for gate, total, x, a in zip(self.gates, self.sums, self.inputs["x"], self.inputs["a"]):
             if total is not None:
-                of_x.append(Gradient(gate, self.adjoints.get(total, 0), True, True))
+                of_x.append(Gradient(gate, self.adjoints.get(total, 0), True))
             else:
-                of_x.append(Gradient(gate, self.adjoints.get(x, 0), True, False))
-                of_a.append(Gradient(gate, self.adjoints.get(a, 0), False, True))
+                of_x.append(Gradient(gate, self.adjoints.get(x, 0), False))
+                of_a.append(Gradient(gate, self.adjoints.get(a, 0), True))
         taken = self._names_of_states | {value.name for value in reachable(self.after)}
         for gradient in of_x:
             if isinstance(gradient.value, Value) and not gradient.value.name:
-                gradient.value.name = _unlike(f"d{gradient.gate}", taken)
+                gradient.value.name = unlike(f"d{gradient.gate}", taken)
                 taken = {*taken, gradient.value.name}
         return of_x + of_a
 
@@ -396,13 +395,14 @@ def cell(gates: str, states: str = "h") -> Callable[[Callable[..., Any]], Cell]:
     return lambda function: Cell(function, gates, states)
 
 
-def reachable(values: Iterable[Value]) -> list[Value]:
-    """The values that these are made of, inputs and themselves among them, in the order of their making."""
+def reachable(values: Iterable[Any], known: Container[Value] = ()) -> list[Value]:
+    """The values that these are made of, inputs and themselves among them, in the order of their making; but neither
+    known ones nor what only those are made of."""
     found: set[Value] = set()
     waiting = list(values)
     while waiting:
         value = waiting.pop()
-        if isinstance(value, Value) and value not in found:
+        if isinstance(value, Value) and value not in found and value not in known:
             found.add(value)
             waiting.extend(value.args)
     return sorted(found, key=lambda value: value.number)
@@ -466,6 +466,7 @@ def lstm(x, a, s):
     return o * tanh(c), c
 
 
+# The reset gate multiplies q, the hidden part of the candidate, so x and a differ in the candidate's gradient.
 @cell(gates="r z n")
 def gru(x, a, s):
     r = sigmoid(x.r + a.r)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .cells import CELLS, Cell, Value, reachable
+from .cells import CELLS, Cell, Value, reachable, unlike
 
 _INFIX = {"add": "+", "subtract": "-", "multiply": "*", "divide": "/", "less": "<", "less_equal": "<="}
 _STRENGTH = {"<": 0, "<=": 0, "+": 1, "-": 1, "*": 2, "/": 2}  # with which operators bind
@@ -63,22 +63,10 @@ class Printer:
     def statements(self, wanted: list[Any], returned: Iterable[Value] = ()) -> list[Statement]:
         """Wanted values, and what has to have a name on the way to them and to those that are returned."""
         returned = list(returned)
-        uses = Counter(
-            arg for value in self._unknown([*wanted, *returned]) for arg in value.args if isinstance(arg, Value)
-        )
+        unnamed = reachable([*wanted, *returned], self.known)
+        uses = Counter(arg for value in unnamed for arg in value.args if isinstance(arg, Value))
         uses.update(returned)
         return [s for value in [*wanted, *returned] for s in self._statements(value, uses, value in wanted)]
-
-    def _unknown(self, values: Iterable[Value]) -> set[Value]:
-        """What values are made of, as far as it has no name yet."""
-        found: set[Value] = set()
-        waiting: list[Any] = list(values)
-        while waiting:
-            value = waiting.pop()
-            if isinstance(value, Value) and value not in found and value not in self.known:
-                found.add(value)
-                waiting.extend(value.args)
-        return found
 
     def _statements(self, value: Any, uses: Counter[Value], is_wanted: bool) -> Iterator[Statement]:
         if not isinstance(value, Value) or value in self.known:
@@ -93,10 +81,8 @@ class Printer:
 
     def _hinted(self, value: Value) -> str | None:
         """A gradient's name. That of a state takes the place of the part of it that comes in."""
-        name, taken = self.hints.get(value), set(self.known.values()) - self.incoming
-        while name in taken:
-            name += "_"
-        return name
+        name = self.hints.get(value)
+        return name and unlike(name, set(self.known.values()) - self.incoming)
 
     def _name(self, value: Value) -> str:
         """As tanh_c of tanh(c)."""

@@ -231,7 +231,7 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         ("maximum of the smaller", CELL, "_where(b <= a, a, b)", "_where(b <= a, b, a)"),
         ("one gradient of a value that is read twice", CELL, "_sum(found[arg], gradient) if arg in found else", ""),
         ("a difference for a sum", CELL, "a * (1 - b.args[1]) if", "a * (1 + b.args[1]) if"),
-        ("gates of a for those of x", CELL, "if of.gate == name and of.of_a", "if of.gate == name and of.of_x"),
+        ("gates of a for those of x", CELL, "if of.gate == name and of.of_a", "if of.gate == name"),
     ],
     "rnnfast/triton/cells.py": [
         ("df of the new c", NUMBERS, "df = dc * old_c *", "df = dc * c *"),

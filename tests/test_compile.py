@@ -259,7 +259,6 @@ def test_export_cell(name: str) -> None:
 @pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
 def test_forward_mode_compiles(name: str) -> None:
     """Through plain torch, the cells' functions among it."""
-    torch._dynamo.reset()
     layer, x = getattr(rnnfast, name)(4, 5), torch.randn(3, 2, 4)
 
     def tangent(x: torch.Tensor) -> torch.Tensor:
