@@ -30,6 +30,8 @@ if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS |= {"avx2": "-march=x86-64-v3", "avx512": AVX512, "avx512_bf16": f"{AVX512} -mavx512bf16"}
     INSTRUCTION_SETS |= {"amx": f"{AVX512} -mavx512bf16 -DRNNFAST_AMX"}
 
+CPU_SOURCES = ("recurrence", "instruction_sets", "scratch", "threads")  # beside the kernels, compiled once
+
 FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -DTORCH_TARGET_VERSION=0x020a000000000000"
 # Not -ffast-math: NaN and infinities are results here.
 KERNEL_FLAGS = "-fno-math-errno -fno-trapping-math -ffp-contract=fast"
@@ -125,7 +127,7 @@ def ninja_file(cpu=None, cuda=None):
         # nvcc links CUDA's runtime statically. It is not exported: torch has its own.
         link("$nvcc -nodlink -Wl,--exclude-libs,ALL", cuda, objects)
     if cpu:
-        objects = [ops, compile("cpu/recurrence.cpp")]
+        objects = [ops, *(compile(f"cpu/{name}.cpp") for name in CPU_SOURCES)]
         for isa, flags in INSTRUCTION_SETS.items():
             objects.append(compile("cpu/kernels.cpp", f"-DRNNFAST_ISA={isa} {KERNEL_FLAGS} {flags}", f"_{isa}"))
         link("$cxx", cpu, objects)

@@ -126,6 +126,8 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
             "if (tensor.is_contiguous()) return",
             "return",
         ),
+    ],
+    "csrc/cpu/threads.cpp": [
         ("a fork is not noticed", "test_threads.py", "if (forked) return body(context, 0, tasks);", ""),
     ],
     "csrc/ops.cpp": [

@@ -137,7 +137,8 @@ def test_sources_compile_with_the_oldest_headers(tmp_path: Path) -> None:
         archive.extractall(tmp_path, [name for name in archive.namelist() if name.startswith("torch/include/")])
     headers = ["-isystem", str(tmp_path / "torch" / "include")]
     root = PACKAGE.parent
-    for source in ("ops.cpp", "cpu/recurrence.cpp", "cuda/recurrence.cu", "cuda/stepwise.cu"):
+    cpu = [f"cpu/{name}.cpp" for name in build.CPU_SOURCES]
+    for source in ("ops.cpp", *cpu, "cuda/recurrence.cu", "cuda/stepwise.cu"):
         flags = [*build.FLAGS.split(), "-fsyntax-only", f"-I{root / 'csrc'}"]
         if source.endswith(".cu"):  # as for the emulation, which needs no CUDA
             flags.append(f"-I{root / 'tests' / 'emulation'}")

@@ -1,181 +1,17 @@
-// The CPU operators: arguments to the kernels' terms, the kernels of the best instruction set, outputs allocated.
+// The CPU operators: checks and translates their arguments, allocates the results, and calls the kernels.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 
-// With RNNFAST_PORTABLE the library has no other instruction set.
-#if defined(__x86_64__) && !defined(RNNFAST_PORTABLE)
-#define RNNFAST_X86
-#endif
-
-#if defined(RNNFAST_X86)
-#include <cpuid.h>
-#endif
-#include <pthread.h>
-#if defined(__linux__)
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-
 #include <algorithm>
-#include <atomic>
-#include <cstdlib>
 #include <cstring>
-#include <mutex>
-#include <new>
 #include <numeric>
 #include <tuple>
 
 #include "../ops.h"
-#include "kernels.h"
+#include "instruction_sets.h"
 
 namespace rnnfast {
-
 namespace {
-
-// A forked child has none of its parent's threads, and an OpenMP pool of the parent's would wait for them forever.
-std::atomic<bool> forked{false};
-[[maybe_unused]] const int watching_forks = pthread_atfork(nullptr, nullptr, [] { forked = true; });
-
-}  // namespace
-
-void parallel_tasks(int64_t tasks, void (*body)(void* context, int64_t begin, int64_t end), void* context) {
-  if (forked) return body(context, 0, tasks);
-  torch::stable::parallel_for(0, tasks, 1, [=](int64_t begin, int64_t end) { body(context, begin, end); });
-}
-
-namespace {
-
-// Scratch kept between calls: fresh pages cost as much as a good part of a short backward pass.
-class ScratchPool {
- public:
-  void* allocate(size_t bytes) {
-    if (bytes > kSmall) {
-      std::lock_guard<std::mutex> lock(mutex_);
-      auto best = free_.end();
-      for (auto block = free_.begin(); block != free_.end(); ++block) {
-        if (block->bytes >= bytes && (best == free_.end() || block->bytes < best->bytes)) best = block;
-      }
-      if (best != free_.end() && best->bytes <= 2 * bytes) {
-        void* memory = best->memory;
-        kept_ -= best->bytes;
-        free_.erase(best);
-        return memory;
-      }
-    }
-    bytes = (bytes + 63) / 64 * 64;
-    auto* memory = static_cast<char*>(std::aligned_alloc(64, kHeader + bytes));
-    if (!memory) throw std::bad_alloc();
-    *reinterpret_cast<size_t*>(memory) = bytes;
-    return memory + kHeader;
-  }
-
-  void release(void* memory) {
-    if (!memory) return;
-    Block block{*reinterpret_cast<size_t*>(static_cast<char*>(memory) - kHeader), memory};
-    if (block.bytes <= kSmall || block.bytes > kKept) return drop(block);
-    std::lock_guard<std::mutex> lock(mutex_);
-    free_.push_back(block);
-    for (kept_ += block.bytes; kept_ > kKept; free_.erase(free_.begin())) {  // the oldest goes first
-      kept_ -= free_.front().bytes;
-      drop(free_.front());
-    }
-  }
-
- private:
-  static constexpr size_t kHeader = 64, kSmall = 64 << 10, kKept = 64 << 20;
-  struct Block {
-    size_t bytes;
-    void* memory;
-  };
-  static void drop(Block block) { std::free(static_cast<char*>(block.memory) - kHeader); }
-
-  std::mutex mutex_;
-  std::vector<Block> free_;
-  size_t kept_ = 0;
-};
-
-ScratchPool& scratch_pool() {
-  static auto* pool = new ScratchPool;  // never destroyed: a thread may outlive static objects
-  return *pool;
-}
-
-}  // namespace
-
-void* allocate(size_t bytes) { return scratch_pool().allocate(bytes); }
-
-void release(void* memory) { scratch_pool().release(memory); }
-
-namespace {
-
-// ---- instruction sets, numbered as rnnfast/backends.py names them
-
-struct InstructionSet {
-  const Kernels* kernels;
-  bool supported;
-};
-
-#if defined(RNNFAST_X86)
-
-bool cpuid_bit(unsigned leaf, unsigned subleaf, int reg, int bit) {
-  unsigned registers[4];
-  return __get_cpuid_count(leaf, subleaf, &registers[0], &registers[1], &registers[2], &registers[3]) &&
-         registers[reg] >> bit & 1;
-}
-
-// Tile registers are there, and the kernel lets this process use them once it is asked to.
-bool have_tiles() {
-#if defined(__linux__)
-  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-  constexpr int kEdx = 3, kBf16 = 22, kTile = 24;
-  return cpuid_bit(7, 0, kEdx, kTile) && cpuid_bit(7, 0, kEdx, kBf16) &&
-         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-#else
-  return false;
-#endif
-}
-
-#endif
-
-const std::vector<InstructionSet>& instruction_sets() {
-  static const std::vector<InstructionSet> sets = [] {
-    std::vector<InstructionSet> sets = {{&portable::kernels, true}};
-#if defined(RNNFAST_X86)
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                      __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c");
-    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
-                        __builtin_cpu_supports("avx512vl");
-    const bool avx512_bf16 = avx512 && cpuid_bit(7, 1, 0, 5);
-    sets.push_back({&avx2::kernels, avx2});
-    sets.push_back({&avx512::kernels, avx512});
-    sets.push_back({&avx512_bf16::kernels, avx512_bf16});
-    sets.push_back({&amx::kernels, avx512_bf16 && have_tiles()});
-#endif
-    return sets;
-  }();
-  return sets;
-}
-
-std::atomic<int64_t>& chosen() {
-  static std::atomic<int64_t> number = [] {
-    int64_t best = instruction_sets().size() - 1;
-    while (!instruction_sets()[best].supported) best--;
-    return best;
-  }();
-  return number;
-}
-
-const Kernels& kernels() { return *instruction_sets()[chosen()].kernels; }
-
-int64_t cpu_isa(std::optional<int64_t> use) {
-  if (use) {
-    const auto& sets = instruction_sets();
-    RNNFAST_CHECK(*use >= 0 && *use < int64_t(sets.size()) && sets[*use].supported,
-                  "this CPU or build lacks instruction set ", *use);
-    chosen() = *use;
-  }
-  return chosen();
-}
 
 // ---- tensors
 
@@ -302,7 +138,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu_forward(std::string cell,
   fill(f, n, table, read, x, h0, c0, weights);
   f.y = y.data_ptr(), f.h_n = h_n.data_ptr(), f.c_n = c_n.data_ptr();
   f.c = data_if(keep_c, c), f.gates = data_if(keep_gates, gates);
-  kernels().forward[n.cell][storage_of(n.dtype)](f);
+  chosen_kernels().forward[n.cell][storage_of(n.dtype)](f);
   return {y, h_n, c_n, c, gates};
 }
 
@@ -342,7 +178,7 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> cpu_backward(
     f.dw[d] = parameters<void*>(n, &dweights[d * n.weights()], [](const Tensor& t) { return t.data_ptr(); });
   }
   if (f.dx && table.steps.start[n.T] < n.R) std::memset(f.dx, 0, dx.numel() * dx.element_size());
-  kernels().backward[n.cell][storage_of(n.dtype)](f);
+  chosen_kernels().backward[n.cell][storage_of(n.dtype)](f);
   return {dx, dh0, dc0, dweights};
 }
 
@@ -370,4 +206,6 @@ STABLE_TORCH_LIBRARY_IMPL(rnnfast, CPU, m) {
   m.impl("cpu_backward", TORCH_BOX(&rnnfast::cpu_backward));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(rnnfast, CompositeExplicitAutograd, m) { m.impl("cpu_isa", TORCH_BOX(&rnnfast::cpu_isa)); }
+STABLE_TORCH_LIBRARY_IMPL(rnnfast, CompositeExplicitAutograd, m) {
+  m.impl("cpu_isa", TORCH_BOX(&rnnfast::instruction_set));
+}

@@ -23,6 +23,8 @@ ROOT = Path(__file__).resolve().parents[2]
 FLAGS = "-x c++ -std=c++17 -fPIC -fvisibility=hidden -Wall -Wno-unknown-pragmas -fno-strict-aliasing -ffp-contract=off"
 FLAGS += " -DTORCH_TARGET_VERSION=0x020a000000000000 -DRNNFAST_DEVICE_KEY=CPU"
 
+CPU_SOURCES = ("recurrence", "instruction_sets", "scratch", "threads")  # beside the kernels, as in setup.py
+
 # What UndefinedBehaviorSanitizer says of pointers, AddressSanitizer sees as soon as they are used; without it the CPU's
 # kernels compile in two minutes of ten.
 UNDEFINED = "-fsanitize=undefined -fno-sanitize=null,alignment,pointer-overflow,object-size,vptr -fno-sanitize-recover"
@@ -90,7 +92,7 @@ def _ninja_file(sanitize: bool) -> str:
     link("library.so", [emulation, ops, *objects], f"-shared {shlex.join(libraries)}")
     if sanitize:
         flags = f"-DRNNFAST_ISA=portable -DRNNFAST_PORTABLE {UNDEFINED}"
-        objects = [compile(f"csrc/cpu/{name}.cpp", f"cpu_{name}", flags) for name in ("recurrence", "kernels")]
+        objects = [compile(f"csrc/cpu/{name}.cpp", f"cpu_{name}", flags) for name in (*CPU_SOURCES, "kernels")]
         link("_cpu.so", [ops, *objects], f"-shared -fsanitize=undefined {shlex.join(libraries)}")
     link("selftest", [emulation, compile("tests/emulation/selftest.cpp", "selftest_cases")])
     return "\n".join([*lines, ""])
