@@ -78,12 +78,23 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         ("border of the reverse direction", RESETS, "resets[(t + d) * N", "resets[t * N"),
         ("border beyond a row's end", RESETS, "j < active[t + d] && resets", "t + d < T && j < active[t] && resets"),
     ],
-    "csrc/cpu/backward.h": [
-        ("no b_hh gradient", NUMBERS, "f.dw[d].w_hh, f.dw[d].b_hh}", "f.dw[d].w_hh, nullptr}"),
-        ("dx of one direction", NUMBERS, "true, d ? sum : kZeros<A>, d ? V * U : 0, sum", "true, kZeros<A>, 0, sum"),
-        ("dc crosses a border", RESETS, "cut ? Vec<A>(0) : dc", "dc"),
+    "csrc/cpu/backward_pass.h": [
         ("dW_hh of the state across a border", RESETS, "if (f.steps.cut(d, t, rank)) return nullptr;", ""),
-        ("dW of the last stretch of rows", THREADS, "q ? sum : kZeros<A>, q ? kSide : 0, sum", "kZeros<A>, 0, sum"),
+    ],
+    "csrc/cpu/backward_sweep.h": [
+        ("dc crosses a border", RESETS, "cut ? Vec<Sum>(0) : dc", "dc"),
+    ],
+    "csrc/cpu/input_gradient.h": [
+        (
+            "dx of one direction",
+            NUMBERS,
+            "true, d ? sum : kZeros<Sum>, d ? V * U : 0, sum",
+            "true, kZeros<Sum>, 0, sum",
+        ),
+    ],
+    "csrc/cpu/weight_gradients.h": [
+        ("no b_hh gradient", NUMBERS, "f.dw[d].w_hh, f.dw[d].b_hh}", "f.dw[d].w_hh, nullptr}"),
+        ("dW of the last stretch of rows", THREADS, "q ? sum : kZeros<Sum>, q ? kSide : 0, sum", "kZeros<Sum>, 0, sum"),
     ],
     "csrc/cpu/sweep.h": [
         ("batch rows in the order of their ranks", LENGTHS, "return steps.order[rank(i)];", "return rank(i);"),

@@ -31,7 +31,7 @@ void forward(const Forward& f) {
 
 template <class Cell, class S>
 void backward(const Backward& f) {
-  with_math<S>(f, [&](auto math) { BackwardPass<Cell, S, decltype(math)>(f).run(); });
+  with_math<S>(f, [&](auto math) { backward_pass<Cell, S, decltype(math)>(f); });
 }
 
 template <class S>

@@ -1,0 +1,214 @@
+// The gradients of a layer's weights and biases: products over all valid rows, a stretch of them after the other.
+//
+// Letters as in kernels.h; U lanes of a vector, V vectors of a panel.
+#pragma once
+
+#include "backward_pass.h"
+
+namespace rnnfast {
+namespace RNNFAST_ISA {
+namespace {
+
+template <class Cell, class Stored, class Math>
+class WeightGradients {
+  using Pass = BackwardPass<Cell, Stored, Math>;
+  using Sum = typename Pass::Sum;
+  using Exact = typename Pass::Exact;
+  using Wide = typename Pass::Wide;
+  static constexpr int U = Pass::U, G = Pass::G, kGrads = Pass::kGrads;
+  static constexpr int64_t kStretch = 128, kSide = kMaxVectors * U;
+
+ public:
+  explicit WeightGradients(const Pass& pass)
+      : pass(pass),
+        f(pass.f),
+        hidden(pass.hidden),
+        projected(pass.projected),
+        Q(pass.Q),
+        padded(pass.padded),
+        stretches(max(1, ceil_div(Q, kStretch))),
+        h_size(stretches * f.P * Exact::row(kStretch)),
+        m_size(stretches * f.H * Wide::row(kStretch)),
+        x(stretches * f.I * Exact::row(kStretch)),
+        h(f.D * h_size),
+        m(projected ? f.D * m_size : 0) {}
+
+  void run() {
+    transpose_operands();
+    Product<Exact> products[4];
+    Product<Wide> projections[2];
+    for (int d = 0; d < f.D; d++) {
+      const auto* grads = pass.dgates + d * Q * Wide::row(kGrads * padded);
+      Product<Exact>&of_x = products[2 * d], &of_h = products[2 * d + 1];
+      of_x = {x, f.I, grads, kGrads * padded, &pass.gates, {}, padded, f.dw[d].w_ih, f.dw[d].b_ih};
+      of_h = {h + d * h_size, f.P, grads, kGrads * padded, &pass.gates, {}, padded, f.dw[d].w_hh, f.dw[d].b_hh};
+      for (int i = 0; i < G; i++) of_x.slots[i] = Pass::slot(i), of_h.slots[i] = Pass::slot(Cell::hidden(i));
+      const auto* dys = pass.dys + d * Q * Wide::row(f.P);
+      projections[d] = {m + d * m_size, f.H,    dys, round_up(f.P, Wide::kAlign), &pass.outputs, {}, 0,
+                        f.dw[d].w_hr,   nullptr};
+    }
+    multiply(products, 2 * f.D);
+    if (projected) multiply(projections, f.D);
+  }
+
+ private:
+  // A product dw^T = left^T grads; left [stretch][row] left rows of kStretch.
+  template <class LeftFormat>
+  struct Product {
+    const typename LeftFormat::Element* left;
+    int64_t lefts;  // rows of left
+    const typename Wide::Element* grads;
+    int64_t part;                        // from one part of a row of grads to the next
+    const Panels<Sum>* panels;           // of the columns of dw^T
+    int64_t slots[kMaxVectors], padded;  // gate i of dw is at slots[i] * padded in a row of grads
+    void* dw;                            // [columns][lefts]
+    void* db;                            // [columns]: the sums of grads over the rows; or null
+
+    int64_t blocks(int64_t size) const {
+      return ceil_div(panels->count(), size) * max(1, ceil_div(lefts, size * kSide));
+    }
+  };
+
+  // ---- the left operands: x, h and m, whose rows become columns
+
+  void transpose_operands() {
+    const int64_t blocks = ceil_div(round_up(Q, Exact::kAlign), U), packers = max(1, min(f.threads, Q / 64));
+    Buffer<Sum> unprojected(projected ? packers * U * hidden.width() : 0);
+    parallel(packers, [&](int64_t task) {
+      const Range mine = share(blocks, task, packers);
+      for (int64_t q0 = mine.begin * U; q0 < mine.end * U; q0 += U) {
+        put_rows<Exact>(x, q0, f.I, [&](int64_t, int64_t t, int64_t rank) {
+          return row_of<Stored>(f.x, f.steps.row(t, rank), f.I);
+        });
+        for (int d = 0; d < f.D; d++) {
+          put_rows<Exact>(h + d * h_size, q0, f.P,
+                          [&](int64_t, int64_t t, int64_t rank) { return pass.h_before(d, t, rank); });
+          if (!projected) continue;
+          put_rows<Wide>(m + d * m_size, q0, f.H, [&](int64_t q, int64_t t, int64_t rank) {
+            Sum* row = unprojected + (task * U + q - q0) * hidden.width();
+            unproject_row(row, d, f.steps.row(t, rank));
+            return static_cast<const Sum*>(row);
+          });
+        }
+      }
+    });
+  }
+
+  // U valid rows from q0 on as columns of a left operand; row_at(q, t, rank) points to a row, or is null for zeros.
+  template <class Format, class RowAt>
+  void put_rows(typename Format::Element* to, int64_t q0, int64_t width, const RowAt& row_at) const {
+    decltype(row_at(0, 0, 0)) rows[U] = {};
+    pass.for_rows({q0, min(q0 + U, Q)}, [&](int64_t q, int64_t t, int64_t rank) { rows[q - q0] = row_at(q, t, rank); });
+    put_transposed<Format>(to + q0 / kStretch * width * Format::row(kStretch) + q0 % kStretch, Format::row(kStretch),
+                           kStretch, rows, width);
+  }
+
+  // m, the cell's own h, what w_hr was applied to.
+  void unproject_row(Sum* to, int d, int64_t r) const {
+    if constexpr (Cell::kProjects) {
+      const Stored* gates = static_cast<const Stored*>(f.gates) + (d * f.R + r) * Cell::kSaved * f.H;
+      const Sum* c = static_cast<const Sum*>(f.c) + (r * f.D + d) * f.H;
+      for (int64_t unit = 0; unit < f.H; unit += U) {
+        const int n = min(U, f.H - unit);
+        Vec<Sum> saved[Cell::kSaved];
+        for (int k = 0; k < Cell::kSaved; k++) saved[k] = load(gates + k * f.H + unit, n);
+        store(to + unit, Cell::output(saved, load(c + unit, n)));
+      }
+    }
+  }
+
+  // ---- the products
+
+  // Some products, in blocks that are dealt to the threads.
+  template <class LeftFormat>
+  void multiply(const Product<LeftFormat>* products, int count) const {
+    const int64_t threads = pass.work_threads(f.I + f.P);
+    auto all_blocks = [&](int64_t size) {
+      int64_t n = 0;
+      for (int i = 0; i < count; i++) n += products[i].blocks(size);
+      return n;
+    };
+    int64_t size = 4;
+    while (size > 1 && all_blocks(size) < 4 * threads) size /= 2;
+    const int64_t blocks = all_blocks(size), sums_size = (size * kSide + 1) * size * kSide;
+    Buffer<Sum> sums(threads * sums_size);
+    parallel(threads, [&](int64_t task) {
+      const Range mine = share(blocks, task, threads);
+      int64_t first = 0;
+      for (int i = 0; i < count; first += products[i++].blocks(size)) {
+        const int64_t end = min(mine.end - first, products[i].blocks(size));
+        for (int64_t b = max(mine.begin - first, 0); b < end; b++) {
+          multiply_block(products[i], b, size, sums + task * sums_size);
+        }
+      }
+    });
+  }
+
+  // Block i of a product, of size x size panels, read from memory once; sums [size][size][kSide][kSide], column_sums
+  // [size][kSide].
+  template <class LeftFormat>
+  void multiply_block(const Product<LeftFormat>& o, int64_t i, int64_t size, Sum* sums) const {
+    Sum* column_sums = sums + size * size * kSide * kSide;
+    const int64_t wide = max(1, ceil_div(o.lefts, size * kSide)), p0 = i / wide * size, n0 = i % wide * size * kSide;
+    const int64_t p1 = min(p0 + size, o.panels->count()), n1 = min(n0 + size * kSide, o.lefts);
+    auto sum_of = [&](int64_t n, int64_t p) { return sums + ((p - p0) * size * kSide + n - n0) * kSide; };
+    for (int64_t q = 0; q == 0 || q < Q; q += kStretch) {
+      const int64_t depth = min(kStretch, Q - q);
+      for (int64_t p = p0; p < p1; p++) {
+        const int V = o.panels->vectors(p);
+        typename Wide::Element right[Wide::kParts * kStretch * kMaxVectors * U];
+        for (int v = 0; v < V; v++) {
+          const int64_t column = o.slots[o.panels->gate(v)] * o.padded + o.panels->unit(p, v);
+          auto row = [&](int64_t k) {
+            return k < depth ? o.grads + (q + k) * Wide::kParts * o.part + column : nullptr;
+          };
+          for (int64_t k = 0; k < Wide::column(depth) / Wide::kParts; k += 2) {
+            Wide::copy_pair(right, depth, V, v, k, row(k), row(k + 1), o.part);
+          }
+          if (!o.db || n0) continue;
+          Vec<Sum> sum(0);  // a stretch by itself first, for accuracy
+          for (int64_t k = 0; k < depth; k++) sum = sum + Wide::get(row(k), o.part);
+          Sum* total = column_sums + (p - p0) * kSide + v * U;
+          store(total, q ? load(total) + sum : sum);
+        }
+        for (int64_t n = n0; n < n1; n += kSide) {
+          Sum* sum = sum_of(n, p);
+          const auto* left = o.left + (q / kStretch * o.lefts + n) * LeftFormat::row(kStretch);
+          product<LeftFormat, Wide>(Left<LeftFormat>{left, LeftFormat::row(kStretch), kStretch}, min(kSide, n1 - n),
+                                    right, V, depth, q ? sum : kZeros<Sum>, q ? kSide : 0, sum, kSide);
+        }
+      }
+    }
+    for (int64_t p = p0; p < p1; p++) {
+      for (int v = 0; v < o.panels->vectors(p); v++) {
+        const int64_t row = o.panels->column(p, v);
+        const int lanes = o.panels->lanes(p, v);
+        if (o.db && n0 == 0) {
+          store(static_cast<Stored*>(o.db) + row, load(column_sums + (p - p0) * kSide + v * U), lanes);
+        }
+        for (int64_t n = n0; n < n1; n += U) {
+          Vec<Sum> square[U];
+          for (int j = 0; j < U; j++) square[j] = load(sum_of(n, p) + j * kSide + v * U);
+          transpose(square);
+          for (int j = 0; j < lanes; j++) {
+            store(static_cast<Stored*>(o.dw) + (row + j) * o.lefts + n, square[j], min(U, n1 - n));
+          }
+        }
+      }
+    }
+  }
+
+  const Pass& pass;
+  const Backward& f;
+  const Panels<Sum>& hidden;
+  const bool projected;
+  const int64_t Q, padded, stretches;
+  const int64_t h_size, m_size;             // elements of h and m of one direction
+  const Buffer<typename Exact::Element> x;  // [stretch][I] left rows of kStretch
+  const Buffer<typename Exact::Element> h;  // [D][stretch][P] left rows of kStretch: the states that steps began with
+  const Buffer<typename Wide::Element> m;   // [D][stretch][H] left rows of kStretch
+};
+
+}  // namespace
+}  // namespace RNNFAST_ISA
+}  // namespace rnnfast
