@@ -17,10 +17,10 @@ std::string describe(const Shape& shape) {
 
 }  // namespace
 
-CellKind parse_cell(const std::string& cell) {
+CellKind parse_cell(const std::string& mode) {
   const auto* found =
-      std::find_if(std::begin(kCells), std::end(kCells), [&](const CellFacts& facts) { return cell == facts.mode; });
-  RNNFAST_CHECK(found != std::end(kCells), "no cell is called '", cell, "'");
+      std::find_if(std::begin(kCells), std::end(kCells), [&](const CellFacts& facts) { return mode == facts.mode; });
+  RNNFAST_CHECK(found != std::end(kCells), "no cell is called '", mode, "'");
   return CellKind(found - kCells);
 }
 
@@ -40,11 +40,10 @@ void check_tensor(const char* name, const Tensor& tensor, const Shape& shape, Sc
                 ", expected ", torch::headeronly::toString(dtype));
 }
 
-Dimensions check_layer(const std::string& cell, const Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
-                       const std::vector<Tensor>& weights, const OptionalTensor& batch_sizes,
-                       const OptionalTensor& lengths, const OptionalTensor& resets, bool bidirectional) {
+Dimensions check_layer(const Inputs& inputs) {
+  const auto& [mode, x, h0, c0, weights, batch_sizes, lengths, resets, bidirectional] = inputs;
   Dimensions n;
-  n.cell = parse_cell(cell);
+  n.cell = parse_cell(mode);
   RNNFAST_CHECK(x.defined(), "x is missing");
   n.dtype = x.scalar_type();
   n.acc_dtype = accumulated(n.dtype);

@@ -2,21 +2,19 @@
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
-#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cells.h"
+#include "stack.h"
 
 namespace rnnfast {
 
 using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 using Shape = std::vector<int64_t>;
 
 template <class... Parts>
@@ -32,6 +30,28 @@ std::runtime_error refusal(const Parts&... parts) {
   } else                              \
     throw refusal(__VA_ARGS__)
 
+// What a layer computes its output from. The mode, torch's name of the cell, is the first argument of every operator.
+struct Inputs {
+  std::string mode;
+  Tensor x;
+  OptionalTensor h0, c0;
+  std::vector<Tensor> weights;
+  OptionalTensor batch_sizes, lengths, resets;
+  bool bidirectional;
+
+  explicit Inputs(Stack& stack) : Inputs(stack.text(), stack) {}
+  Inputs(std::string mode, Stack& stack)
+      : mode(std::move(mode)),
+        x(stack.tensor()),
+        h0(stack.optional_tensor()),
+        c0(stack.optional_tensor()),
+        weights(stack.tensors()),
+        batch_sizes(stack.optional_tensor()),
+        lengths(stack.optional_tensor()),
+        resets(stack.optional_tensor()),
+        bidirectional(stack.flag()) {}
+};
+
 // T steps, N batch, I input size, H hidden size, P output size, D directions, G gates, R rows of x.
 struct Dimensions {
   CellKind cell;
@@ -46,16 +66,13 @@ struct Dimensions {
   Shape state(int64_t features) const { return {D, N, features}; }
 };
 
-// By torch's name of the cell.
-CellKind parse_cell(const std::string& cell);
+CellKind parse_cell(const std::string& mode);
 
 // The type of sums over values of this one; only a type that has kernels.
 ScalarType accumulated(ScalarType dtype);
 
 // Checks the arguments of a layer's forward, and returns what they say.
-Dimensions check_layer(const std::string& cell, const Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
-                       const std::vector<Tensor>& weights, const OptionalTensor& batch_sizes,
-                       const OptionalTensor& lengths, const OptionalTensor& resets, bool bidirectional);
+Dimensions check_layer(const Inputs& inputs);
 
 void check_tensor(const char* name, const Tensor& tensor, const Shape& shape, ScalarType dtype);
 

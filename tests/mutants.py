@@ -226,8 +226,8 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         (
             "h_n over an h_0 that is still read",
             "test_cuda.py test_recurrence.py",
-            "plan.regime == kChip ? torch::stable::clone(h) : h",
-            "h",
+            "plan.regime == kChip ? torch::stable::clone(in.h) : in.h",
+            "in.h",
         ),
         ("layout of operands", OPERATORS, "tensor.is_contiguous() && tensor", "tensor"),
     ],

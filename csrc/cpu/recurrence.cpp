@@ -1,11 +1,9 @@
 // The CPU operators: checks and translates their arguments, allocates the results, and calls the kernels.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/library.h>
 
 #include <algorithm>
 #include <cstring>
 #include <numeric>
-#include <tuple>
 
 #include "../ops.h"
 #include "instruction_sets.h"
@@ -100,31 +98,47 @@ Parameters<Pointer> parameters(const Dimensions& n, const Tensor* weights, const
           n.has_bias ? read(weights[3]) : nullptr, n.has_projection ? read(weights[n.weights() - 1]) : nullptr};
 }
 
-void fill(Layer& layer, const Dimensions& n, const StepTable& table, Reader& read, const Tensor& x,
-          const OptionalTensor& h0, const OptionalTensor& c0, const std::vector<Tensor>& weights) {
+void fill(Layer& layer, const Dimensions& n, const StepTable& table, Reader& read, const Inputs& in) {
   layer.steps = table.steps;
   layer.I = n.I, layer.H = n.H, layer.P = n.P, layer.R = n.R, layer.D = n.D, layer.projected = n.has_projection;
   layer.threads = torch::stable::get_num_threads();
-  layer.x = read(x), layer.h0 = read(h0), layer.c0 = read(c0);
+  layer.x = read(in.x), layer.h0 = read(in.h0), layer.c0 = read(in.c0);
   for (int64_t d = 0; d < n.D; d++) {
-    layer.weights[d] = parameters<const void*>(n, &weights[d * n.weights()], std::ref(read));
+    layer.weights[d] = parameters<const void*>(n, &in.weights[d * n.weights()], std::ref(read));
   }
 }
 
-StepTable make_table(const Dimensions& n, Reader& read, const OptionalTensor& batch_sizes,
-                     const OptionalTensor& lengths, const OptionalTensor& resets) {
-  return StepTable(n, static_cast<const int64_t*>(read(batch_sizes)), static_cast<const int64_t*>(read(lengths)),
-                   static_cast<const uint8_t*>(read(resets)));
+StepTable make_table(const Dimensions& n, Reader& read, const Inputs& in) {
+  return StepTable(n, static_cast<const int64_t*>(read(in.batch_sizes)), static_cast<const int64_t*>(read(in.lengths)),
+                   static_cast<const uint8_t*>(read(in.resets)));
 }
 
 // ---- the operators
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu_forward(std::string cell, Tensor x, OptionalTensor h0,
-                                                               OptionalTensor c0, std::vector<Tensor> weights,
-                                                               OptionalTensor batch_sizes, OptionalTensor lengths,
-                                                               OptionalTensor resets, bool bidirectional, bool keep_c,
-                                                               bool keep_gates) {
-  const Dimensions n = check_layer(cell, x, h0, c0, weights, batch_sizes, lengths, resets, bidirectional);
+// Of what a layer returns; absent where nobody uses it.
+struct OutputGradients {
+  OptionalTensor dy, dh_n, dc_n, dc;
+
+  explicit OutputGradients(Stack& stack)
+      : dy(stack.optional_tensor()),
+        dh_n(stack.optional_tensor()),
+        dc_n(stack.optional_tensor()),
+        dc(stack.optional_tensor()) {}
+};
+
+// What a forward leaves for the backward.
+struct Saved {
+  Tensor y, c, gates;
+
+  explicit Saved(Stack& stack) : y(stack.tensor()), c(stack.tensor()), gates(stack.tensor()) {}
+};
+
+void cpu_forward(StableIValue* values, uint64_t arguments, uint64_t results) {
+  Stack stack(values, arguments, results);
+  const Inputs in(stack);
+  bool keep_c = stack.flag(), keep_gates = stack.flag();
+
+  const Dimensions n = check_layer(in);
   keep_c = keep_c && n.has_cell;
   keep_gates = keep_gates && n.saved_gates > 0;
   Tensor y = empty(n.rows(n.D * n.P), n.dtype), h_n = empty(n.state(n.P), n.dtype);
@@ -133,53 +147,57 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu_forward(std::string cell,
   Tensor gates = empty_if(keep_gates, {n.D, n.R, n.saved_gates * n.H}, n.dtype);
 
   Reader read;
-  const StepTable table = make_table(n, read, batch_sizes, lengths, resets);
+  const StepTable table = make_table(n, read, in);
   Forward f{};
-  fill(f, n, table, read, x, h0, c0, weights);
+  fill(f, n, table, read, in);
   f.y = y.data_ptr(), f.h_n = h_n.data_ptr(), f.c_n = c_n.data_ptr();
   f.c = data_if(keep_c, c), f.gates = data_if(keep_gates, gates);
   chosen_kernels().forward[n.cell][storage_of(n.dtype)](f);
-  return {y, h_n, c_n, c, gates};
+  stack.give(y, h_n, c_n, c, gates);
 }
 
-std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> cpu_backward(
-    std::string cell, OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n, OptionalTensor dc, Tensor x,
-    OptionalTensor h0, OptionalTensor c0, std::vector<Tensor> weights, OptionalTensor batch_sizes,
-    OptionalTensor lengths, OptionalTensor resets, bool bidirectional, Tensor y, Tensor c, Tensor gates, bool need_dx,
-    bool need_dw) {
-  const Dimensions n = check_layer(cell, x, h0, c0, weights, batch_sizes, lengths, resets, bidirectional);
+void cpu_backward(StableIValue* values, uint64_t arguments, uint64_t results) {
+  Stack stack(values, arguments, results);
+  std::string mode = stack.text();
+  const OutputGradients gradients(stack);
+  const Inputs in(std::move(mode), stack);
+  const Saved saved(stack);
+  const bool need_dx = stack.flag(), need_dw = stack.flag();
+
+  const Dimensions n = check_layer(in);
   const Shape absent{0};
-  check_tensor("y", y, n.rows(n.D * n.P), n.dtype);
-  check_tensor("c", c, n.has_cell ? n.rows(n.D * n.H) : absent, n.acc_dtype);
-  check_tensor("gates", gates, n.saved_gates ? Shape{n.D, n.R, n.saved_gates * n.H} : absent, n.dtype);
-  check_tensor("dy", dy, n.rows(n.D * n.P), n.dtype);
-  check_tensor("dh_n", dh_n, n.state(n.P), n.dtype);
-  check_tensor("dc_n", dc_n, n.has_cell ? n.state(n.H) : absent, n.dtype);
-  check_tensor("dc", dc, n.has_cell ? n.rows(n.D * n.H) : absent, n.acc_dtype);
+  check_tensor("y", saved.y, n.rows(n.D * n.P), n.dtype);
+  check_tensor("c", saved.c, n.has_cell ? n.rows(n.D * n.H) : absent, n.acc_dtype);
+  check_tensor("gates", saved.gates, n.saved_gates ? Shape{n.D, n.R, n.saved_gates * n.H} : absent, n.dtype);
+  check_tensor("dy", gradients.dy, n.rows(n.D * n.P), n.dtype);
+  check_tensor("dh_n", gradients.dh_n, n.state(n.P), n.dtype);
+  check_tensor("dc_n", gradients.dc_n, n.has_cell ? n.state(n.H) : absent, n.dtype);
+  check_tensor("dc", gradients.dc, n.has_cell ? n.rows(n.D * n.H) : absent, n.acc_dtype);
 
   Tensor dx = empty_if(need_dx, n.rows(n.I), n.dtype);
-  Tensor dh0 = empty_if(h0.has_value(), n.state(n.P), n.dtype), dc0 = empty_if(c0.has_value(), n.state(n.H), n.dtype);
+  Tensor dh0 = empty_if(in.h0.has_value(), n.state(n.P), n.dtype),
+         dc0 = empty_if(in.c0.has_value(), n.state(n.H), n.dtype);
   std::vector<Tensor> dweights;
-  for (size_t i = 0; need_dw && i < weights.size(); i++) {
-    auto sizes = weights[i].sizes();
+  for (size_t i = 0; need_dw && i < in.weights.size(); i++) {
+    auto sizes = in.weights[i].sizes();
     dweights.push_back(empty(Shape(sizes.begin(), sizes.end()), n.dtype));
   }
 
   Reader read;
-  const StepTable table = make_table(n, read, batch_sizes, lengths, resets);
+  const StepTable table = make_table(n, read, in);
   Backward f{};
-  fill(f, n, table, read, x, h0, c0, weights);
-  f.dy = read(dy), f.dh_n = read(dh_n), f.y = read(y);
-  if (n.has_cell) f.dc_n = read(dc_n), f.dc = read(dc), f.c = read(c);
-  if (n.saved_gates) f.gates = read(gates);
-  f.dx = data_if(need_dx, dx), f.dh0 = data_if(h0.has_value(), dh0), f.dc0 = data_if(c0.has_value(), dc0);
+  fill(f, n, table, read, in);
+  f.dy = read(gradients.dy), f.dh_n = read(gradients.dh_n), f.y = read(saved.y);
+  if (n.has_cell) f.dc_n = read(gradients.dc_n), f.dc = read(gradients.dc), f.c = read(saved.c);
+  if (n.saved_gates) f.gates = read(saved.gates);
+  f.dx = data_if(need_dx, dx), f.dh0 = data_if(in.h0.has_value(), dh0), f.dc0 = data_if(in.c0.has_value(), dc0);
   f.need_dw = need_dw;
   for (int64_t d = 0; need_dw && d < n.D; d++) {
     f.dw[d] = parameters<void*>(n, &dweights[d * n.weights()], [](const Tensor& t) { return t.data_ptr(); });
   }
   if (f.dx && table.steps.start[n.T] < n.R) std::memset(f.dx, 0, dx.numel() * dx.element_size());
   chosen_kernels().backward[n.cell][storage_of(n.dtype)](f);
-  return {dx, dh0, dc0, dweights};
+  stack.give(dx, dh0, dc0, dweights);
 }
 
 }  // namespace
@@ -201,9 +219,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rnnfast, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rnnfast, CPU, m) {
-  m.impl("cpu_forward", TORCH_BOX(&rnnfast::cpu_forward));
-  m.impl("cpu_layer", TORCH_BOX(&rnnfast::cpu_forward));
-  m.impl("cpu_backward", TORCH_BOX(&rnnfast::cpu_backward));
+  m.impl("cpu_forward", rnnfast::cpu_forward);
+  m.impl("cpu_layer", rnnfast::cpu_forward);
+  m.impl("cpu_backward", rnnfast::cpu_backward);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rnnfast, CompositeExplicitAutograd, m) {

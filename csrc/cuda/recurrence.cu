@@ -1,6 +1,5 @@
 // The GPU operators: the recurrence of one layer, between the products over the whole sequence, which are torch's.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/library.h>
 
 #include <array>
 #include <atomic>
@@ -87,6 +86,80 @@ Plan plan_of(Layer layer, ScalarType dtype, bool projected) {
 
 // ---- arguments
 
+// How rows and steps lie. Packed rows have offsets, of each step, and lengths.
+struct SequenceForm {
+  OptionalTensor offsets, lengths, resets;
+  int64_t steps;
+
+  explicit SequenceForm(Stack& stack)
+      : offsets(stack.optional_tensor()),
+        lengths(stack.optional_tensor()),
+        resets(stack.optional_tensor()),
+        steps(stack.number()) {}
+};
+
+struct ForwardTensors {
+  std::string mode;
+  Tensor x_gates;
+  std::vector<Tensor> w_hh, b_hh, w_hr;  // of each direction
+  Tensor h;
+  OptionalTensor c;
+  Tensor y;
+  OptionalTensor cs, gates;
+  SequenceForm form;
+  bool tf32;
+  int64_t stream;
+
+  explicit ForwardTensors(Stack& stack)
+      : mode(stack.text()),
+        x_gates(stack.tensor()),
+        w_hh(stack.tensors()),
+        b_hh(stack.tensors()),
+        w_hr(stack.tensors()),
+        h(stack.tensor()),
+        c(stack.optional_tensor()),
+        y(stack.tensor()),
+        cs(stack.optional_tensor()),
+        gates(stack.optional_tensor()),
+        form(stack),
+        tf32(stack.flag()),
+        stream(stack.number()) {}
+};
+
+struct BackwardTensors {
+  std::string mode;
+  OptionalTensor dy, dcs;
+  Tensor gates, y, cs;
+  OptionalTensor h0, c0;
+  std::vector<Tensor> w_hh, w_hr;  // of each direction
+  Tensor dh;
+  OptionalTensor dc;
+  Tensor dgates;
+  OptionalTensor dprojections;
+  SequenceForm form;
+  bool tf32;
+  int64_t stream;
+
+  explicit BackwardTensors(Stack& stack)
+      : mode(stack.text()),
+        dy(stack.optional_tensor()),
+        dcs(stack.optional_tensor()),
+        gates(stack.tensor()),
+        y(stack.tensor()),
+        cs(stack.tensor()),
+        h0(stack.optional_tensor()),
+        c0(stack.optional_tensor()),
+        w_hh(stack.tensors()),
+        w_hr(stack.tensors()),
+        dh(stack.tensor()),
+        dc(stack.optional_tensor()),
+        dgates(stack.tensor()),
+        dprojections(stack.optional_tensor()),
+        form(stack),
+        tf32(stack.flag()),
+        stream(stack.number()) {}
+};
+
 struct Call {
   CellKind cell;
   ScalarType dtype, acc_dtype;
@@ -133,8 +206,8 @@ class Checker {
   int32_t device_;
 };
 
-Sequence checked_sequence(const Checker& check, int64_t T, int64_t N, int64_t R, const OptionalTensor& offsets,
-                          const OptionalTensor& lengths, const OptionalTensor& resets) {
+Sequence checked_sequence(const Checker& check, int64_t T, int64_t N, int64_t R, const SequenceForm& form) {
+  const auto& [offsets, lengths, resets, steps] = form;
   RNNFAST_CHECK(offsets ? lengths && !resets : R == T * N, R, " rows are not ", T, " steps of ", N);
   return {T,
           N,
@@ -150,18 +223,19 @@ void check_sizes(int64_t rows, int64_t units) {
                 " rows and ", units, " units");
 }
 
-Call make_call(const Checker& check, const std::string& mode, const Tensor& like, int64_t T, int64_t N, int64_t R,
-               int64_t P, const std::vector<Tensor>& w_hh, const std::vector<Tensor>& w_hr,
-               const OptionalTensor& offsets, const OptionalTensor& lengths, const OptionalTensor& resets, bool tf32,
-               int64_t stream) {
+// rows [D, R, ...] and state [D, N, P] are those of the record's tensors that tell the sizes.
+template <class Record>
+Call make_call(const Checker& check, const Record& in, const Tensor& rows, const Tensor& state) {
+  const int64_t T = in.form.steps, N = state.size(1), R = rows.size(1), P = state.size(2);
+  const std::vector<Tensor>&w_hh = in.w_hh, &w_hr = in.w_hr;
   Call c;
-  c.cell = parse_cell(mode);
-  c.dtype = like.scalar_type();
+  c.cell = parse_cell(in.mode);
+  c.dtype = rows.scalar_type();
   c.acc_dtype = accumulated(c.dtype);
-  c.arithmetic = arithmetic_of(c.dtype, tf32), c.tf32 = tf32;
+  c.arithmetic = arithmetic_of(c.dtype, in.tf32), c.tf32 = in.tf32;
   const CellFacts& facts = kCells[c.cell];
   c.G = facts.gates, c.saved = facts.saved, c.grads = facts.grads, c.has_cell = facts.has_cell;
-  c.D = w_hh.size(), c.device = like.get_device_index(), c.stream = stream;
+  c.D = w_hh.size(), c.device = rows.get_device_index(), c.stream = in.stream;
   RNNFAST_CHECK((c.D == 1 || c.D == 2) && w_hh[0].dim() == 2 && w_hh[0].size(0) % c.G == 0, "weight_hh has to be [",
                 c.G, " * hidden_size, ...], for one direction or two");
   c.T = T, c.N = N, c.R = R, c.P = P, c.H = w_hh[0].size(0) / c.G;
@@ -174,7 +248,7 @@ Call make_call(const Checker& check, const std::string& mode, const Tensor& like
   RNNFAST_CHECK(c.projected || P == c.H, "without a projection h has ", P, " units, but weight_hh is for ", c.H);
   for (const Tensor& w : w_hh) check("weight_hh", w, {c.G * c.H, c.P}, c.dtype);
   for (const Tensor& w : w_hr) check("weight_hr", w, {c.P, c.H}, c.dtype);
-  c.sequence = checked_sequence(check, T, N, R, offsets, lengths, resets);
+  c.sequence = checked_sequence(check, T, N, R, in.form);
   return c;
 }
 
@@ -305,19 +379,19 @@ void set(StepArguments& step, const Call& c) {
   step.H = c.H, step.P = c.P, step.D = c.D;
 }
 
-void forward_stepwise(const Call& c, ForwardStep f, const Tensor& x, const std::vector<Tensor>& w_hh,
-                      const std::vector<Tensor>& w_hr, const Tensor& h, void* y) {
+void forward_stepwise(const Call& c, ForwardStep f, const ForwardTensors& in) {
   const StepKernels& k = step_kernels_of(c.dtype);
-  const auto w = transposed(w_hh), projection = transposed(w_hr);
-  const Tensor a = torch::stable::new_empty(x, {c.D, c.N, c.G * c.H});
-  const Tensor m = torch::stable::new_zeros(x, {c.projected ? c.D : 0, c.N, c.H}), p = torch::stable::empty_like(h);
+  const auto w = transposed(in.w_hh), projection = transposed(in.w_hr);
+  const Tensor a = torch::stable::new_empty(in.x_gates, {c.D, c.N, c.G * c.H});
+  const Tensor m = torch::stable::new_zeros(in.x_gates, {c.projected ? c.D : 0, c.N, c.H}),
+               p = torch::stable::empty_like(in.h);
   ProjectForward project{};
   set(f, c), set(project, c);
   f.a = a.data_ptr();
-  f.h = c.projected ? m.data_ptr() : h.data_ptr(), f.y = c.projected ? nullptr : y;
-  project.projected = p.data_ptr(), project.h = h.data_ptr(), project.y = y;
-  const Multiplier multiply(x, c.tf32, c.stream);
-  const auto hs = directions_of(h), as = directions_of(a), ms = directions_of(m), ps = directions_of(p);
+  f.h = c.projected ? m.data_ptr() : in.h.data_ptr(), f.y = c.projected ? nullptr : in.y.data_ptr();
+  project.projected = p.data_ptr(), project.h = in.h.data_ptr(), project.y = in.y.data_ptr();
+  const Multiplier multiply(in.x_gates, c.tf32, c.stream);
+  const auto hs = directions_of(in.h), as = directions_of(a), ms = directions_of(m), ps = directions_of(p);
   for (int64_t step = 0; step < c.T; step++) {
     f.step = project.step = step;
     multiply(hs, w, as);
@@ -328,124 +402,132 @@ void forward_stepwise(const Call& c, ForwardStep f, const Tensor& x, const std::
   }
 }
 
-void backward_stepwise(const Call& c, BackwardStep f, const Tensor& y, const std::vector<Tensor>& w_hh,
-                       const std::vector<Tensor>& w_hr, const Tensor& dh, void* dprojections) {
+void backward_stepwise(const Call& c, BackwardStep f, const BackwardTensors& in) {
   const StepKernels& k = step_kernels_of(c.dtype);
-  const Tensor da = torch::stable::new_empty(y, {c.D, c.N, c.G * c.H});
-  const Tensor through = torch::stable::new_zeros(y, {c.D, c.N, c.P});
+  const Tensor da = torch::stable::new_empty(in.dgates, {c.D, c.N, c.G * c.H});
+  const Tensor through = torch::stable::new_zeros(in.dgates, {c.D, c.N, c.P});
   const Tensor projected = torch::stable::empty_like(through);
-  const Tensor through_projection = torch::stable::new_empty(y, {c.projected ? c.D : 0, c.N, c.H});
+  const Tensor through_projection = torch::stable::new_empty(in.dgates, {c.projected ? c.D : 0, c.N, c.H});
   ProjectBackward project{};
   set(f, c), set(project, c);
-  project.dy = f.dy, project.dh = dh.data_ptr(), project.through = through.data_ptr();
-  project.dprojected = projected.data_ptr(), project.dprojections = dprojections;
-  f.da = da.data_ptr(), f.through = through.data_ptr(), f.dh = dh.data_ptr();
+  project.dy = f.dy, project.dh = in.dh.data_ptr(), project.through = through.data_ptr();
+  project.dprojected = projected.data_ptr();
+  project.dprojections = in.dprojections ? in.dprojections->data_ptr() : nullptr;
+  f.da = da.data_ptr(), f.through = through.data_ptr(), f.dh = in.dh.data_ptr();
   if (c.projected) f.through = through_projection.data_ptr(), f.dh = nullptr, f.dy = nullptr;
-  const Multiplier multiply(y, c.tf32, c.stream);
+  const Multiplier multiply(in.dgates, c.tf32, c.stream);
   const auto das = directions_of(da), throughs = directions_of(through), projecteds = directions_of(projected),
              through_projections = directions_of(through_projection);
   for (int64_t step = c.T - 1; step >= 0; step--) {
     f.step = project.step = step;
     if (c.projected) {
       over(c.D * c.N * c.P, c, k.project_backward, project);
-      multiply(projecteds, w_hr, through_projections);
+      multiply(projecteds, in.w_hr, through_projections);
     }
     over(c.D * c.N * c.H, c, k.backward[c.cell], f);
-    multiply(das, w_hh, throughs);
+    multiply(das, in.w_hh, throughs);
   }
   const int64_t count = c.D * c.N * c.P;
-  over(count, c, k.accumulate, Accumulate{through.data_ptr(), dh.data_ptr(), count});
+  over(count, c, k.accumulate, Accumulate{through.data_ptr(), in.dh.data_ptr(), count});
 }
 
 // ---- the operators
 
-void forward_steps(std::string mode, Tensor x_gates, std::vector<Tensor> w_hh, std::vector<Tensor> b_hh,
-                   std::vector<Tensor> w_hr, Tensor h, OptionalTensor c, Tensor y, OptionalTensor cs,
-                   OptionalTensor gates, OptionalTensor offsets, OptionalTensor lengths, OptionalTensor resets,
-                   int64_t steps, bool tf32, int64_t stream) {
-  RNNFAST_CHECK(x_gates.defined() && h.defined() && x_gates.dim() == 3 && h.dim() == 3,
+void forward_steps(StableIValue* values, uint64_t arguments, uint64_t results) {
+  Stack stack(values, arguments, results);
+  const ForwardTensors in(stack);
+  stack.give();
+
+  RNNFAST_CHECK(in.x_gates.defined() && in.h.defined() && in.x_gates.dim() == 3 && in.h.dim() == 3,
                 "x_gates and h have 3 dimensions");
-  const Checker check(x_gates.get_device_index());
-  const Call call = make_call(check, mode, x_gates, steps, h.size(1), x_gates.size(1), h.size(2), w_hh, w_hr, offsets,
-                              lengths, resets, tf32, stream);
+  const Checker check(in.x_gates.get_device_index());
+  const Call call = make_call(check, in, in.x_gates, in.h);
   const auto [T, N, R, H, P, D, G] = std::tuple(call.T, call.N, call.R, call.H, call.P, call.D, call.G);
   const ScalarType dtype = call.dtype, acc = call.acc_dtype;
-  const void* p_x = check("x_gates", x_gates, {D, R, G * H}, dtype);
-  void* p_h = check("h", h, {D, N, P}, dtype);
-  void* p_c = check.required_if(call.has_cell, "c", c, {D, N, H}, acc);
-  void* p_y = check("y", y, {R, D * P}, dtype);
-  void* p_cs = check.if_has(call.has_cell, "cs", cs, {R, D * H}, acc);
-  void* p_gates = check.if_has(call.saved, "gates", gates, {D, R, call.saved * H}, dtype);
+  const void* p_x = check("x_gates", in.x_gates, {D, R, G * H}, dtype);
+  void* p_h = check("h", in.h, {D, N, P}, dtype);
+  void* p_c = check.required_if(call.has_cell, "c", in.c, {D, N, H}, acc);
+  void* p_y = check("y", in.y, {R, D * P}, dtype);
+  void* p_cs = check.if_has(call.has_cell, "cs", in.cs, {R, D * H}, acc);
+  void* p_gates = check.if_has(call.saved, "gates", in.gates, {D, R, call.saved * H}, dtype);
   const void* p_b[2] = {};
-  RNNFAST_CHECK(b_hh.empty() || int64_t(b_hh.size()) == D, "got ", b_hh.size(), " bias_hh for ", D, " direction(s)");
-  for (size_t d = 0; d < b_hh.size(); d++) p_b[d] = check("bias_hh", b_hh[d], {G * H}, dtype);
+  RNNFAST_CHECK(in.b_hh.empty() || int64_t(in.b_hh.size()) == D, "got ", in.b_hh.size(), " bias_hh for ", D,
+                " direction(s)");
+  for (size_t d = 0; d < in.b_hh.size(); d++) p_b[d] = check("bias_hh", in.b_hh[d], {G * H}, dtype);
 
   const Plan plan = plan_of<ForwardArguments>(call.layer(), dtype, call.projected);
   if (plan.regime == kStepwise) {
     ForwardStep f{};
     f.x = p_x, f.b[0] = p_b[0], f.b[1] = p_b[1], f.c = p_c, f.cs = p_cs, f.gates = p_gates;
-    return forward_stepwise(call, f, x_gates, w_hh, w_hr, h, p_y);
+    return forward_stepwise(call, f, in);
   }
   ForwardArguments f{};
   f.x = p_x, f.c = static_cast<float*>(p_c), f.y = p_y, f.cs = static_cast<float*>(p_cs), f.gates = p_gates;
-  for (int64_t d = 0; d < D; d++) f.w[d] = w_hh[d].data_ptr(), f.b[d] = p_b[d];
+  for (int64_t d = 0; d < D; d++) f.w[d] = in.w_hh[d].data_ptr(), f.b[d] = p_b[d];
   // A block may be done with a single step before another has read the initial state.
-  const Tensor h0 = plan.regime == kChip ? torch::stable::clone(h) : h;
+  const Tensor h0 = plan.regime == kChip ? torch::stable::clone(in.h) : in.h;
   f.h0 = h0.data_ptr(), f.h_n = p_h;
   f.wide = is_wide(call, {p_x, p_y, p_gates}, p_cs);
-  run(call, plan, f, x_gates);
+  run(call, plan, f, in.x_gates);
 }
 
-void backward_steps(std::string mode, OptionalTensor dy, OptionalTensor dcs, Tensor gates, Tensor y, Tensor cs,
-                    OptionalTensor h0, OptionalTensor c0, std::vector<Tensor> w_hh, std::vector<Tensor> w_hr, Tensor dh,
-                    OptionalTensor dc, Tensor dgates, OptionalTensor dprojections, OptionalTensor offsets,
-                    OptionalTensor lengths, OptionalTensor resets, int64_t steps, bool tf32, int64_t stream) {
-  RNNFAST_CHECK(dgates.defined() && dh.defined() && dgates.dim() == 3 && dh.dim() == 3,
+void backward_steps(StableIValue* values, uint64_t arguments, uint64_t results) {
+  Stack stack(values, arguments, results);
+  const BackwardTensors in(stack);
+  stack.give();
+
+  RNNFAST_CHECK(in.dgates.defined() && in.dh.defined() && in.dgates.dim() == 3 && in.dh.dim() == 3,
                 "dgates and dh have 3 dimensions");
-  const Checker check(dgates.get_device_index());
-  const Call call = make_call(check, mode, dgates, steps, dh.size(1), dgates.size(1), dh.size(2), w_hh, w_hr, offsets,
-                              lengths, resets, tf32, stream);
+  const Checker check(in.dgates.get_device_index());
+  const Call call = make_call(check, in, in.dgates, in.dh);
   const auto [T, N, R, H, P, D, G] = std::tuple(call.T, call.N, call.R, call.H, call.P, call.D, call.G);
   const ScalarType dtype = call.dtype, acc = call.acc_dtype;
-  const void* p_dy = check("dy", dy, {R, D * P}, dtype);
-  const void* p_dcs = check.if_has(call.has_cell, "dcs", dcs, {R, D * H}, acc);
-  const void* p_gates = check.if_has(call.saved, "gates", gates, {D, R, call.saved * H}, dtype);
-  const void* p_y = check("y", y, {R, D * P}, dtype);
-  const void* p_cs = check.if_has(call.has_cell, "cs", cs, {R, D * H}, acc);
-  const void* p_h0 = check("h0", h0, {D, N, P}, dtype);
-  const void* p_c0 = check.if_has(call.has_cell, "c0", c0, {D, N, H}, dtype);
-  void* p_dh = check("dh", dh, {D, N, P}, acc);
-  void* p_dc = check.required_if(call.has_cell, "dc", dc, {D, N, H}, acc);
-  void* p_dgates = check("dgates", dgates, {D, R, call.grads * H}, dtype);
-  void* p_dprojections = check.required_if(call.projected, "dprojections", dprojections, {D, R, P}, dtype);
+  const void* p_dy = check("dy", in.dy, {R, D * P}, dtype);
+  const void* p_dcs = check.if_has(call.has_cell, "dcs", in.dcs, {R, D * H}, acc);
+  const void* p_gates = check.if_has(call.saved, "gates", in.gates, {D, R, call.saved * H}, dtype);
+  const void* p_y = check("y", in.y, {R, D * P}, dtype);
+  const void* p_cs = check.if_has(call.has_cell, "cs", in.cs, {R, D * H}, acc);
+  const void* p_h0 = check("h0", in.h0, {D, N, P}, dtype);
+  const void* p_c0 = check.if_has(call.has_cell, "c0", in.c0, {D, N, H}, dtype);
+  void* p_dh = check("dh", in.dh, {D, N, P}, acc);
+  void* p_dc = check.required_if(call.has_cell, "dc", in.dc, {D, N, H}, acc);
+  void* p_dgates = check("dgates", in.dgates, {D, R, call.grads * H}, dtype);
+  check.required_if(call.projected, "dprojections", in.dprojections, {D, R, P}, dtype);
 
   const Plan plan = plan_of<BackwardArguments>(call.layer(), dtype, call.projected);
   if (plan.regime == kStepwise) {
     BackwardStep f{};
     f.dy = p_dy, f.dcs = p_dcs, f.gates = p_gates, f.y = p_y, f.cs = p_cs, f.h0 = p_h0, f.c0 = p_c0;
     f.dc = p_dc, f.dgates = p_dgates;
-    return backward_stepwise(call, f, dgates, w_hh, w_hr, dh, p_dprojections);
+    return backward_stepwise(call, f, in);
   }
   BackwardArguments f{};
   f.dy = p_dy, f.dcs = static_cast<const float*>(p_dcs), f.gates = p_gates, f.y = p_y;
   f.cs = static_cast<const float*>(p_cs), f.h0 = p_h0, f.c0 = p_c0;
   f.dh = static_cast<float*>(p_dh), f.dc = static_cast<float*>(p_dc), f.dgates = p_dgates;
-  for (int64_t d = 0; d < D; d++) f.w[d] = w_hh[d].data_ptr();
+  for (int64_t d = 0; d < D; d++) f.w[d] = in.w_hh[d].data_ptr();
   f.wide = is_wide(call, {p_dy, p_gates, p_y, p_dgates}, p_cs);
-  run(call, plan, f, dgates);
+  run(call, plan, f, in.dgates);
 }
 
-void states_before(Tensor y, OptionalTensor h0, Tensor out, OptionalTensor offsets, OptionalTensor lengths,
-                   OptionalTensor resets, int64_t steps, int64_t stream) {
+void states_before(StableIValue* values, uint64_t arguments, uint64_t results) {
+  Stack stack(values, arguments, results);
+  const Tensor y = stack.tensor();
+  const OptionalTensor h0 = stack.optional_tensor();
+  const Tensor out = stack.tensor();
+  const SequenceForm form(stack);
+  const int64_t stream = stack.number(), steps = form.steps;
+  stack.give();
+
   RNNFAST_CHECK(out.defined() && out.dim() == 3 && (out.size(0) == 1 || out.size(0) == 2) && steps > 0,
                 "out has to be [directions, rows, features], of a step or more");
-  RNNFAST_CHECK(!offsets || (lengths && lengths->dim() == 1), "offsets go with lengths, a vector");
+  RNNFAST_CHECK(!form.offsets || (form.lengths && form.lengths->dim() == 1), "offsets go with lengths, a vector");
   const Checker check(out.get_device_index());
   Call c{};
   c.dtype = out.scalar_type(), c.acc_dtype = accumulated(c.dtype), c.device = out.get_device_index(), c.stream = stream;
   c.D = out.size(0), c.R = out.size(1), c.P = out.size(2), c.T = steps;
-  c.N = offsets ? lengths->size(0) : c.R / steps;
-  c.sequence = checked_sequence(check, c.T, c.N, c.R, offsets, lengths, resets);
+  c.N = form.offsets ? form.lengths->size(0) : c.R / steps;
+  c.sequence = checked_sequence(check, c.T, c.N, c.R, form);
   StatesBefore s{};
   set(s, c);
   s.y = check("y", y, {c.R, c.D * c.P}, c.dtype);
@@ -472,9 +554,9 @@ std::string cuda_plan(std::string mode, ScalarType dtype, int64_t batch, int64_t
 }  // namespace rnnfast
 
 STABLE_TORCH_LIBRARY_IMPL(rnnfast, RNNFAST_DEVICE_KEY, m) {
-  m.impl("cuda_forward_steps", TORCH_BOX(&rnnfast::forward_steps));
-  m.impl("cuda_backward_steps", TORCH_BOX(&rnnfast::backward_steps));
-  m.impl("cuda_states_before", TORCH_BOX(&rnnfast::states_before));
+  m.impl("cuda_forward_steps", rnnfast::forward_steps);
+  m.impl("cuda_backward_steps", rnnfast::backward_steps);
+  m.impl("cuda_states_before", rnnfast::states_before);
   m.impl("cuda_multiply", TORCH_BOX(&rnnfast::cuda_multiply));
 }
 
