@@ -52,7 +52,7 @@ struct Inputs {
         bidirectional(stack.flag()) {}
 };
 
-// T steps, N batch, I input size, H hidden size, P output size, D directions, G gates, R rows of x.
+// The sizes of a layer, by their letters in README.md, and what else its arguments say.
 struct Dimensions {
   CellKind cell;
   ScalarType dtype, acc_dtype;  // of the tensors; of sums and of the cell state

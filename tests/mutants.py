@@ -113,14 +113,19 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
     ],
     "csrc/cpu/gemm.h": [
         ("GRU's direct part of the first rows", NUMBERS, "init + i * is, is, out", "init, is, out"),
-        ("few rows without a bias", NUMBERS, "Vec<T> total = load(init + v * U);", "Vec<T> total(0);"),
+        ("few rows without a bias", NUMBERS, "Vec<Sum> total = load(init + v * U);", "Vec<Sum> total(0);"),
     ],
     "csrc/cpu/operands.h": [
         ("bias of the first gate", NUMBERS, "load(vector + panels.column(p, v)", "load(vector + panels.unit(p, v)"),
     ],
     "csrc/cpu/simd.h": [
-        ("relu of NaN is 0", FINITE, "x.v < 0 ? Vec<T>(0).v : x.v;", "x.v > 0 ? x.v : Vec<T>(0).v;"),
-        ("relu's gradient at NaN is 0", FINITE, "h.v <= 0 ? Vec<T>(0).v : dh.v", "h.v > 0 ? dh.v : Vec<T>(0).v"),
+        ("relu of NaN is 0", FINITE, "x.v < 0 ? Vec<Number>(0).v : x.v;", "x.v > 0 ? x.v : Vec<Number>(0).v;"),
+        (
+            "relu's gradient at NaN is 0",
+            FINITE,
+            "h.v <= 0 ? Vec<Number>(0).v : dh.v",
+            "h.v > 0 ? dh.v : Vec<Number>(0).v",
+        ),
         (
             "bfloat16 is cut off",
             NUMBERS,
@@ -151,8 +156,8 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         (
             "others hear of steps that a row has not",
             LENGTHS,
-            "operands[w] = P::operand(h[r][w]);",
-            "operands[w] = P::operand(float(T(new_h.value)));",
+            "operands[w] = Math::operand(h[r][w]);",
+            "operands[w] = Math::operand(float(Stored(new_h.value)));",
         ),
         ("forward sends before all have written", REGIMES, "    sync_block();\n    if (more)", "    if (more)"),
         (
@@ -163,7 +168,7 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         ),
     ],
     "csrc/cuda/backward.cuh": [
-        ("dh crosses a border", RESETS, "P::operand(keeps ? float", "P::operand(now[r].valid ? float"),
+        ("dh crosses a border", RESETS, "Math::operand(keeps ? float", "Math::operand(now[r].valid ? float"),
         (
             "state before a reverse row's last step",
             LENGTHS,
@@ -199,7 +204,7 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         (
             "float32 of two products",
             "test_cuda.py -k tf32",
-            "      mma(sum, c0, c1, c2, c3, rest(b0), rest(b1), T());\n",
+            "      mma(sum, c0, c1, c2, c3, rest(b0), rest(b1), Value());\n",
             "",
         ),
         ("infinity times a rest", FINITE, "if_finite(d0), if_finite(d1)", "d0, d1"),
@@ -208,8 +213,8 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         ("relu's gradient at 0", NUMBERS, "h.value <= 0 ? 0 : dh.value", "h.value < 0 ? 0 : dh.value"),
     ],
     "csrc/cuda/stepwise.cu": [
-        ("dh crosses a border", RESETS, "keeps ? T(grads", "e.valid ? T(grads"),
-        ("projection loses dh_n of short rows", LENGTHS, "e.valid ? A(0) : dh)", "A(0))"),
+        ("dh crosses a border", RESETS, "keeps ? Stored(grads", "e.valid ? Stored(grads"),
+        ("projection loses dh_n of short rows", LENGTHS, "e.valid ? Sum(0) : dh)", "Sum(0))"),
         (
             "dW_hh of states before a reset",
             RESETS,

@@ -1,7 +1,6 @@
 // What the parts of a backward pass share: the gradients that the sweep leaves for the products after it, and the
 // product of gate gradients with a matrix of weights, which both the sweep and the input's gradient consist of.
-//
-// Letters as in kernels.h; U lanes of a vector, V vectors of a panel.
+// Letters as in ../README.md.
 #pragma once
 
 #include "sweep.h"
@@ -12,7 +11,7 @@ namespace {
 
 template <class Cell, class Stored, class Math>
 struct BackwardPass {
-  using Sum = AccOf<Stored>;
+  using Sum = SumOf<Stored>;
   using Exact = typename Math::Exact;  // the format of operands that hold x, h and the weights
   using Wide = typename Math::Wide;    // and of those that hold gradients, and m = o tanh(c)
   static constexpr int U = kLanes<Sum>, G = Cell::kGates, kGrads = Cell::kGrads;
@@ -88,7 +87,11 @@ struct BackwardPass {
     int64_t t = 0;
     for (int64_t high = f.steps.T; high - t > 1;) {
       int64_t middle = (t + high) / 2;
-      (f.steps.start[middle] <= q.begin ? t : high) = middle;
+      if (f.steps.start[middle] <= q.begin) {
+        t = middle;
+      } else {
+        high = middle;
+      }
     }
     for (; q.begin < q.end; q.begin++) {
       while (q.begin >= f.steps.start[t + 1]) t++;

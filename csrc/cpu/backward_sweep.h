@@ -1,6 +1,5 @@
 // The sweep of a backward pass: from the last step to the first, the gradients at the gates and those of the states.
-//
-// Letters as in kernels.h; U lanes of a vector, i a row of a group, s a step in the sweep's order.
+// Letters as in ../README.md.
 #pragma once
 
 #include "backward_pass.h"
@@ -38,10 +37,10 @@ class BackwardSweep {
 
  private:
   // A group of rows, with the gradients that it carries from step to step.
-  struct Carried : Group {
+  struct GroupState : Group {
     Sum *dh, *dc, *dm, *direct;  // [rows][outputs], 3 x [rows][hidden]
 
-    Carried(const BackwardSweep& sweep, int64_t g) : Group(sweep.f, sweep.teams, g) {
+    GroupState(const BackwardSweep& sweep, int64_t g) : Group(sweep.f, sweep.teams, g) {
       const int64_t n = sweep.teams.rows();
       dh = sweep.scratch + g * n * sweep.state_size();
       dc = dh + n * sweep.outputs.width();
@@ -66,38 +65,38 @@ class BackwardSweep {
   }
 
   // The rows of a step in an operand [D][Q] of left rows of K.
-  Left<Wide> step_rows(const Carried& g, int64_t t, const typename Wide::Element* data, int64_t K) const {
+  Left<Wide> step_rows(const GroupState& g, int64_t t, const typename Wide::Element* data, int64_t K) const {
     return {data + (g.d * Q + g.q(t, 0)) * Wide::row(K), g.stride * Wide::row(K), round_up(K, Wide::kAlign)};
   }
 
   template <class Each>
   void sweep(const Each& each) {
     each([&](int64_t g, int64_t part, int64_t) {
-      if (part == 0) begin(Carried(*this, g));
+      if (part == 0) begin(GroupState(*this, g));
     });
     for (int64_t s = 0; s < f.steps.T; s++) {
       if (projected) {
         each([&](int64_t g, int64_t part, int64_t parts) {
-          keep_output_gradient(Carried(*this, g), s, share(outputs.blocks, part, parts));
+          keep_output_gradient(GroupState(*this, g), s, share(outputs.blocks, part, parts));
         });
         each([&](int64_t g, int64_t part, int64_t parts) {
-          unproject(Carried(*this, g), s, share(hidden.count(), part, parts));
+          unproject(GroupState(*this, g), s, share(hidden.count(), part, parts));
         });
       }
       each([&](int64_t g, int64_t part, int64_t parts) {
-        step(Carried(*this, g), s, share(hidden.blocks, part, parts));
+        step(GroupState(*this, g), s, share(hidden.blocks, part, parts));
       });
       if (s + 1 == f.steps.T && !f.dh0) break;  // nobody asks for the gradient of the first state
       each([&](int64_t g, int64_t part, int64_t parts) {
-        carry(Carried(*this, g), s, share(outputs.count(), part, parts));
+        carry(GroupState(*this, g), s, share(outputs.count(), part, parts));
       });
     }
     each([&](int64_t g, int64_t part, int64_t) {
-      if (part == 0) end(Carried(*this, g));
+      if (part == 0) end(GroupState(*this, g));
     });
   }
 
-  void begin(const Carried& g) {
+  void begin(const GroupState& g) {
     for (int64_t i = 0; i < g.rows; i++) {
       int64_t n = g.d * f.steps.N + g.batch_row(i);
       put_row<Plain<Sum>>(g.dh + i * outputs.width(), row_of<Stored>(f.dh_n, n, f.P), f.P);
@@ -106,7 +105,7 @@ class BackwardSweep {
   }
 
   // dh += dy, kept as an operand of w_hr and for its gradient.
-  void keep_output_gradient(const Carried& g, int64_t s, Range blocks) {
+  void keep_output_gradient(const GroupState& g, int64_t s, Range blocks) {
     const int64_t t = g.time(s), rows = g.alive_at(t), part = round_up(f.P, Wide::kAlign);
     for (int64_t i = 0; i < rows; i++) {
       const Stored* dy = row_of<Stored>(f.dy, g.row(t, i) * f.D + g.d, f.P);
@@ -123,7 +122,7 @@ class BackwardSweep {
   }
 
   // dm, the gradient of what was projected: dh W_hr.
-  void unproject(const Carried& g, int64_t s, Range panels) {
+  void unproject(const GroupState& g, int64_t s, Range panels) {
     const int64_t t = g.time(s);
     for (int64_t p = panels.begin; p < panels.end; p++) {
       product<Wide, Exact>(step_rows(g, t, pass.dys, f.P), g.alive_at(t),
@@ -132,7 +131,7 @@ class BackwardSweep {
     }
   }
 
-  void step(const Carried& g, int64_t s, Range blocks) {
+  void step(const GroupState& g, int64_t s, Range blocks) {
     const int64_t t = g.time(s), rows = g.alive_at(t);
     for (int64_t i = 0; i < rows; i++) {  // rows first: what was saved is read as it lies
       auto* gradients = pass.dgates + (g.d * Q + g.q(t, i)) * Wide::row(kGrads * padded);
@@ -145,7 +144,7 @@ class BackwardSweep {
 
   // Some blocks of units of one row back through the cell. Lanes beyond H hold zeros all the way. What the loop uses is
   // in variables, so that no store makes the compiler read it again.
-  void update(const Carried& g, int64_t t, int64_t i, Range blocks, typename Wide::Element* gradients) const {
+  void update(const GroupState& g, int64_t t, int64_t i, Range blocks, typename Wide::Element* gradients) const {
     const int64_t H = f.H, padded = this->padded, rank = g.rank(i), r = g.row(t, i);
     const int64_t previous = f.steps.previous(g.d, t, rank), of_d = r * f.D + g.d;
     const bool cut = f.steps.cut(g.d, t, rank);
@@ -181,7 +180,7 @@ class BackwardSweep {
   }
 
   // dh of the step before: through W_hh, and straight through the cell.
-  void carry(const Carried& g, int64_t s, Range panels) {
+  void carry(const GroupState& g, int64_t s, Range panels) {
     const int64_t t = g.time(s), rows = g.alive_at(t);
     Left<Wide> gradients = step_rows(g, t, pass.dgates, kGrads * padded);
     gradients.data += Pass::kMore * padded;  // those of W_hh h
@@ -197,7 +196,7 @@ class BackwardSweep {
     });
   }
 
-  void end(const Carried& g) {
+  void end(const GroupState& g) {
     for (int64_t i = 0; i < g.rows; i++) {
       int64_t n = g.d * f.steps.N + g.batch_row(i);
       if (f.dh0) get_row<Plain<Sum>>(static_cast<Stored*>(f.dh0) + n * f.P, g.dh + i * outputs.width(), f.P);

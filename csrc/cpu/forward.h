@@ -1,6 +1,5 @@
 // A layer's forward pass over a cell and a storage type: the input's products for a stretch of steps, then the steps.
-//
-// Letters as in kernels.h; U lanes of a vector, V vectors of a panel, i a row of a group, s a step in a sweep's order.
+// Letters as in ../README.md.
 #pragma once
 
 #include "sweep.h"
@@ -12,14 +11,14 @@ namespace {
 constexpr int64_t kChunkBytes = 256 * 1024;  // of projected inputs, to be in cache still when the recurrence reads them
 constexpr int64_t kChunkRows = 128;          // at least, so that they share the traffic of W_ih
 
-template <class Cell, class S, class Math>
+template <class Cell, class Stored, class Math>
 class ForwardPass {
-  using A = AccOf<S>;
-  using X = typename Math::Exact;      // operands that hold x, h and the weights
-  using Memory = typename Math::Wide;  // and m = o tanh(c), before its projection
-  template <class E>
-  using Elements = typename E::Element*;
-  static constexpr int U = kLanes<A>, G = Cell::kGates;
+  using Sum = SumOf<Stored>;
+  using Exact = typename Math::Exact;  // operands that hold x, h and the weights
+  using Wide = typename Math::Wide;    // and m = o tanh(c), before its projection
+  template <class Format>
+  using Elements = typename Format::Element*;
+  static constexpr int U = kLanes<Sum>, G = Cell::kGates;
 
  public:
   explicit ForwardPass(const Forward& f)
@@ -28,54 +27,55 @@ class ForwardPass {
         outputs(f.P),
         projected(f.projected),
         packed(f.R > kUnpackedRows),
-        teams(f, gates, Cost::of<X>()),
+        teams(f, gates, Cost::of<Exact>()),
         chunk(max(1, min(f.steps.T,
-                         max(kChunkBytes / int64_t(gates.width() * sizeof(A)), kChunkRows) / max(1, teams.rows())))),
-        w_ih(packed ? f.D * gates.width() * X::column(f.I) : 0),
-        w_hh(packed ? f.D * gates.width() * X::column(f.P) : 0),
-        w_hr(packed && projected ? f.D * outputs.width() * X::column(f.H) : 0),
+                         max(kChunkBytes / int64_t(gates.width() * sizeof(Sum)), kChunkRows) / max(1, teams.rows())))),
+        w_ih(packed ? f.D * gates.width() * Exact::column(f.I) : 0),
+        w_hh(packed ? f.D * gates.width() * Exact::column(f.P) : 0),
+        w_hr(packed && projected ? f.D * outputs.width() * Exact::column(f.H) : 0),
         b_ih(f.D * gates.width()),
         b_hh(f.D * gates.width()),
-        xs(group_rows() * chunk * X::row(f.I)),
+        xs(group_rows() * chunk * Exact::row(f.I)),
         projections(group_rows() * chunk * gates.width()),
-        hs(group_rows() * 2 * X::row(f.P)),
-        ms(projected ? group_rows() * Memory::row(f.H) : 0),
-        cs(Cell::kHasCell ? group_rows() * Plain<A>::row(f.H) : 0),
+        hs(group_rows() * 2 * Exact::row(f.P)),
+        ms(projected ? group_rows() * Wide::row(f.H) : 0),
+        cs(Cell::kHasCell ? group_rows() * Plain<Sum>::row(f.H) : 0),
         bases(teams.groups() * (f.steps.T + 1)) {}
 
   void run() {
     for (int d = 0; d < f.D; d++) {
-      pack_vector(b_ih + d * gates.width(), static_cast<const S*>(f.weights[d].b_ih), gates);
-      pack_vector(b_hh + d * gates.width(), static_cast<const S*>(f.weights[d].b_hh), gates);
+      pack_vector(b_ih + d * gates.width(), static_cast<const Stored*>(f.weights[d].b_ih), gates);
+      pack_vector(b_hh + d * gates.width(), static_cast<const Stored*>(f.weights[d].b_hh), gates);
     }
     if (packed) pack();
     teams.run([&](const auto& each) { sweep(each); });
   }
 
  private:
-  struct Sweep : Group {
-    Elements<X> x;       // [rows of a chunk] left rows of I
-    A* projection;       // [gates panel][rows of a chunk][V][U]
-    Elements<X> h[2];    // [rows] left rows of P: read and written in turn
-    Elements<Memory> m;  // [rows] left rows of H
-    A* c;                // [rows][H up to a vector]
-    int64_t* base;       // [T+1] the rows before step s
+  // A group of rows, with its states and what else its sweep computes in.
+  struct GroupState : Group {
+    Elements<Exact> x;     // [rows of a chunk] left rows of I
+    Sum* projection;       // [gates panel][rows of a chunk][V][U]
+    Elements<Exact> h[2];  // [rows] left rows of P: read and written in turn
+    Elements<Wide> m;      // [rows] left rows of H
+    Sum* c;                // [rows][H up to a vector]
+    int64_t* base;         // [T+1] the rows before step s
 
-    Sweep(const ForwardPass& p, int64_t g)
+    GroupState(const ForwardPass& p, int64_t g)
         : Group(p.f, p.teams, g),
-          x(p.xs + g * p.teams.rows() * p.chunk * X::row(p.f.I)),
+          x(p.xs + g * p.teams.rows() * p.chunk * Exact::row(p.f.I)),
           projection(p.projections + g * p.teams.rows() * p.chunk * p.gates.width()),
-          h{p.hs + 2 * g * p.teams.rows() * X::row(p.f.P), p.hs + (2 * g + 1) * p.teams.rows() * X::row(p.f.P)},
-          m(p.ms + (p.projected ? g * p.teams.rows() * Memory::row(p.f.H) : 0)),
-          c(p.cs + (Cell::kHasCell ? g * p.teams.rows() * Plain<A>::row(p.f.H) : 0)),
+          h{p.hs + 2 * g * p.teams.rows() * Exact::row(p.f.P), p.hs + (2 * g + 1) * p.teams.rows() * Exact::row(p.f.P)},
+          m(p.ms + (p.projected ? g * p.teams.rows() * Wide::row(p.f.H) : 0)),
+          c(p.cs + (Cell::kHasCell ? g * p.teams.rows() * Plain<Sum>::row(p.f.H) : 0)),
           base(p.bases + g * (p.f.steps.T + 1)) {}
   };
 
   int64_t group_rows() const { return teams.groups() * teams.rows(); }
 
-  template <class E>
-  static Left<E> rows_of(Elements<E> data, int64_t K) {
-    return {data, E::row(K), round_up(K, E::kAlign)};
+  template <class Format>
+  static Left<Format> rows_of(Elements<Format> data, int64_t K) {
+    return {data, Format::row(K), round_up(K, Format::kAlign)};
   }
 
   void pack() {
@@ -84,111 +84,121 @@ class ForwardPass {
       int64_t d = i / per_d, p = i % per_d;
       const auto& w = f.weights[d];
       if (p < per_w) {
-        pack_transposed<X>(w_ih + d * gates.width() * X::column(f.I), static_cast<const S*>(w.w_ih), f.I, gates, p);
+        pack_transposed<Exact>(w_ih + d * gates.width() * Exact::column(f.I), static_cast<const Stored*>(w.w_ih), f.I,
+                               gates, p);
       } else if (p < 2 * per_w) {
-        pack_transposed<X>(w_hh + d * gates.width() * X::column(f.P), static_cast<const S*>(w.w_hh), f.P, gates,
-                           p - per_w);
+        pack_transposed<Exact>(w_hh + d * gates.width() * Exact::column(f.P), static_cast<const Stored*>(w.w_hh), f.P,
+                               gates, p - per_w);
       } else {
-        pack_transposed<X>(w_hr + d * outputs.width() * X::column(f.H), static_cast<const S*>(w.w_hr), f.H, outputs,
-                           p - 2 * per_w);
+        pack_transposed<Exact>(w_hr + d * outputs.width() * Exact::column(f.H), static_cast<const Stored*>(w.w_hr), f.H,
+                               outputs, p - 2 * per_w);
       }
     });
   }
 
   // out[M][V*U] = init + a W^T for panel p of direction d's matrix w, or of its packed copy.
-  template <class L>
-  void multiply(Left<L> a, int64_t M, int d, const void* w, typename X::Element* copy, const Panels<A>& panels,
-                int64_t p, int64_t K, const A* init, A* out, int64_t os) {
-    if constexpr (std::is_same_v<L, Plain<A>>) {
-      if (!packed) return product_unpacked(a, M, static_cast<const S*>(w), panels, p, K, init, out, os);
+  template <class LeftFormat>
+  void multiply(Left<LeftFormat> a, int64_t M, int d, const void* w, typename Exact::Element* copy,
+                const Panels<Sum>& panels, int64_t p, int64_t K, const Sum* init, Sum* out, int64_t os) {
+    if constexpr (std::is_same_v<LeftFormat, Plain<Sum>>) {
+      if (!packed) return product_unpacked(a, M, static_cast<const Stored*>(w), panels, p, K, init, out, os);
     }
-    product<L, X>(a, M, copy + (d * panels.width() + panels.start(p)) * X::column(K), panels.vectors(p), K, init, 0,
-                  out, os);
+    product<LeftFormat, Exact>(a, M, copy + (d * panels.width() + panels.start(p)) * Exact::column(K),
+                               panels.vectors(p), K, init, 0, out, os);
   }
 
   template <class Each>
   void sweep(const Each& each) {
     const int64_t T = f.steps.T;
-    each([&](int64_t g, int64_t part, int64_t) { part == 0 ? begin(Sweep(*this, g)) : void(); });
+    each([&](int64_t g, int64_t part, int64_t) {
+      if (part == 0) begin(GroupState(*this, g));
+    });
     for (int64_t s0 = 0; s0 < T; s0 += chunk) {
       int64_t s1 = min(s0 + chunk, T);
-      each([&](int64_t g, int64_t part, int64_t parts) { gather(Sweep(*this, g), s0, s1, part, parts); });
+      each([&](int64_t g, int64_t part, int64_t parts) { gather(GroupState(*this, g), s0, s1, part, parts); });
       each([&](int64_t g, int64_t part, int64_t parts) {
-        project_input(Sweep(*this, g), s0, s1, share(gates.count(), part, parts));
+        project_input(GroupState(*this, g), s0, s1, share(gates.count(), part, parts));
       });
       for (int64_t s = s0; s < s1; s++) {
-        if (f.steps.resets)
-          each([&](int64_t g, int64_t part, int64_t) { part == 0 ? cut(Sweep(*this, g), s) : void(); });
+        if (f.steps.resets) {
+          each([&](int64_t g, int64_t part, int64_t) {
+            if (part == 0) cut(GroupState(*this, g), s);
+          });
+        }
         each([&](int64_t g, int64_t part, int64_t parts) {
-          step(Sweep(*this, g), s, s0, share(gates.count(), part, parts));
+          step(GroupState(*this, g), s, s0, share(gates.count(), part, parts));
         });
         if (projected) {
           each([&](int64_t g, int64_t part, int64_t parts) {
-            project_state(Sweep(*this, g), s, share(outputs.count(), part, parts));
+            project_state(GroupState(*this, g), s, share(outputs.count(), part, parts));
           });
         }
       }
     }
-    each([&](int64_t g, int64_t part, int64_t) { part == 0 ? end(Sweep(*this, g)) : void(); });
+    each([&](int64_t g, int64_t part, int64_t) {
+      if (part == 0) end(GroupState(*this, g));
+    });
   }
 
-  void begin(const Sweep& g) {
+  void begin(const GroupState& g) {
     g.base[0] = 0;
     for (int64_t s = 0; s < f.steps.T; s++) g.base[s + 1] = g.base[s] + g.alive_at(g.time(s));
     for (int64_t i = 0; i < g.rows; i++) {
       int64_t n = g.d * f.steps.N + g.batch_row(i);
-      for (auto* h : g.h) put_row<X>(h + i * X::row(f.P), row_of<S>(f.h0, n, f.P), f.P);
-      if (projected) put_row<Memory>(g.m + i * Memory::row(f.H), static_cast<const S*>(nullptr), f.H);
-      if (Cell::kHasCell) put_row<Plain<A>>(g.c + i * Plain<A>::row(f.H), row_of<S>(f.c0, n, f.H), f.H);
+      for (auto* h : g.h) put_row<Exact>(h + i * Exact::row(f.P), row_of<Stored>(f.h0, n, f.P), f.P);
+      if (projected) put_row<Wide>(g.m + i * Wide::row(f.H), static_cast<const Stored*>(nullptr), f.H);
+      if (Cell::kHasCell) put_row<Plain<Sum>>(g.c + i * Plain<Sum>::row(f.H), row_of<Stored>(f.c0, n, f.H), f.H);
     }
   }
 
   // Collects the group's rows of x; zeros the outputs past the sequences' ends.
-  void gather(const Sweep& g, int64_t s0, int64_t s1, int64_t part, int64_t parts) {
+  void gather(const GroupState& g, int64_t s0, int64_t s1, int64_t part, int64_t parts) {
     for (int64_t s = s0 + part; s < s1; s += parts) {
       int64_t t = g.time(s), rows = g.alive_at(t);
-      auto* x = g.x + (g.base[s] - g.base[s0]) * X::row(f.I);
-      for (int64_t i = 0; i < rows; i++) put_row<X>(x + i * X::row(f.I), row_of<S>(f.x, g.row(t, i), f.I), f.I);
+      auto* x = g.x + (g.base[s] - g.base[s0]) * Exact::row(f.I);
+      for (int64_t i = 0; i < rows; i++) {
+        put_row<Exact>(x + i * Exact::row(f.I), row_of<Stored>(f.x, g.row(t, i), f.I), f.I);
+      }
       if (f.R != f.steps.T * f.steps.N) continue;  // packed: no row lies past an end
       for (int64_t i = rows; i < g.rows; i++) {
         int64_t row = g.row(t, i), r = row * f.D + g.d, saved = Cell::kSaved * f.H;
-        clear(static_cast<S*>(f.y) + r * f.P, f.P * sizeof(S));
-        if (f.c) clear(static_cast<A*>(f.c) + r * f.H, f.H * sizeof(A));
-        if (f.gates) clear(static_cast<S*>(f.gates) + (g.d * f.R + row) * saved, saved * sizeof(S));
+        clear(static_cast<Stored*>(f.y) + r * f.P, f.P * sizeof(Stored));
+        if (f.c) clear(static_cast<Sum*>(f.c) + r * f.H, f.H * sizeof(Sum));
+        if (f.gates) clear(static_cast<Stored*>(f.gates) + (g.d * f.R + row) * saved, saved * sizeof(Stored));
       }
     }
   }
 
-  A* projection(const Sweep& g, int64_t p, int64_t row) const {
+  Sum* projection(const GroupState& g, int64_t p, int64_t row) const {
     return g.projection + gates.start(p) * chunk * teams.rows() + row * gates.vectors(p) * U;
   }
 
-  void project_input(const Sweep& g, int64_t s0, int64_t s1, Range panels) {
+  void project_input(const GroupState& g, int64_t s0, int64_t s1, Range panels) {
     for (int64_t p = panels.begin; p < panels.end; p++) {
-      multiply(rows_of<X>(g.x, f.I), g.base[s1] - g.base[s0], g.d, f.weights[g.d].w_ih, w_ih, gates, p, f.I,
+      multiply(rows_of<Exact>(g.x, f.I), g.base[s1] - g.base[s0], g.d, f.weights[g.d].w_ih, w_ih, gates, p, f.I,
                b_ih + g.d * gates.width() + gates.start(p), projection(g, p, 0), gates.vectors(p) * U);
     }
   }
 
-  void cut(const Sweep& g, int64_t s) {
+  void cut(const GroupState& g, int64_t s) {
     int64_t t = g.time(s), rows = g.alive_at(t);
     for (int64_t i = 0; i < rows; i++) {
       if (!f.steps.cut(g.d, t, g.rank(i))) continue;
-      put_row<X>(g.h[s & 1] + i * X::row(f.P), static_cast<const S*>(nullptr), f.P);
-      if (Cell::kHasCell) memset(g.c + i * Plain<A>::row(f.H), 0, f.H * sizeof(A));
+      put_row<Exact>(g.h[s & 1] + i * Exact::row(f.P), static_cast<const Stored*>(nullptr), f.P);
+      if (Cell::kHasCell) memset(g.c + i * Plain<Sum>::row(f.H), 0, f.H * sizeof(Sum));
     }
   }
 
-  void step(const Sweep& g, int64_t s, int64_t s0, Range panels) {
+  void step(const GroupState& g, int64_t s, int64_t s0, Range panels) {
     const int64_t t = g.time(s), rows = g.alive_at(t);
     const Update update(*this, g, s, t);
-    A a[kBlockRows * kMaxVectors * U];
+    Sum a[kBlockRows * kMaxVectors * U];
     to_and_fro(panels, s, [&](int64_t p) {
       const int V = gates.vectors(p);
-      const A* x = projection(g, p, g.base[s] - g.base[s0]);
+      const Sum* x = projection(g, p, g.base[s] - g.base[s0]);
       for (int64_t i0 = 0; i0 < rows; i0 += kBlockRows) {
         int64_t i1 = min(i0 + kBlockRows, rows);
-        multiply(rows_of<X>(g.h[s & 1], f.P).from(i0), i1 - i0, g.d, f.weights[g.d].w_hh, w_hh, gates, p, f.P,
+        multiply(rows_of<Exact>(g.h[s & 1], f.P).from(i0), i1 - i0, g.d, f.weights[g.d].w_hh, w_hh, gates, p, f.P,
                  b_hh + g.d * gates.width() + gates.start(p), a, V * U);
         for (int b = 0; b < V / G; b++) {
           update.rows({i0, i1}, gates.unit(p, b), x + (i0 * V + b) * U, a + b * U, V * U);
@@ -200,7 +210,7 @@ class ForwardPass {
   // The cell at one step. Its fields are its own, so that no store makes the compiler read them again.
   class Update {
    public:
-    Update(const ForwardPass& p, const Sweep& g, int64_t s, int64_t t)
+    Update(const ForwardPass& p, const GroupState& g, int64_t s, int64_t t)
         : H(p.f.H),
           D(p.f.D),
           P(p.f.P),
@@ -212,30 +222,33 @@ class ForwardPass {
           h(p.projected ? nullptr : g.h[(s + 1) & 1]),
           m(g.m),
           c(g.c),
-          y(static_cast<S*>(p.f.y) + g.d * P),
-          kept_c(p.f.c ? static_cast<A*>(p.f.c) + g.d * H : nullptr),
-          kept_gates(p.f.gates ? static_cast<S*>(p.f.gates) + g.d * p.f.R * Cell::kSaved * H : nullptr) {}
+          y(static_cast<Stored*>(p.f.y) + g.d * P),
+          kept_c(p.f.c ? static_cast<Sum*>(p.f.c) + g.d * H : nullptr),
+          kept_gates(p.f.gates ? static_cast<Stored*>(p.f.gates) + g.d * p.f.R * Cell::kSaved * H : nullptr) {}
 
     // One block of units of some rows; x and a [rows][G][U], a row `next` from the one before.
-    void rows(Range range, int64_t unit, const A* x, const A* a, int64_t next) const {
+    void rows(Range range, int64_t unit, const Sum* x, const Sum* a, int64_t next) const {
       const int lanes = min(U, H - unit);
-      lanes == U ? rows_of(std::true_type(), range, unit, lanes, x, a, next)
-                 : rows_of(std::false_type(), range, unit, lanes, x, a, next);
+      if (lanes == U) {
+        rows_of(std::true_type(), range, unit, lanes, x, a, next);
+      } else {
+        rows_of(std::false_type(), range, unit, lanes, x, a, next);
+      }
     }
 
    private:
     template <class Full>
-    RNNFAST_INLINE void rows_of(Full, Range range, int64_t unit, int lanes, const A* x, const A* a,
+    RNNFAST_INLINE void rows_of(Full, Range range, int64_t unit, int lanes, const Sum* x, const Sum* a,
                                 int64_t next) const {
       const Update u = *this;
       const int n = Full::value ? U : lanes;
-      const int64_t part = round_up(u.P, X::kAlign), m_part = round_up(u.H, Memory::kAlign);
-      const int64_t state = X::row(u.P), memory = Memory::row(u.H), cells = Plain<A>::row(u.H);
+      const int64_t part = round_up(u.P, Exact::kAlign), m_part = round_up(u.H, Wide::kAlign);
+      const int64_t state = Exact::row(u.P), memory = Wide::row(u.H), cells = Plain<Sum>::row(u.H);
       for (int64_t i = range.begin; i < range.end; i++, x += next, a += next) {
         const int64_t r = u.start + u.order[u.rank + i * u.stride];
-        Vec<A> xs[G], as[G], saved[Cell::kSaved + 1], h, c;
+        Vec<Sum> xs[G], as[G], saved[Cell::kSaved + 1], h, c;
         for (int k = 0; k < G; k++) xs[k] = load(x + k * U), as[k] = load(a + k * U);
-        if (Cell::kReadsH) h = X::get(u.old_h + i * state + unit, part);
+        if (Cell::kReadsH) h = Exact::get(u.old_h + i * state + unit, part);
         if (Cell::kHasCell) c = load(u.c + i * cells + unit);
         Cell::forward(xs, as, h, c, saved);
         if (Cell::kHasCell) {
@@ -243,44 +256,44 @@ class ForwardPass {
           if (u.kept_c) store(u.kept_c + r * u.D * u.H + unit, c, n);
         }
         if (Cell::kSaved && u.kept_gates) {
-          S* to = u.kept_gates + r * Cell::kSaved * u.H + unit;
+          Stored* to = u.kept_gates + r * Cell::kSaved * u.H + unit;
           for (int k = 0; k < Cell::kSaved; k++) store(to + k * u.H, saved[k], n);
         }
         if (u.h) {
-          X::put(u.h + i * state + unit, part, rounded<S>(h));
+          Exact::put(u.h + i * state + unit, part, rounded<Stored>(h));
           store(u.y + r * u.D * u.P + unit, h, n);
         } else {
-          Memory::put(u.m + i * memory + unit, m_part, h);
+          Wide::put(u.m + i * memory + unit, m_part, h);
         }
       }
     }
 
     const int64_t H, D, P, rank, stride, start;
     const int64_t* const order;
-    const typename X::Element* const old_h;
-    const Elements<X> h;  // null where m is projected
-    const Elements<Memory> m;
-    A* const c;
-    S* const y;
-    A* const kept_c;  // null where nothing is kept, as kept_gates
-    S* const kept_gates;
+    const typename Exact::Element* const old_h;
+    const Elements<Exact> h;  // null where m is projected
+    const Elements<Wide> m;
+    Sum* const c;
+    Stored* const y;
+    Sum* const kept_c;  // null where nothing is kept, as kept_gates
+    Stored* const kept_gates;
   };
 
-  void project_state(const Sweep& g, int64_t s, Range panels) {
-    const int64_t t = g.time(s), rows = g.alive_at(t), part = round_up(f.P, X::kAlign);
-    A a[kBlockRows * kMaxVectors * U];
+  void project_state(const GroupState& g, int64_t s, Range panels) {
+    const int64_t t = g.time(s), rows = g.alive_at(t), part = round_up(f.P, Exact::kAlign);
+    Sum a[kBlockRows * kMaxVectors * U];
     for (int64_t p = panels.begin; p < panels.end; p++) {
       const int V = outputs.vectors(p);
       for (int64_t i0 = 0; i0 < rows; i0 += kBlockRows) {
         int64_t i1 = min(i0 + kBlockRows, rows);
-        multiply(rows_of<Memory>(g.m, f.H).from(i0), i1 - i0, g.d, f.weights[g.d].w_hr, w_hr, outputs, p, f.H,
-                 kZeros<A>, a, V * U);
+        multiply(rows_of<Wide>(g.m, f.H).from(i0), i1 - i0, g.d, f.weights[g.d].w_hr, w_hr, outputs, p, f.H,
+                 kZeros<Sum>, a, V * U);
         for (int64_t i = i0; i < i1; i++) {
-          auto* h = g.h[(s + 1) & 1] + i * X::row(f.P) + outputs.start(p);
-          S* y = static_cast<S*>(f.y) + (g.row(t, i) * f.D + g.d) * f.P + outputs.start(p);
+          auto* h = g.h[(s + 1) & 1] + i * Exact::row(f.P) + outputs.start(p);
+          Stored* y = static_cast<Stored*>(f.y) + (g.row(t, i) * f.D + g.d) * f.P + outputs.start(p);
           for (int v = 0; v < V; v++) {
-            Vec<A> value = load(a + ((i - i0) * V + v) * U);
-            X::put(h + v * U, part, rounded<S>(value));
+            Vec<Sum> value = load(a + ((i - i0) * V + v) * U);
+            Exact::put(h + v * U, part, rounded<Stored>(value));
             store(y + v * U, value, outputs.lanes(p, v));
           }
         }
@@ -288,26 +301,28 @@ class ForwardPass {
     }
   }
 
-  void end(const Sweep& g) {
+  void end(const GroupState& g) {
     for (int64_t i = 0; i < g.rows; i++) {
       int64_t n = g.d * f.steps.N + g.batch_row(i), steps = g.d ? f.steps.T : f.steps.length[g.rank(i)];
-      get_row<X>(static_cast<S*>(f.h_n) + n * f.P, g.h[steps & 1] + i * X::row(f.P), f.P);
-      if (Cell::kHasCell) get_row<Plain<A>>(static_cast<S*>(f.c_n) + n * f.H, g.c + i * Plain<A>::row(f.H), f.H);
+      get_row<Exact>(static_cast<Stored*>(f.h_n) + n * f.P, g.h[steps & 1] + i * Exact::row(f.P), f.P);
+      if (Cell::kHasCell) {
+        get_row<Plain<Sum>>(static_cast<Stored*>(f.c_n) + n * f.H, g.c + i * Plain<Sum>::row(f.H), f.H);
+      }
     }
   }
 
   const Forward& f;
-  const Panels<A> gates, outputs;
+  const Panels<Sum> gates, outputs;
   const bool projected, packed;
   const Teams teams;
   const int64_t chunk;  // steps
-  Buffer<typename X::Element> w_ih, w_hh, w_hr;
-  Buffer<A> b_ih, b_hh;
-  Buffer<typename X::Element> xs;
-  Buffer<A> projections;
-  Buffer<typename X::Element> hs;
-  Buffer<typename Memory::Element> ms;
-  Buffer<A> cs;
+  Buffer<typename Exact::Element> w_ih, w_hh, w_hr;
+  Buffer<Sum> b_ih, b_hh;
+  Buffer<typename Exact::Element> xs;
+  Buffer<Sum> projections;
+  Buffer<typename Exact::Element> hs;
+  Buffer<typename Wide::Element> ms;
+  Buffer<Sum> cs;
   Buffer<int64_t> bases;
 };
 

@@ -1,6 +1,5 @@
 // The gradient of a layer's input, from the gradients at its gates.
-//
-// Letters as in kernels.h; U lanes of a vector, V vectors of a panel.
+// Letters as in ../README.md.
 #pragma once
 
 #include "backward_pass.h"

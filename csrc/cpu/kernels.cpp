@@ -8,36 +8,36 @@ namespace {
 
 // Whether the fast math is faster for a layer. Numbers in parts are more to write and to read: it takes long sums, and
 // rows that share the reading of the weights, to pay.
-template <class S>
+template <class Stored>
 bool is_fast(const Layer& l) {
-  constexpr int kParts = FastMath<S>::Exact::kParts;
+  constexpr int kParts = FastMath<Stored>::Exact::kParts;
   if (kParts == 1) return l.R > kUnpackedRows;
   return min(l.I, l.P) >= (kParts == 3 ? 256 : 64) && l.steps.N >= (kParts == 3 ? 16 : 8);
 }
 
 // Calls pass(an object of the math to use).
-template <class S, class F>
-void with_math(const Layer& l, const F& pass) {
-  if constexpr (!std::is_base_of_v<PlainMath<S>, FastMath<S>>) {
-    if (is_fast<S>(l)) return pass(FastMath<S>());
+template <class Stored, class Pass>
+void with_math(const Layer& l, const Pass& pass) {
+  if constexpr (!std::is_base_of_v<PlainMath<Stored>, FastMath<Stored>>) {
+    if (is_fast<Stored>(l)) return pass(FastMath<Stored>());
   }
-  pass(PlainMath<S>());
+  pass(PlainMath<Stored>());
 }
 
-template <class Cell, class S>
+template <class Cell, class Stored>
 void forward(const Forward& f) {
-  with_math<S>(f, [&](auto math) { ForwardPass<Cell, S, decltype(math)>(f).run(); });
+  with_math<Stored>(f, [&](auto math) { ForwardPass<Cell, Stored, decltype(math)>(f).run(); });
 }
 
-template <class Cell, class S>
+template <class Cell, class Stored>
 void backward(const Backward& f) {
-  with_math<S>(f, [&](auto math) { backward_pass<Cell, S, decltype(math)>(f); });
+  with_math<Stored>(f, [&](auto math) { backward_pass<Cell, Stored, decltype(math)>(f); });
 }
 
-template <class S>
+template <class Stored>
 constexpr void add(Kernels& table, Storage storage) {
 #define RNNFAST_ADD(Cell) \
-  table.forward[k##Cell][storage] = forward<Cell, S>, table.backward[k##Cell][storage] = backward<Cell, S>;
+  table.forward[k##Cell][storage] = forward<Cell, Stored>, table.backward[k##Cell][storage] = backward<Cell, Stored>;
   RNNFAST_CELLS(RNNFAST_ADD)
 #undef RNNFAST_ADD
 }

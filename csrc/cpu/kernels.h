@@ -1,7 +1,5 @@
 // What the operators hand to the kernels, and the table of kernels that each instruction set provides.
-//
-// T steps, N batch, I input size, H hidden size, P output size (H, or that of the projection), D directions, G gates,
-// S saved gates, R rows of x in memory, Q rows that belong to a sequence.
+// Letters as in ../README.md.
 #pragma once
 
 #include <cstddef>

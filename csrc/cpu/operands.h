@@ -1,7 +1,8 @@
-// Operands of the matrix products: how the rows of a left matrix and the columns of a right one lie in memory.
+// Operands of the matrix products: how the rows of a left matrix and the columns of a right one lie in memory. Letters
+// as in ../README.md.
 //
-// Plain<T> keeps values as they are. Split<n> keeps a float as the sum of n bfloat16, the largest first, for units that
-// multiply bfloat16 and add in float. Of a float's 24 bits each part takes 8, so three parts are exact, and the
+// Plain<Number> keeps values as they are. Split<n> keeps a float as the sum of n bfloat16, the largest first, for units
+// that multiply bfloat16 and add in float. Of a float's 24 bits each part takes 8, so three parts are exact, and the
 // products of parts i and j with i + j < 3 are all that a float product has room for (Henry, Tang and Heinecke,
 // "Leveraging the bfloat16 Artificial Intelligence Datatype For Higher-Precision Computations", 2019).
 //
@@ -23,9 +24,9 @@ constexpr int kMaxVectors = 4;
 constexpr int64_t round_up(int64_t n, int64_t step) { return ceil_div(n, step) * step; }
 
 // The columns of a right matrix of gates*units columns.
-template <class T>
+template <class Sum>
 struct Panels {
-  static constexpr int U = kLanes<T>;
+  static constexpr int U = kLanes<Sum>;
   int64_t units;
   int gates;
   int64_t blocks = max(1, ceil_div(units, U));  // one, of no lanes, where there is no unit
@@ -43,28 +44,29 @@ struct Panels {
   int lanes(int64_t p, int v) const { return min(U, units - unit(p, v)); }
 };
 
-template <class T>
+template <class Number>
 struct Plain {
-  using Element = T;
-  using Acc = T;
-  static constexpr int kParts = 1, kAlign = kLanes<T>;
-  static constexpr double kCost = sizeof(T) / 4.0;                       // of a product, in multiply-adds of float
+  using Element = Number;
+  using Sum = Number;
+  static constexpr int kParts = 1, kAlign = kLanes<Number>;
+  static constexpr double kCost = sizeof(Number) / 4.0;                  // of a product, in multiply-adds of float
   static int64_t row(int64_t K) { return round_up(max(K, 1), kAlign); }  // elements of a left row, a vector at least
   static int64_t column(int64_t K) { return K; }                         // elements of a right column
 
   // U values of a left row whose parts lie `part` elements apart.
-  static RNNFAST_INLINE void put(T* row, int64_t, Vec<T> v) { store(row, v); }
-  static RNNFAST_INLINE Vec<T> get(const T* row, int64_t) { return load(row); }
+  static RNNFAST_INLINE void put(Number* row, int64_t, Vec<Number> v) { store(row, v); }
+  static RNNFAST_INLINE Vec<Number> get(const Number* row, int64_t) { return load(row); }
 
   // Rows k and k+1, an even one and the next, of vector v of a right panel [K][V][U].
-  static RNNFAST_INLINE void put_pair(T* panel, int64_t K, int V, int v, int64_t k, Vec<T> even, Vec<T> odd) {
+  static RNNFAST_INLINE void put_pair(Number* panel, int64_t K, int V, int v, int64_t k, Vec<Number> even,
+                                      Vec<Number> odd) {
     store(panel + (k * V + v) * kAlign, even);
     if (k + 1 < K) store(panel + ((k + 1) * V + v) * kAlign, odd);
   }
   // The same from left rows, null for zeros.
-  static RNNFAST_INLINE void copy_pair(T* panel, int64_t K, int V, int v, int64_t k, const T* even, const T* odd,
-                                       int64_t) {
-    put_pair(panel, K, V, v, k, even ? load(even) : Vec<T>(0), odd ? load(odd) : Vec<T>(0));
+  static RNNFAST_INLINE void copy_pair(Number* panel, int64_t K, int V, int v, int64_t k, const Number* even,
+                                       const Number* odd, int64_t) {
+    put_pair(panel, K, V, v, k, even ? load(even) : Vec<Number>(0), odd ? load(odd) : Vec<Number>(0));
   }
 };
 
@@ -73,7 +75,7 @@ struct Plain {
 template <int kPartCount>
 struct Split {
   using Element = uint16_t;
-  using Acc = float;
+  using Sum = float;
   static constexpr int kParts = kPartCount, kAlign = 32, U = kLanes<float>;
 #if defined(RNNFAST_AMX)
   static constexpr double kSpeed = 10;  // times that of float
@@ -143,16 +145,16 @@ struct Split {
 
 #endif
 
-// What a pass computes with: operands that hold values of the storage type S, and of the type of its sums.
-template <class S>
+// What a pass computes with: operands that hold values of the storage type Stored, and of the type of its sums.
+template <class Stored>
 struct PlainMath {
-  using Exact = Plain<AccOf<S>>;
+  using Exact = Plain<SumOf<Stored>>;
   using Wide = Exact;
 };
 
 // The fastest there is for many rows.
-template <class S>
-struct FastMath : PlainMath<S> {};
+template <class Stored>
+struct FastMath : PlainMath<Stored> {};
 #if defined(__AVX512BF16__)
 template <>
 struct FastMath<BFloat16> {
@@ -174,9 +176,9 @@ struct FastMath<float> {
 #endif
 
 // Rows of a left operand: row i from data + i * stride on, its parts `part` elements apart.
-template <class E>
+template <class Format>
 struct Left {
-  const typename E::Element* data;
+  const typename Format::Element* data;
   int64_t stride, part;
   Left from(int64_t i) const { return {data + i * stride, stride, part}; }
 };
@@ -184,73 +186,78 @@ struct Left {
 // ---- packing
 
 // Writes n values, and zeros up to the row's end, as a left row of K.
-template <class E, class S>
-void put_row(typename E::Element* to, const S* from, int64_t K) {
-  const int64_t part = round_up(K, E::kAlign);
-  for (int64_t k = 0; k < part; k += kLanes<typename E::Acc>) {
-    const int n = max(0, min(kLanes<typename E::Acc>, K - k));
-    E::put(to + k, part, from && n ? load(from + k, n) : Vec<typename E::Acc>(0));
+template <class Format, class Stored>
+void put_row(typename Format::Element* to, const Stored* from, int64_t K) {
+  const int64_t part = round_up(K, Format::kAlign);
+  for (int64_t k = 0; k < part; k += kLanes<typename Format::Sum>) {
+    const int n = max(0, min(kLanes<typename Format::Sum>, K - k));
+    Format::put(to + k, part, from && n ? load(from + k, n) : Vec<typename Format::Sum>(0));
   }
 }
 
 // Panel p of W^T as a right operand; w [gates*units,K].
-template <class E, class S, class T = typename E::Acc>
-void pack_transposed(typename E::Element* packed, const S* w, int64_t K, const Panels<T>& panels, int64_t p) {
-  constexpr int U = kLanes<T>;
+template <class Format, class Stored, class Sum = typename Format::Sum>
+void pack_transposed(typename Format::Element* packed, const Stored* w, int64_t K, const Panels<Sum>& panels,
+                     int64_t p) {
+  constexpr int U = kLanes<Sum>;
   const int V = panels.vectors(p);
-  auto* panel = packed + panels.start(p) * E::column(K);
+  auto* panel = packed + panels.start(p) * Format::column(K);
   for (int v = 0; v < V; v++) {
     const int lanes = panels.lanes(p, v);
-    const S* from = w + panels.column(p, v) * K;
-    for (int64_t k = 0; k < E::column(K) / E::kParts; k += U) {
+    const Stored* from = w + panels.column(p, v) * K;
+    for (int64_t k = 0; k < Format::column(K) / Format::kParts; k += U) {
       const int n = max(0, min(U, K - k));
-      Vec<T> square[U];
+      Vec<Sum> square[U];
 #pragma GCC unroll 16
-      for (int i = 0; i < U; i++) square[i] = i < lanes && n ? load(from + i * K + k, n) : Vec<T>(0);
+      for (int i = 0; i < U; i++) square[i] = i < lanes && n ? load(from + i * K + k, n) : Vec<Sum>(0);
       transpose(square);
 #pragma GCC unroll 16
       for (int i = 0; i < U; i += 2) {
-        if (i < n || E::kAlign > U) E::put_pair(panel, K, V, v, k + i, square[i], square[i + 1]);
+        if (i < n || Format::kAlign > U) Format::put_pair(panel, K, V, v, k + i, square[i], square[i + 1]);
       }
     }
   }
 }
 
 // Rows [k0, k1) of panel p of a right operand of K rows; row(k) points to row k, or is null for zeros. k0 is even.
-template <class E, class F, class T = typename E::Acc>
-void pack_rows(typename E::Element* packed, int64_t K, Range ks, const Panels<T>& panels, int64_t p, const F& row) {
-  auto* panel = packed + panels.start(p) * E::column(K);
+template <class Format, class RowAt, class Sum = typename Format::Sum>
+void pack_rows(typename Format::Element* packed, int64_t K, Range ks, const Panels<Sum>& panels, int64_t p,
+               const RowAt& row) {
+  auto* panel = packed + panels.start(p) * Format::column(K);
   for (int64_t k = ks.begin; k < ks.end; k += 2) {
     const auto *even = row(k), *odd = k + 1 < K ? row(k + 1) : nullptr;
     for (int v = 0; v < panels.vectors(p); v++) {
-      auto values = [&](auto* from) { return from ? load(from + panels.column(p, v), panels.lanes(p, v)) : Vec<T>(0); };
-      E::put_pair(panel, K, panels.vectors(p), v, k, values(even), values(odd));
+      auto values = [&](auto* from) {
+        return from ? load(from + panels.column(p, v), panels.lanes(p, v)) : Vec<Sum>(0);
+      };
+      Format::put_pair(panel, K, panels.vectors(p), v, k, values(even), values(odd));
     }
   }
 }
 
 // U rows of a matrix, null for zeros, as U columns of left rows: values of column k go to row k at `to`.
-template <class E, class S, class T = typename E::Acc>
-void put_transposed(typename E::Element* to, int64_t stride, int64_t part, const S* const* rows, int64_t width) {
-  constexpr int U = kLanes<T>;
+template <class Format, class Stored, class Sum = typename Format::Sum>
+void put_transposed(typename Format::Element* to, int64_t stride, int64_t part, const Stored* const* rows,
+                    int64_t width) {
+  constexpr int U = kLanes<Sum>;
   for (int64_t k = 0; k < width; k += U) {
     const int n = min(U, width - k);
-    Vec<T> square[U];
+    Vec<Sum> square[U];
 #pragma GCC unroll 16
-    for (int i = 0; i < U; i++) square[i] = rows[i] ? load(rows[i] + k, n) : Vec<T>(0);
+    for (int i = 0; i < U; i++) square[i] = rows[i] ? load(rows[i] + k, n) : Vec<Sum>(0);
     transpose(square);
 #pragma GCC unroll 16
     for (int i = 0; i < U; i++) {
-      if (i < n) E::put(to + (k + i) * stride, part, square[i]);
+      if (i < n) Format::put(to + (k + i) * stride, part, square[i]);
     }
   }
 }
 
-template <class S, class T>
-void pack_vector(T* packed, const S* vector, const Panels<T>& panels) {
+template <class Stored, class Sum>
+void pack_vector(Sum* packed, const Stored* vector, const Panels<Sum>& panels) {
   for (int64_t p = 0; p < panels.count(); p++) {
     for (int v = 0; v < panels.vectors(p); v++) {
-      Vec<T> value = vector ? load(vector + panels.column(p, v), panels.lanes(p, v)) : Vec<T>(0);
+      Vec<Sum> value = vector ? load(vector + panels.column(p, v), panels.lanes(p, v)) : Vec<Sum>(0);
       store(packed + panels.start(p) + v * panels.U, value);
     }
   }

@@ -20,8 +20,8 @@ struct Range {
 constexpr Range share(int64_t n, int64_t part, int64_t parts) { return {n * part / parts, n * (part + 1) / parts}; }
 
 // Calls body(begin, end) for ranges that make up [0, tasks), in parallel.
-template <class F>
-void parallel_ranges(int64_t tasks, const F& body) {
+template <class Body>
+void parallel_ranges(int64_t tasks, const Body& body) {
   auto guarded = [&](int64_t begin, int64_t end) {
     TileGuard guard;
     body(begin, end);
@@ -32,16 +32,16 @@ void parallel_ranges(int64_t tasks, const F& body) {
       &guarded);
 }
 
-template <class F>
-void parallel(int64_t tasks, const F& body) {
+template <class Body>
+void parallel(int64_t tasks, const Body& body) {
   parallel_ranges(tasks, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; task++) body(task);
   });
 }
 
 // Calls body(i) for all i < n; neighbours go to one thread.
-template <class F>
-void parallel_for(int64_t n, int64_t threads, const F& body) {
+template <class Body>
+void parallel_for(int64_t n, int64_t threads, const Body& body) {
   int64_t tasks = max(1, min(n, threads));
   parallel(tasks, [&](int64_t task) {
     Range r = share(n, task, tasks);
@@ -57,8 +57,8 @@ class Crew {
   explicit Crew(int64_t tasks) : tasks_(tasks) {}
 
   // Calls program(begin, end, barrier) on every member, for its share of the tasks.
-  template <class F>
-  void run(const F& program) {
+  template <class Program>
+  void run(const Program& program) {
     parallel_ranges(tasks_, [&](int64_t begin, int64_t end) {
       if (!start_together(begin, end)) return;
       int64_t rounds = 0;
@@ -91,8 +91,8 @@ class Crew {
     return true;
   }
 
-  template <class F>
-  static bool wait(const F& done, int64_t patience) {
+  template <class Done>
+  static bool wait(const Done& done, int64_t patience) {
     for (int spins = 0; spins < 2000; spins++) {
       if (done()) return true;
 #if defined(__x86_64__)
@@ -112,17 +112,17 @@ class Crew {
   alignas(64) int64_t passed_ = 0;  // tasks at barriers so far
 };
 
-template <class T>
+template <class Element>
 class Buffer {
  public:
-  explicit Buffer(int64_t n) : data_(n ? static_cast<T*>(allocate(n * sizeof(T))) : nullptr) {}
+  explicit Buffer(int64_t n) : data_(n ? static_cast<Element*>(allocate(n * sizeof(Element))) : nullptr) {}
   ~Buffer() { release(data_); }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
-  operator T*() const { return data_; }
+  operator Element*() const { return data_; }
 
  private:
-  T* data_;
+  Element* data_;
 };
 
 }  // namespace

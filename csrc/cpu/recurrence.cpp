@@ -13,7 +13,21 @@ namespace {
 
 // ---- tensors
 
+Storage storage_of(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return kFloat;
+    case ScalarType::Double:
+      return kDouble;
+    case ScalarType::BFloat16:
+      return kBFloat16;
+    default:
+      return kHalf;
+  }
+}
+
 Tensor empty(const Shape& shape, ScalarType dtype) {
+  // By Storage.
   static const int32_t types[] = {aoti_torch_dtype_float32(), aoti_torch_dtype_float64(), aoti_torch_dtype_bfloat16(),
                                   aoti_torch_dtype_float16()};
   Shape strides(shape.size(), 1);
@@ -22,10 +36,7 @@ Tensor empty(const Shape& shape, ScalarType dtype) {
                   "a result would have 2^63 or more elements");
   }
   AtenTensorHandle handle;
-  int32_t type = types[dtype == ScalarType::Float      ? 0
-                       : dtype == ScalarType::Double   ? 1
-                       : dtype == ScalarType::BFloat16 ? 2
-                                                       : 3];
+  const int32_t type = types[storage_of(dtype)];
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(shape.size(), shape.data(), strides.data(), type,
                                                   aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
@@ -84,13 +95,6 @@ class StepTable {
  private:
   std::vector<int64_t> numbers_;
 };
-
-int storage_of(ScalarType dtype) {
-  return dtype == ScalarType::Float      ? kFloat
-         : dtype == ScalarType::Double   ? kDouble
-         : dtype == ScalarType::BFloat16 ? kBFloat16
-                                         : kHalf;
-}
 
 template <class Pointer, class Read>
 Parameters<Pointer> parameters(const Dimensions& n, const Tensor* weights, const Read& read) {

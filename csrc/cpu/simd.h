@@ -35,48 +35,48 @@ struct Half {
   uint16_t bits;
 };
 
-template <class S>
+template <class Stored>
 struct Types {
-  using Acc = S;  // what products and states are held in
+  using Sum = Stored;  // what products and states are held in
 };
 template <>
 struct Types<BFloat16> {
-  using Acc = float;
+  using Sum = float;
 };
 template <>
 struct Types<Half> {
-  using Acc = float;
+  using Sum = float;
 };
-template <class S>
-using AccOf = typename Types<S>::Acc;
+template <class Stored>
+using SumOf = typename Types<Stored>::Sum;
 
-template <class T>
-constexpr int kLanes = kVectorBytes / sizeof(T);
+template <class Number>
+constexpr int kLanes = kVectorBytes / sizeof(Number);
 
-template <class T>
+template <class Number>
 struct Raw;
 template <>
 struct Raw<float> {
-  typedef float V __attribute__((vector_size(kVectorBytes)));
-  typedef int32_t I __attribute__((vector_size(kVectorBytes)));
-  typedef uint16_t H __attribute__((vector_size(kVectorBytes / 2)));  // as many 16-bit lanes
+  typedef float Vector __attribute__((vector_size(kVectorBytes)));
+  typedef int32_t Integers __attribute__((vector_size(kVectorBytes)));
+  typedef uint16_t Lanes16 __attribute__((vector_size(kVectorBytes / 2)));  // as many 16-bit lanes
 };
 template <>
 struct Raw<double> {
-  typedef double V __attribute__((vector_size(kVectorBytes)));
-  typedef int64_t I __attribute__((vector_size(kVectorBytes)));
+  typedef double Vector __attribute__((vector_size(kVectorBytes)));
+  typedef int64_t Integers __attribute__((vector_size(kVectorBytes)));
 };
 
-template <class T>
+template <class Number>
 struct Vec {
-  using V = typename Raw<T>::V;
-  using I = typename Raw<T>::I;
-  V v;
+  using Vector = typename Raw<Number>::Vector;
+  using Integers = typename Raw<Number>::Integers;
+  Vector v;
 
   Vec() = default;
-  RNNFAST_INLINE Vec(V v) : v(v) {}
-  RNNFAST_INLINE Vec(T s) : v(s - V{}) {}
-  RNNFAST_INLINE Vec(int s) : Vec(T(s)) {}
+  RNNFAST_INLINE Vec(Vector v) : v(v) {}
+  RNNFAST_INLINE Vec(Number s) : v(s - Vector{}) {}
+  RNNFAST_INLINE Vec(int s) : Vec(Number(s)) {}
 
   friend RNNFAST_INLINE Vec operator+(Vec a, Vec b) { return a.v + b.v; }
   friend RNNFAST_INLINE Vec operator-(Vec a, Vec b) { return a.v - b.v; }
@@ -86,20 +86,20 @@ struct Vec {
 
 // ---- loads and stores: n lanes, the others zero; converting where storage is 16 bits wide
 
-template <class T>
-RNNFAST_INLINE Vec<T> load(const T* p) {
-  Vec<T> v;
+template <class Number>
+RNNFAST_INLINE Vec<Number> load(const Number* p) {
+  Vec<Number> v;
   memcpy(&v, p, sizeof v);
   return v;
 }
 
-template <class T>
-RNNFAST_INLINE void store(T* p, Vec<T> v) {
+template <class Number>
+RNNFAST_INLINE void store(Number* p, Vec<Number> v) {
   memcpy(p, &v, sizeof v);
 }
 
-using Bits = Raw<float>::I;
-using Bits16 = Raw<float>::H;
+using Bits = Raw<float>::Integers;
+using Bits16 = Raw<float>::Lanes16;
 typedef uint32_t UBits __attribute__((vector_size(kVectorBytes)));
 
 template <class To, class From>
@@ -151,15 +151,15 @@ RNNFAST_INLINE Bits16 narrow(Half, Vec<float> v) {
 #endif
 }
 
-template <class S>
-RNNFAST_INLINE Vec<float> load16(const S* p) {
+template <class Stored>
+RNNFAST_INLINE Vec<float> load16(const Stored* p) {
   Bits16 h;
   memcpy(&h, p, sizeof h);
-  return widen(S{}, h);
+  return widen(Stored{}, h);
 }
-template <class S>
-RNNFAST_INLINE void store16(S* p, Vec<float> v) {
-  Bits16 h = narrow(S{}, v);
+template <class Stored>
+RNNFAST_INLINE void store16(Stored* p, Vec<float> v) {
+  Bits16 h = narrow(Stored{}, v);
   memcpy(p, &h, sizeof h);
 }
 RNNFAST_INLINE Vec<float> load(const BFloat16* p) { return load16(p); }
@@ -167,15 +167,15 @@ RNNFAST_INLINE Vec<float> load(const Half* p) { return load16(p); }
 RNNFAST_INLINE void store(BFloat16* p, Vec<float> v) { store16(p, v); }
 RNNFAST_INLINE void store(Half* p, Vec<float> v) { store16(p, v); }
 
-template <class S>
-RNNFAST_INLINE Vec<AccOf<S>> load_part(const S* p, int n) {
-  S lanes[kLanes<AccOf<S>>] = {};
+template <class Stored>
+RNNFAST_INLINE Vec<SumOf<Stored>> load_part(const Stored* p, int n) {
+  Stored lanes[kLanes<SumOf<Stored>>] = {};
   for (int i = 0; i < n; i++) lanes[i] = p[i];
   return load(lanes);
 }
-template <class S>
-RNNFAST_INLINE void store_part(S* p, Vec<AccOf<S>> v, int n) {
-  S lanes[kLanes<AccOf<S>>];
+template <class Stored>
+RNNFAST_INLINE void store_part(Stored* p, Vec<SumOf<Stored>> v, int n) {
+  Stored lanes[kLanes<SumOf<Stored>>];
   store(lanes, v);
   for (int i = 0; i < n; i++) p[i] = lanes[i];
 }
@@ -200,20 +200,24 @@ RNNFAST_INLINE void store_part(float* p, Vec<float> v, int n) { _mm256_maskstore
 RNNFAST_INLINE void store_part(double* p, Vec<double> v, int n) { _mm256_maskstore_pd(p, mask64(n), (__m256d)v.v); }
 #endif
 
-template <class S>
-RNNFAST_INLINE Vec<AccOf<S>> load(const S* p, int n) {
-  return n >= kLanes<AccOf<S>> ? load(p) : load_part(p, n);
+template <class Stored>
+RNNFAST_INLINE Vec<SumOf<Stored>> load(const Stored* p, int n) {
+  return n >= kLanes<SumOf<Stored>> ? load(p) : load_part(p, n);
 }
-template <class S>
-RNNFAST_INLINE void store(S* p, Vec<AccOf<S>> v, int n) {
-  n >= kLanes<AccOf<S>> ? store(p, v) : store_part(p, v, n);
+template <class Stored>
+RNNFAST_INLINE void store(Stored* p, Vec<SumOf<Stored>> v, int n) {
+  if (n >= kLanes<SumOf<Stored>>) {
+    store(p, v);
+  } else {
+    store_part(p, v, n);
+  }
 }
 
-// v as a reader of storage type S sees it.
-template <class S, class T>
-RNNFAST_INLINE Vec<T> rounded(Vec<T> v) {
-  if constexpr (sizeof(S) == 2) {
-    return widen(S{}, narrow(S{}, v));
+// v as a reader of storage type Stored sees it.
+template <class Stored, class Number>
+RNNFAST_INLINE Vec<Number> rounded(Vec<Number> v) {
+  if constexpr (sizeof(Stored) == 2) {
+    return widen(Stored{}, narrow(Stored{}, v));
   } else {
     return v;
   }
@@ -221,54 +225,54 @@ RNNFAST_INLINE Vec<T> rounded(Vec<T> v) {
 
 // ---- lane shuffles
 
-template <int kStep, class T, size_t... L>
-RNNFAST_INLINE void swap_lanes(Vec<T>& a, Vec<T>& b, std::index_sequence<L...>) {
-  constexpr int U = sizeof...(L);
-  auto low = __builtin_shufflevector(a.v, b.v, (L & kStep ? int(U + (L ^ kStep)) : int(L))...);
-  auto high = __builtin_shufflevector(a.v, b.v, (L & kStep ? int(U + L) : int(L ^ kStep))...);
+template <int kStep, class Number, size_t... kLane>
+RNNFAST_INLINE void swap_lanes(Vec<Number>& a, Vec<Number>& b, std::index_sequence<kLane...>) {
+  constexpr int U = sizeof...(kLane);
+  auto low = __builtin_shufflevector(a.v, b.v, (kLane & kStep ? int(U + (kLane ^ kStep)) : int(kLane))...);
+  auto high = __builtin_shufflevector(a.v, b.v, (kLane & kStep ? int(U + kLane) : int(kLane ^ kStep))...);
   a.v = low, b.v = high;
 }
 
-// Transposes a square of U = kLanes<T> rows in log2(U) rounds.
-template <class T, int kStep = 1>
-RNNFAST_INLINE void transpose(Vec<T>* rows) {
-  constexpr int U = kLanes<T>;
+// Transposes a square of U = kLanes<Number> rows in log2(U) rounds.
+template <class Number, int kStep = 1>
+RNNFAST_INLINE void transpose(Vec<Number>* rows) {
+  constexpr int U = kLanes<Number>;
   if constexpr (kStep < U) {
 #pragma GCC unroll 16
     for (int i = 0; i < U; i++) {
       if (!(i & kStep)) swap_lanes<kStep>(rows[i], rows[i | kStep], std::make_index_sequence<U>());
     }
-    transpose<T, 2 * kStep>(rows);
+    transpose<Number, 2 * kStep>(rows);
   }
 }
 
 // ---- functions, to about 4 units in the last place; NaN propagates
 
-template <class T>
-RNNFAST_INLINE Vec<T> abs(Vec<T> x) {
-  using I = typename Vec<T>::I;
-  return bit_cast<Vec<T>>(bit_cast<I>(x) & ~bit_cast<I>(Vec<T>(T(-0.0))));
+template <class Number>
+RNNFAST_INLINE Vec<Number> abs(Vec<Number> x) {
+  using Integers = typename Vec<Number>::Integers;
+  return bit_cast<Vec<Number>>(bit_cast<Integers>(x) & ~bit_cast<Integers>(Vec<Number>(Number(-0.0))));
 }
 
-template <class T>
-RNNFAST_INLINE Vec<T> relu(Vec<T> x) {
-  return x.v < 0 ? Vec<T>(0).v : x.v;  // this way round a NaN stays
+template <class Number>
+RNNFAST_INLINE Vec<Number> relu(Vec<Number> x) {
+  return x.v < 0 ? Vec<Number>(0).v : x.v;  // this way round a NaN stays
 }
 
-template <class T>
-RNNFAST_INLINE Vec<T> zero_where_not_positive(Vec<T> h, Vec<T> dh) {
-  return h.v <= 0 ? Vec<T>(0).v : dh.v;
+template <class Number>
+RNNFAST_INLINE Vec<Number> zero_where_not_positive(Vec<Number> h, Vec<Number> dh) {
+  return h.v <= 0 ? Vec<Number>(0).v : dh.v;
 }
 
-template <class T, class... C>
-RNNFAST_INLINE Vec<T> polynomial(Vec<T> x, T lead, C... rest) {
-  Vec<T> p = lead;
-  ((p = p * x + Vec<T>(T(rest))), ...);
+template <class Number, class... Rest>
+RNNFAST_INLINE Vec<Number> polynomial(Vec<Number> x, Number lead, Rest... rest) {
+  Vec<Number> p = lead;
+  ((p = p * x + Vec<Number>(Number(rest))), ...);
   return p;
 }
 
 // Constants of exp: x = n ln2 + r. Adding kMagic leaves n in the low bits of the sum, so no conversion is needed.
-template <class T>
+template <class Number>
 struct Exp;
 template <>
 struct Exp<float> {
@@ -297,26 +301,26 @@ struct Exp<double> {
   }
 };
 
-template <class T>
-RNNFAST_INLINE Vec<T> exp(Vec<T> x) {
-  using E = Exp<T>;
-  using I = typename Vec<T>::I;
-  Vec<T> shifted = x * Vec<T>(T(1.4426950408889634074)) + Vec<T>(E::kMagic);
-  Vec<T> n = shifted - Vec<T>(E::kMagic);
-  Vec<T> r = x - n * Vec<T>(E::kLn2High) - n * Vec<T>(E::kLn2Low);
-  Vec<T> power = bit_cast<Vec<T>>((bit_cast<I>(shifted) << E::kMantissa) + E::kOne);
-  Vec<T> e = E::reduced(r) * power;
-  e = x.v > E::kMax ? Vec<T>(T(__builtin_inf())).v : e.v;
-  return x.v < E::kMin ? Vec<T>(0).v : e.v;
+template <class Number>
+RNNFAST_INLINE Vec<Number> exp(Vec<Number> x) {
+  using Constants = Exp<Number>;
+  using Integers = typename Vec<Number>::Integers;
+  Vec<Number> shifted = x * Vec<Number>(Number(1.4426950408889634074)) + Vec<Number>(Constants::kMagic);
+  Vec<Number> n = shifted - Vec<Number>(Constants::kMagic);
+  Vec<Number> r = x - n * Vec<Number>(Constants::kLn2High) - n * Vec<Number>(Constants::kLn2Low);
+  Vec<Number> power = bit_cast<Vec<Number>>((bit_cast<Integers>(shifted) << Constants::kMantissa) + Constants::kOne);
+  Vec<Number> e = Constants::reduced(r) * power;
+  e = x.v > Constants::kMax ? Vec<Number>(Number(__builtin_inf())).v : e.v;
+  return x.v < Constants::kMin ? Vec<Number>(0).v : e.v;
 }
 
-template <class T>
-RNNFAST_INLINE Vec<T> reciprocal(Vec<T> x) {
-  return Vec<T>(1) / x;
+template <class Number>
+RNNFAST_INLINE Vec<Number> reciprocal(Vec<Number> x) {
+  return Vec<Number>(1) / x;
 }
-template <class T>
-RNNFAST_INLINE Vec<T> sigmoid(Vec<T> x) {
-  return reciprocal(Vec<T>(1) + exp(Vec<T>(0) - x));
+template <class Number>
+RNNFAST_INLINE Vec<Number> sigmoid(Vec<Number> x) {
+  return reciprocal(Vec<Number>(1) + exp(Vec<Number>(0) - x));
 }
 
 // x P(x^2) near zero, where 1 - 2 / (e^2x + 1) would cancel (coefficients from Cephes).
@@ -332,14 +336,14 @@ RNNFAST_INLINE Vec<double> tanh_near_zero(Vec<double> x, Vec<double> z) {
   return p / q * z * x + x;
 }
 
-template <class T>
-RNNFAST_INLINE Vec<T> tanh(Vec<T> x) {
-  using I = typename Vec<T>::I;
-  Vec<T> size = abs(x), near = tanh_near_zero(x, x * x);
-  Vec<T> far = Vec<T>(1) - Vec<T>(2) * reciprocal(exp(size + size) + Vec<T>(1));
-  I sign = bit_cast<I>(x) ^ bit_cast<I>(size);
-  far = bit_cast<Vec<T>>(bit_cast<I>(far) | sign);
-  return size.v < T(0.625) ? near.v : far.v;
+template <class Number>
+RNNFAST_INLINE Vec<Number> tanh(Vec<Number> x) {
+  using Integers = typename Vec<Number>::Integers;
+  Vec<Number> size = abs(x), near = tanh_near_zero(x, x * x);
+  Vec<Number> far = Vec<Number>(1) - Vec<Number>(2) * reciprocal(exp(size + size) + Vec<Number>(1));
+  Integers sign = bit_cast<Integers>(x) ^ bit_cast<Integers>(size);
+  far = bit_cast<Vec<Number>>(bit_cast<Integers>(far) | sign);
+  return size.v < Number(0.625) ? near.v : far.v;
 }
 
 #if defined(__AVX512F__)

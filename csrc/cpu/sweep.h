@@ -18,9 +18,9 @@ constexpr int64_t kUnpackedRows = 4;      // of a sequence, up to which packing 
 struct Cost {
   double row, bytes;
 
-  template <class E>
+  template <class Format>
   static constexpr Cost of() {
-    return {E::kCost, double(E::kParts * sizeof(typename E::Element))};
+    return {Format::kCost, double(Format::kParts * sizeof(typename Format::Element))};
   }
   double reading(int64_t weights) const { return weights * bytes > (2 << 20) ? 3 * bytes : bytes; }  // beyond L2
   double step(int64_t rows, int64_t weights) const { return (rows * row + reading(weights)) * weights; }
@@ -34,8 +34,8 @@ struct Teams {
 
   // A thread with rows of its own reads all weights; one with units of its own reads its share but has to wait for the
   // others, worth it for a clear gain only.
-  template <class T>
-  Teams(const Layer& l, const Panels<T>& gates, Cost cost) : N(l.steps.N), D(l.D), parts(1) {
+  template <class Sum>
+  Teams(const Layer& l, const Panels<Sum>& gates, Cost cost) : N(l.steps.N), D(l.D), parts(1) {
     constexpr int64_t kWait = 1 << 16;
     const int64_t weights = gates.width() * l.P;
     const double work = D * (l.R * cost.row + l.steps.T * cost.reading(weights)) * weights;
@@ -93,22 +93,22 @@ inline void clear(void* to, size_t bytes) {
 }
 
 // Writes the n values of a left row.
-template <class E, class S>
-void get_row(S* to, const typename E::Element* from, int64_t n) {
-  for (int64_t k = 0; k < n; k += kLanes<typename E::Acc>) {
-    store(to + k, E::get(from + k, round_up(n, E::kAlign)), min(kLanes<typename E::Acc>, n - k));
+template <class Format, class Stored>
+void get_row(Stored* to, const typename Format::Element* from, int64_t n) {
+  for (int64_t k = 0; k < n; k += kLanes<typename Format::Sum>) {
+    store(to + k, Format::get(from + k, round_up(n, Format::kAlign)), min(kLanes<typename Format::Sum>, n - k));
   }
 }
 
 // Calls body(p) for the panels of a step, to and fro: it begins with those that the step before has left in the cache.
-template <class F>
-void to_and_fro(Range panels, int64_t s, const F& body) {
+template <class Body>
+void to_and_fro(Range panels, int64_t s, const Body& body) {
   for (int64_t p = panels.begin; p < panels.end; p++) body(s % 2 ? panels.begin + panels.end - 1 - p : p);
 }
 
-template <class T>
-const T* row_of(const void* base, int64_t row, int64_t width) {
-  return base ? static_cast<const T*>(base) + row * width : nullptr;
+template <class Element>
+const Element* row_of(const void* base, int64_t row, int64_t width) {
+  return base ? static_cast<const Element*>(base) + row * width : nullptr;
 }
 
 }  // namespace

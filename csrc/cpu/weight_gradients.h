@@ -1,6 +1,5 @@
 // The gradients of a layer's weights and biases: products over all valid rows, a stretch of them after the other.
-//
-// Letters as in kernels.h; U lanes of a vector, V vectors of a panel.
+// Letters as in ../README.md.
 #pragma once
 
 #include "backward_pass.h"

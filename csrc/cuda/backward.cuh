@@ -1,6 +1,5 @@
-// The backward recurrence in one launch: the gate gradients of every step, and nothing else.
-//
-//   T steps, N batch, R rows of the sequence, H units, D directions, G gates, S saved tensors, K gradients
+// The backward recurrence in one launch: the gate gradients of every step, and nothing else. Letters as in
+// ../README.md.
 //
 // dh = W_hh^T da needs the columns of W_hh, so a block keeps those of its units: one tile of 16 for 16 units, over all
 // G H gate rows. Where what lies:
@@ -32,20 +31,20 @@ struct BackwardArguments {
   const void* w[2];   // [G*H, H] of each direction: W_hh
   float* dh;          // [D, N, H]: of the final state on entry, of the initial one on return
   float* dc;          // [D, N, H]
-  void* dgates;       // [D, R, K*H]
+  void* dgates;       // [D, R, kGrads*H]
   uint64_t* words;    // of Grid
 };
 
-template <class Cell, class P, class Exchange, int kBlocks>
+template <class Cell, class Math, class Exchange, int kBlocks>
 __global__ void __launch_bounds__(kThreads<Cell, Exchange>, 1) backward(const __grid_constant__ BackwardArguments p) {
-  using T = typename P::Value;
-  using F = Real<float, sizeof(T) == 2>;
+  using Stored = typename Math::Stored;
+  using Number = Real<float, sizeof(Stored) == 2>;
   using Owner = Block<Exchange, kBlocks, false>;
   constexpr int G = Cell::kGates, S = Cell::kSaved, kGrads = Cell::kGrads;
   constexpr int kMine = Owner::kMine, kUnits = Owner::kUnits, kColumns = S ? S : kGrads;
   static_assert(S == 0 || S == kGrads, "one index serves what was saved and the gradients");
   const Geometry& g = p.geometry;
-  const Owner block(g, p.sequence, p.first_group, sizeof(T), p.words, true);
+  const Owner block(g, p.sequence, p.first_group, sizeof(Stored), p.words, true);
   const Member& member = block.member;
   if (block.is_idle()) {
     Exchange::begin(g, member);
@@ -54,15 +53,15 @@ __global__ void __launch_bounds__(kThreads<Cell, Exchange>, 1) backward(const __
   const int H = p.H, direction = block.direction, steps = block.steps, unit = block.unit;
   const int64_t R = p.sequence.R, N = p.sequence.N;
 
-  const T* w = static_cast<const T*>(p.w[direction]);
-  const int gate_units = g.gate_bytes / int(sizeof(T));
+  const Stored* w = static_cast<const Stored*>(p.w[direction]);
+  const int gate_units = g.gate_bytes / int(sizeof(Stored));
   const auto load_w = [&](int, int row, int k) {
-    const int unit = block.first_unit + unit_of(row), of = (block.first_pair() * kPairBytes + k) / int(sizeof(T));
+    const int unit = block.first_unit + unit_of(row), of = (block.first_pair() * kPairBytes + k) / int(sizeof(Stored));
     const int gate = of / gate_units, from = of % gate_units;
-    return gather<T>(
-        [&](int j) { return unit < H && from + j < H ? w[(int64_t(gate) * H + from + j) * H + unit] : T(0); });
+    return gather<Stored>(
+        [&](int j) { return unit < H && from + j < H ? w[(int64_t(gate) * H + from + j) * H + unit] : Stored(0); });
   };
-  const Matrix<P, 1, kKeptPairs<Cell, P, Exchange, kBlocks, 1>> matrix(
+  const Matrix<Math, 1, kKeptPairs<Cell, Math, Exchange, kBlocks, 1>> matrix(
       shared_memory() + g.matrix + block.warp * g.matrix_of_warp, block.share_pairs(), block.lane, load_w);
 
   // The thread's own: gradients at its states, c after the step in hand, and where its rows' data lie.
@@ -106,7 +105,7 @@ __global__ void __launch_bounds__(kThreads<Cell, Exchange>, 1) backward(const __
   Exchange::begin(g, member);
 
   struct Ahead {
-    T saved[S ? S : 1][kUnits], h[kUnits], old_h[kUnits], dy[kUnits];
+    Stored saved[S ? S : 1][kUnits], h[kUnits], old_h[kUnits], dy[kUnits];
     float old_c[kUnits];
     bool valid, keeps;
   } ahead[kMine] = {};
@@ -114,7 +113,7 @@ __global__ void __launch_bounds__(kThreads<Cell, Exchange>, 1) backward(const __
     const int64_t at = (direction * N + block.batch(r)) * H + unit;
 #pragma unroll
     for (int w = 0; w < kUnits; w++) {
-      to[w] = states && unit + w < H ? static_cast<const T*>(states)[at + w] : T(0);
+      to[w] = states && unit + w < H ? static_cast<const Stored*>(states)[at + w] : Stored(0);
     }
   };
   const auto load = [&](int s, int64_t begin, int64_t before) {
@@ -134,17 +133,17 @@ __global__ void __launch_bounds__(kThreads<Cell, Exchange>, 1) backward(const __
       if (!to.valid) continue;
       if (Cell::kNeedsOldH) {
         if (has_before) {
-          read(to.old_h, static_cast<const T*>(p.y) + output_at(before, r), wide, both);
+          read(to.old_h, static_cast<const Stored*>(p.y) + output_at(before, r), wide, both);
         } else {
           initial(to.old_h, p.h0, r);
         }
       }
-      const T* saved = static_cast<const T*>(p.gates) + gates_at(begin, r);
+      const Stored* saved = static_cast<const Stored*>(p.gates) + gates_at(begin, r);
 #pragma unroll
       for (int k = 0; k < S; k++) read(to.saved[k], saved + k * H, wide, both);
       const int64_t at = output_at(begin, r);
-      if (Cell::kNeedsH) read(to.h, static_cast<const T*>(p.y) + at, wide, both);
-      if (p.dy) read(to.dy, static_cast<const T*>(p.dy) + at, wide, both);
+      if (Cell::kNeedsH) read(to.h, static_cast<const Stored*>(p.y) + at, wide, both);
+      if (p.dy) read(to.dy, static_cast<const Stored*>(p.dy) + at, wide, both);
     }
   };
   if (steps) load(steps - 1, begin, before);
@@ -181,20 +180,20 @@ __global__ void __launch_bounds__(kThreads<Cell, Exchange>, 1) backward(const __
 #pragma unroll
     for (int r = 0; r < kMine; r++) {
       if (!block.owns(r)) break;
-      T da[G][kUnits];
+      Stored da[G][kUnits];
 #pragma unroll
       for (int w = 0; w < kUnits; w++) {
-        F saved[S ? S : 1], grads[kGrads];
+        Number saved[S ? S : 1], grads[kGrads];
 #pragma unroll
         for (int k = 0; k < S; k++) saved[k] = float(now[r].saved[k][w]);
         const bool keeps = now[r].keeps && (w == 0 || both);
         const float old_h = keeps ? float(now[r].old_h[w]) : 0, old_c = keeps ? now[r].old_c[w] : 0;
-        F new_dc = dc[r][w];
+        Number new_dc = dc[r][w];
         if (Cell::kHasCell && p.dcs && now[r].valid && (w == 0 || both)) {
           new_dc = new_dc + p.dcs[output_at(begin, r) + w];
         }
-        const F direct = Cell::backward(saved, F(float(now[r].h[w])), F(old_h), F(c[r][w]), F(old_c),
-                                        F(dh[r][w] + float(now[r].dy[w])), new_dc, grads);
+        const Number direct = Cell::backward(saved, Number(float(now[r].h[w])), Number(old_h), Number(c[r][w]),
+                                             Number(old_c), Number(dh[r][w] + float(now[r].dy[w])), new_dc, grads);
         if (Cell::kHasCell) c[r][w] = now[r].old_c[w];
 #pragma unroll
         for (int k = 0; k < kGrads; k++) d[r][w][k] = grads[k].value;
@@ -204,12 +203,12 @@ __global__ void __launch_bounds__(kThreads<Cell, Exchange>, 1) backward(const __
         }
 #pragma unroll
         for (int gate = 0; gate < G; gate++) {
-          da[gate][w] = P::operand(keeps ? float(T(grads[Cell::hidden(gate)].value)) : 0);
+          da[gate][w] = Math::operand(keeps ? float(Stored(grads[Cell::hidden(gate)].value)) : 0);
         }
       }
 #pragma unroll
       for (int gate = 0; gate < G; gate++) {
-        write(block.template vector<T>(done + 1, r, gate), da[gate], true, true);
+        write(block.template vector<Stored>(done + 1, r, gate), da[gate], true, true);
       }
     }
     sync_block();
@@ -218,12 +217,12 @@ __global__ void __launch_bounds__(kThreads<Cell, Exchange>, 1) backward(const __
 #pragma unroll
     for (int r = 0; r < kMine; r++) {
       if (!now[r].valid) continue;
-      T* to = static_cast<T*>(p.dgates) + gates_at(begin, r);
+      Stored* to = static_cast<Stored*>(p.dgates) + gates_at(begin, r);
 #pragma unroll
       for (int k = 0; k < kGrads; k++) {
-        T values[kUnits];
+        Stored values[kUnits];
 #pragma unroll
-        for (int w = 0; w < kUnits; w++) values[w] = T(d[r][w][k]);
+        for (int w = 0; w < kUnits; w++) values[w] = Stored(d[r][w][k]);
         write(to + k * H, values, wide, both);
       }
     }

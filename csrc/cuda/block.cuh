@@ -15,19 +15,20 @@ template <class Cell, class Exchange>
 constexpr int kThreads =
     std::is_same<Exchange, Local<4>>::value || (Cell::kGates == 1 && std::is_same<Exchange, Local<1>>::value) ? 512
                                                                                                               : 256;
-template <class Cell, class P, class Exchange, int kBlocks, int M>
+template <class Cell, class Math, class Exchange, int kBlocks, int M>
 constexpr int matrix_registers() {
-  if (std::is_same<Exchange, Local<4>>::value) return P::kParts > 1 ? 48 : 32;
+  if (std::is_same<Exchange, Local<4>>::value) return Math::kParts > 1 ? 48 : 32;
   if (kThreads<Cell, Exchange> == 512) return 24;
   if (std::is_same<Exchange, Local<1>>::value) return M > 1 ? 96 : 104;
   if (std::is_same<Exchange, Cluster>::value && kBlocks == 4) return M > 1 ? 64 : 96;
-  if (std::is_same<Exchange, Cluster>::value && kBlocks == 2 && sizeof(typename P::Value) == 4) return 96;
+  if (std::is_same<Exchange, Cluster>::value && kBlocks == 2 && sizeof(typename Math::Stored) == 4) return 96;
   return 128;
 }
 
 // The pairs that a warp keeps in registers of a matrix of M tiles.
-template <class Cell, class P, class Exchange, int kBlocks, int M>
-constexpr int kKeptPairs = matrix_registers<Cell, P, Exchange, kBlocks, M>() / (M * 2 * kLaneBytes / 4 * P::kParts);
+template <class Cell, class Math, class Exchange, int kBlocks, int M>
+constexpr int kKeptPairs =
+    matrix_registers<Cell, Math, Exchange, kBlocks, M>() / (M * 2 * kLaneBytes / 4 * Math::kParts);
 
 // Which unit of a tile its row is. Rows 8 apart are one lane's: they are units side by side.
 RNNFAST_DEVICE int unit_of(int row) { return row % 8 * 2 + row / 8; }
@@ -172,11 +173,11 @@ class Block {
   }
 
   // The thread's own units in the vector of a step.
-  template <class T>
-  RNNFAST_DEVICE T* vector(int step, int r, int gate) const {
+  template <class Stored>
+  RNNFAST_DEVICE Stored* vector(int step, int r, int gate) const {
     const int row = this->row(r);
-    return reinterpret_cast<T*>(member.at(g, step) + row / kRows * g.vector_bytes + gate * g.gate_bytes * kRows +
-                                place(row % kRows, unit * int(sizeof(T))));
+    return reinterpret_cast<Stored*>(member.at(g, step) + row / kRows * g.vector_bytes + gate * g.gate_bytes * kRows +
+                                     place(row % kRows, unit * int(sizeof(Stored))));
   }
 
  private:
@@ -197,9 +198,9 @@ class Block {
 
 // Units of a row that lie together: read and written at once if `wide`, one by one if the layer's rows are not aligned
 // so; it may then end after the first, which `both` tells.
-template <class T, int kUnits>
-RNNFAST_DEVICE void read(T (&to)[kUnits], const T* from, bool wide, bool both) {
-  using Word = std::conditional_t<sizeof(T) == 2, uint32_t, uint64_t>;
+template <class Stored, int kUnits>
+RNNFAST_DEVICE void read(Stored (&to)[kUnits], const Stored* from, bool wide, bool both) {
+  using Word = std::conditional_t<sizeof(Stored) == 2, uint32_t, uint64_t>;
   if constexpr (kUnits == 1) {
     to[0] = from[0];
   } else if (wide) {
@@ -211,9 +212,9 @@ RNNFAST_DEVICE void read(T (&to)[kUnits], const T* from, bool wide, bool both) {
   }
 }
 
-template <class T, int kUnits>
-RNNFAST_DEVICE void write(T* to, const T (&from)[kUnits], bool wide, bool both) {
-  using Word = std::conditional_t<sizeof(T) == 2, uint32_t, uint64_t>;
+template <class Stored, int kUnits>
+RNNFAST_DEVICE void write(Stored* to, const Stored (&from)[kUnits], bool wide, bool both) {
+  using Word = std::conditional_t<sizeof(Stored) == 2, uint32_t, uint64_t>;
   if constexpr (kUnits == 1) {
     to[0] = from[0];
   } else if (wide) {
@@ -227,10 +228,10 @@ RNNFAST_DEVICE void write(T* to, const T (&from)[kUnits], bool wide, bool both) 
 }
 
 // 16 bytes of values, each from get(j).
-template <class T, class Get>
+template <class Stored, class Get>
 RNNFAST_DEVICE uint4 gather(const Get& get) {
-  constexpr int kCount = kLaneBytes / sizeof(T);
-  T values[kCount];
+  constexpr int kCount = kLaneBytes / sizeof(Stored);
+  Stored values[kCount];
 #pragma unroll
   for (int j = 0; j < kCount; j++) values[j] = get(j);
   uint4 out;

@@ -81,9 +81,9 @@ RNNFAST_DEVICE float swap_halves(float x) { return __shfl_xor_sync(0xffffffff, x
 
 // ---- products: sum[16, 8] += a[16, k] b[k, 8], by a warp; k is 16 in 16 bit and 8 in TF32
 
-#define RNNFAST_MMA(T, SHAPE)                                                                                 \
+#define RNNFAST_MMA(Value, SHAPE)                                                                             \
   RNNFAST_DEVICE void mma(float (&sum)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,   \
-                          uint32_t b1, T) {                                                                   \
+                          uint32_t b1, Value) {                                                               \
     asm volatile("mma.sync.aligned." SHAPE " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
                  : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])                                     \
                  : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));                                     \

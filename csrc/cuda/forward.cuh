@@ -1,6 +1,4 @@
-// The forward recurrence in one launch, W_hh on the chip from the first step to the last.
-//
-//   T steps, N batch, R rows of the sequence, H units, D directions, G gates, S saved tensors
+// The forward recurrence in one launch, W_hh on the chip from the first step to the last. Letters as in ../README.md.
 //
 // A block keeps the gate rows of its units: G tiles of 16 rows for every 16 units, so that all gates of a unit end up
 // in one thread. Where what lies:
@@ -36,15 +34,15 @@ struct ForwardArguments {
   uint64_t* words;   // of Grid
 };
 
-template <class Cell, class P, class Exchange, int kBlocks>
+template <class Cell, class Math, class Exchange, int kBlocks>
 __global__ void __launch_bounds__(kThreads<Cell, Exchange>, 1) forward(const __grid_constant__ ForwardArguments p) {
-  using T = typename P::Value;
-  using F = Real<float, sizeof(T) == 2>;
+  using Stored = typename Math::Stored;
+  using Number = Real<float, sizeof(Stored) == 2>;
   constexpr bool kMixed = kMixesGates<Cell, Exchange>;
   using Owner = Block<Exchange, kBlocks, kMixed>;
   constexpr int G = Cell::kGates, S = Cell::kSaved, kMine = Owner::kMine, kUnits = Owner::kUnits, M = kMixed ? 1 : G;
   const Geometry& g = p.geometry;
-  const Owner block(g, p.sequence, p.first_group, sizeof(T), p.words, false);
+  const Owner block(g, p.sequence, p.first_group, sizeof(Stored), p.words, false);
   const Member& member = block.member;
   if (block.is_idle()) {
     Exchange::begin(g, member);
@@ -53,29 +51,29 @@ __global__ void __launch_bounds__(kThreads<Cell, Exchange>, 1) forward(const __g
   const int H = p.H, direction = block.direction, steps = block.steps, unit = block.unit;
   const int64_t R = p.sequence.R, N = p.sequence.N;
 
-  const T* w = static_cast<const T*>(p.w[direction]);
-  constexpr int kLane = kLaneBytes / sizeof(T);
+  const Stored* w = static_cast<const Stored*>(p.w[direction]);
+  constexpr int kLane = kLaneBytes / sizeof(Stored);
   const bool aligned = H % kLane == 0 && reinterpret_cast<uintptr_t>(w) % kLaneBytes == 0;
   const auto load_w = [&](int m, int row, int k) {
     const int gate = kMixed ? block.mixed_gate(row) : m;
     const int unit = kMixed ? block.mixed_unit(row) : block.first_unit + unit_of(row);
-    const int column = (block.first_pair() * kPairBytes + k) / int(sizeof(T));
+    const int column = (block.first_pair() * kPairBytes + k) / int(sizeof(Stored));
     if (gate >= G || unit >= H || column >= H) return make_uint4(0, 0, 0, 0);
-    const T* from = w + (int64_t(gate) * H + unit) * H + column;
+    const Stored* from = w + (int64_t(gate) * H + unit) * H + column;
     if (aligned) return *reinterpret_cast<const uint4*>(from);
-    return gather<T>([&](int j) { return column + j < H ? from[j] : T(0); });
+    return gather<Stored>([&](int j) { return column + j < H ? from[j] : Stored(0); });
   };
-  const Matrix<P, M, kKeptPairs<Cell, P, Exchange, kBlocks, M>> matrix(
+  const Matrix<Math, M, kKeptPairs<Cell, Math, Exchange, kBlocks, M>> matrix(
       shared_memory() + g.matrix + block.warp * g.matrix_of_warp, block.share_pairs(), block.lane, load_w);
 
-  const T* h0 = static_cast<const T*>(p.h0) + (direction * N + block.first_row) * H;
+  const Stored* h0 = static_cast<const Stored*>(p.h0) + (direction * N + block.first_row) * H;
   const int rows = int(N - block.first_row < kBlocks * kRows ? N - block.first_row : kBlocks * kRows);
 #pragma unroll 1
   for (int n = 0; n < rows; n++, h0 += H) {
     char* vectors = member.at(g, 0) + n / kRows * g.vector_bytes;
 #pragma unroll 4
     for (int i = member.thread; i < H; i += blockDim.x) {
-      *reinterpret_cast<T*>(vectors + place(n % kRows, i * int(sizeof(T)))) = P::operand(float(h0[i]));
+      *reinterpret_cast<Stored*>(vectors + place(n % kRows, i * int(sizeof(Stored)))) = Math::operand(float(h0[i]));
     }
   }
 
@@ -86,7 +84,7 @@ __global__ void __launch_bounds__(kThreads<Cell, Exchange>, 1) forward(const __g
   int64_t x_at, y_at, gates_at;  // of the first row
 #pragma unroll
   for (int w = 0; w < kUnits; w++) {
-    const T* b = static_cast<const T*>(p.b[direction]);
+    const Stored* b = static_cast<const Stored*>(p.b[direction]);
 #pragma unroll
     for (int gate = 0; gate < G; gate++) bias[gate][w] = b && unit + w < H ? float(b[gate * H + unit + w]) : 0;
   }
@@ -98,14 +96,14 @@ __global__ void __launch_bounds__(kThreads<Cell, Exchange>, 1) forward(const __g
     for (int w = 0; w < kUnits; w++) {
       const int64_t at = (direction * N + n) * H + unit + w;
       const bool inside = block.owns(r) && n < N && unit + w < H;
-      h[r][w] = inside ? float(static_cast<const T*>(p.h0)[at]) : 0;
+      h[r][w] = inside ? float(static_cast<const Stored*>(p.h0)[at]) : 0;
       c[r][w] = inside && Cell::kHasCell ? p.c[at] : 0;
     }
   }
   sync_block();
   Exchange::begin(g, member);
 
-  T x_ahead[kMine][G][kUnits] = {};
+  Stored x_ahead[kMine][G][kUnits] = {};
   bool valid_ahead[kMine], keeps_ahead[kMine];
   const auto load_x = [&](int t, int64_t begin) {
 #pragma unroll
@@ -114,7 +112,7 @@ __global__ void __launch_bounds__(kThreads<Cell, Exchange>, 1) forward(const __g
       valid_ahead[r] = t < length[r] && p.sequence.has(begin, n);
       keeps_ahead[r] = valid_ahead[r] && p.sequence.keeps(t, n, length[r], direction);
       if (!valid_ahead[r]) continue;
-      const T* from = static_cast<const T*>(p.x) + x_at + Owner::further(r) * (G * H);
+      const Stored* from = static_cast<const Stored*>(p.x) + x_at + Owner::further(r) * (G * H);
 #pragma unroll
       for (int gate = 0; gate < G; gate++) read(x_ahead[r][gate], from + gate * H, wide, both);
     }
@@ -146,7 +144,7 @@ __global__ void __launch_bounds__(kThreads<Cell, Exchange>, 1) forward(const __g
     }
     if constexpr (!kMixed) block.template collect<G>(a);
 
-    F x[kMine][kUnits][G];
+    Number x[kMine][kUnits][G];
     bool valid[kMine], keeps[kMine];
 #pragma unroll
     for (int r = 0; r < kMine; r++) {
@@ -160,14 +158,14 @@ __global__ void __launch_bounds__(kThreads<Cell, Exchange>, 1) forward(const __g
     x_at += (next - begin) * (G * H);
     if (more) load_x(block.time(s + 1), next);
 
-    F saved[kMine][kUnits][S ? S : 1];
+    Number saved[kMine][kUnits][S ? S : 1];
 #pragma unroll
     for (int r = 0; r < kMine; r++) {
       if (!block.owns(r)) break;
-      T operands[kUnits];
+      Stored operands[kUnits];
 #pragma unroll
       for (int w = 0; w < kUnits; w++) {
-        F of_h[G], new_h = h[r][w], new_c = c[r][w];
+        Number of_h[G], new_h = h[r][w], new_c = c[r][w];
 #pragma unroll
         for (int gate = 0; gate < G; gate++) of_h[gate] = a[r][w][gate];
         if (p.sequence.resets && !keeps[r]) {
@@ -179,12 +177,12 @@ __global__ void __launch_bounds__(kThreads<Cell, Exchange>, 1) forward(const __g
         for (int gate = 0; gate < G; gate++) of_h[gate] = of_h[gate] + bias[gate][w];
         Cell::forward(x[r][w], of_h, new_h, new_c, saved[r][w]);
         if (valid[r] && (w == 0 || both)) {
-          h[r][w] = float(T(new_h.value));
+          h[r][w] = float(Stored(new_h.value));
           if (Cell::kHasCell) c[r][w] = new_c.value;
         }
-        operands[w] = P::operand(h[r][w]);
+        operands[w] = Math::operand(h[r][w]);
       }
-      write(block.template vector<T>(s + 1, r, 0), operands, true, true);
+      write(block.template vector<Stored>(s + 1, r, 0), operands, true, true);
     }
     sync_block();
     if (more) Exchange::send(g, member, s + 1);
@@ -192,18 +190,18 @@ __global__ void __launch_bounds__(kThreads<Cell, Exchange>, 1) forward(const __g
 #pragma unroll
     for (int r = 0; r < kMine; r++) {
       if (valid[r]) {
-        T values[kUnits];
+        Stored values[kUnits];
 #pragma unroll
-        for (int w = 0; w < kUnits; w++) values[w] = T(h[r][w]);
+        for (int w = 0; w < kUnits; w++) values[w] = Stored(h[r][w]);
         const int64_t at = y_at + Owner::further(r) * (p.D * H);
-        write(static_cast<T*>(p.y) + at, values, wide, both);
+        write(static_cast<Stored*>(p.y) + at, values, wide, both);
         if (Cell::kHasCell && p.cs) write(p.cs + at, c[r], wide, both);
         if (S && p.gates) {
-          T* to = static_cast<T*>(p.gates) + gates_at + Owner::further(r) * (S * H);
+          Stored* to = static_cast<Stored*>(p.gates) + gates_at + Owner::further(r) * (S * H);
 #pragma unroll
           for (int k = 0; k < S; k++) {
 #pragma unroll
-            for (int w = 0; w < kUnits; w++) values[w] = T(saved[r][w][k].value);
+            for (int w = 0; w < kUnits; w++) values[w] = Stored(saved[r][w][k].value);
             write(to + k * H, values, wide, both);
           }
         }
@@ -219,7 +217,7 @@ __global__ void __launch_bounds__(kThreads<Cell, Exchange>, 1) forward(const __g
     for (int w = 0; w < kUnits; w++) {
       const int64_t n = block.batch(r), at = (direction * N + n) * H + unit + w;
       if (!block.owns(r) || n >= N || unit + w >= H) continue;
-      static_cast<T*>(p.h_n)[at] = T(h[r][w]);
+      static_cast<Stored*>(p.h_n)[at] = Stored(h[r][w]);
       if (Cell::kHasCell) p.c[at] = c[r][w];
     }
   }

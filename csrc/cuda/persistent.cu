@@ -6,7 +6,7 @@ namespace rnnfast {
 namespace {
 
 // Of the forward W_hh has a tile for each gate or one with all, and h is exchanged.
-template <class Cell, class P>
+template <class Cell, class Math>
 struct Forward {
   using Arguments = ForwardArguments;
   template <class Exchange>
@@ -15,11 +15,11 @@ struct Forward {
   static constexpr int kShares = kMixesGates<Cell, Exchange> ? 1 : Exchange::kSplit;
   static constexpr int kGates = 1;
   template <class Exchange, int kBlocks>
-  static constexpr auto kKernel = &forward<Cell, P, Exchange, kBlocks>;
+  static constexpr auto kKernel = &forward<Cell, Math, Exchange, kBlocks>;
 };
 
 // Of the backward W_hh^T has one, and the gradients of all gates are exchanged.
-template <class Cell, class P>
+template <class Cell, class Math>
 struct Backward {
   using Arguments = BackwardArguments;
   template <class Exchange>
@@ -28,34 +28,35 @@ struct Backward {
   static constexpr int kShares = Exchange::kSplit;
   static constexpr int kGates = Cell::kGates;
   template <class Exchange, int kBlocks>
-  static constexpr auto kKernel = &backward<Cell, P, Exchange, kBlocks>;
+  static constexpr auto kKernel = &backward<Cell, Math, Exchange, kBlocks>;
 };
 
 using Cell = RNNFAST_CELL;
 
-template <class Pass, class P, class Exchange, int kBlocking>
+template <class Pass, class Math, class Exchange, int kBlocking>
 constexpr void describe(Persistent<typename Pass::Arguments>& k) {
   constexpr int kBlocks = 1 << kBlocking;
   k.kernels[kBlocking] = Pass::template kKernel<Exchange, kBlocks>;
-  k.kept[kBlocking] = kKeptPairs<Cell, P, Exchange, kBlocks, Pass::template kTiles<Exchange>>;
+  k.kept[kBlocking] = kKeptPairs<Cell, Math, Exchange, kBlocks, Pass::template kTiles<Exchange>>;
 }
 
-template <class Pass, class P, class Exchange>
+template <class Pass, class Math, class Exchange>
 constexpr Persistent<typename Pass::Arguments> describe(Regime regime) {
   Persistent<typename Pass::Arguments> k = {};
-  describe<Pass, P, Exchange, 0>(k);
+  describe<Pass, Math, Exchange, 0>(k);
   if constexpr (!std::is_same<Exchange, Local<Exchange::kSplit>>::value) {
     // A multiprocessor that has all of W_hh takes another block for other rows.
-    describe<Pass, P, Exchange, 1>(k), describe<Pass, P, Exchange, 2>(k);
+    describe<Pass, Math, Exchange, 1>(k), describe<Pass, Math, Exchange, 2>(k);
   }
   k.regime = regime, k.tiles = Pass::template kTiles<Exchange>, k.gates = Pass::kGates;
   k.threads = kThreads<Cell, Exchange>, k.split = Exchange::kSplit, k.shares = Pass::template kShares<Exchange>;
   return k;
 }
 
-#define RNNFAST_VARIANTS(Pass, P)                                                                                \
-  {describe<Pass<Cell, P>, P, Local<1>>(kMultiprocessor), describe<Pass<Cell, P>, P, Local<4>>(kMultiprocessor), \
-   describe<Pass<Cell, P>, P, Cluster>(kCluster), describe<Pass<Cell, P>, P, Grid>(kChip)}
+#define RNNFAST_VARIANTS(Pass, Math)                                                                                 \
+  {describe<Pass<Cell, Math>, Math, Local<1>>(kMultiprocessor),                                                      \
+   describe<Pass<Cell, Math>, Math, Local<4>>(kMultiprocessor), describe<Pass<Cell, Math>, Math, Cluster>(kCluster), \
+   describe<Pass<Cell, Math>, Math, Grid>(kChip)}
 #define RNNFAST_ARITHMETICS(Pass)                                                      \
   {RNNFAST_VARIANTS(Pass, Products<BFloat16>), RNNFAST_VARIANTS(Pass, Products<Half>), \
    RNNFAST_VARIANTS(Pass, Products<float>), RNNFAST_VARIANTS(Pass, ExactProducts)}

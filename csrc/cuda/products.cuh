@@ -34,16 +34,16 @@ struct Fragment {
 RNNFAST_DEVICE float from_bits(uint32_t x) { return __builtin_bit_cast(float, x); }
 
 // How values are multiplied. kExact, for float32: as three TF32 products, which hold 22 bits of each value.
-template <class T, bool kExact = false>
+template <class Value, bool kExact = false>
 struct Products {
-  using Value = T;
-  static constexpr bool kTf32 = std::is_same<T, float>::value && !kExact;
+  using Stored = Value;
+  static constexpr bool kTf32 = std::is_same<Value, float>::value && !kExact;
   static constexpr int kParts = kExact ? 3 : 1;  // registers of a value that stays in them: itself and two parts of it
 
   // As a product takes it: TF32 truncates what is not rounded.
-  static RNNFAST_DEVICE T operand(float x) {
+  static RNNFAST_DEVICE Value operand(float x) {
     if constexpr (kTf32) return from_bits(to_tf32(x));
-    return T(x);
+    return Value(x);
   }
 
   static RNNFAST_DEVICE void multiply(float (&sum)[4], const Fragment& a, const uint4& b) {
@@ -66,18 +66,18 @@ struct Products {
     if constexpr (kExact) {
       const uint32_t c0 = part(a0), c1 = part(a1), c2 = part(a2), c3 = part(a3), d0 = part(b0), d1 = part(b1);
       // An infinite state times the rest of a weight, whose sign may be the other one, would make a NaN.
-      mma(sum, rest(a0), rest(a1), rest(a2), rest(a3), if_finite(d0), if_finite(d1), T());
-      mma(sum, c0, c1, c2, c3, rest(b0), rest(b1), T());
-      mma(sum, c0, c1, c2, c3, d0, d1, T());
+      mma(sum, rest(a0), rest(a1), rest(a2), rest(a3), if_finite(d0), if_finite(d1), Value());
+      mma(sum, c0, c1, c2, c3, rest(b0), rest(b1), Value());
+      mma(sum, c0, c1, c2, c3, d0, d1, Value());
     } else {
-      mma(sum, a0, a1, a2, a3, b0, b1, T());
+      mma(sum, a0, a1, a2, a3, b0, b1, Value());
     }
   }
 };
 
 // M tiles of a matrix, for a warp's share of the inputs: the first kKept pairs in registers, the others in shared
 // memory.
-template <class P, int M, int kKept>
+template <class Math, int M, int kKept>
 class Matrix {
  public:
   // load(m, row, k) gives 16 bytes: row `row` of tile m from byte k of the share on.
@@ -113,7 +113,7 @@ class Matrix {
       if (pair >= pairs_) break;
       const uint4 v = b[pair * kWarp];
 #pragma unroll
-      for (int m = 0; m < M; m++) P::multiply(sums[pair % kChains][m], kept_[pair][m], v);
+      for (int m = 0; m < M; m++) Math::multiply(sums[pair % kChains][m], kept_[pair][m], v);
     }
 #pragma unroll 1
     for (int first = kKept; first < pairs_; first += kChains) {
@@ -125,7 +125,7 @@ class Matrix {
 #pragma unroll
         for (int m = 0; m < M; m++) {
           const uint4* from = of(pair, m);
-          P::multiply(sums[chain][m], {from[0], from[kWarp]}, v);
+          Math::multiply(sums[chain][m], {from[0], from[kWarp]}, v);
         }
       }
     }
@@ -149,7 +149,7 @@ class Matrix {
   }
 
   static RNNFAST_DEVICE uint4 operands(uint4 x) {
-    if constexpr (P::kTf32) {
+    if constexpr (Math::kTf32) {
       return {to_tf32(from_bits(x.x)), to_tf32(from_bits(x.y)), to_tf32(from_bits(x.z)), to_tf32(from_bits(x.w))};
     }
     return x;

@@ -9,11 +9,11 @@ namespace rnnfast {
 
 // kApproximate: exp and division by the special function unit. Its error of a few float32 roundings is far below one of
 // a 16-bit result, but not below one of float32.
-template <class T, bool kApproximate>
+template <class Value, bool kApproximate>
 struct Real {
-  T value;
+  Value value;
 
-  RNNFAST_DEVICE Real(T value = 0) : value(value) {}
+  RNNFAST_DEVICE Real(Value value = 0) : value(value) {}
 
   friend RNNFAST_DEVICE Real operator+(Real a, Real b) { return a.value + b.value; }
   friend RNNFAST_DEVICE Real operator-(Real a, Real b) { return a.value - b.value; }

@@ -37,10 +37,16 @@ const CellKernels& kernels_of(CellKind cell) {
 }
 
 const StepKernels& step_kernels_of(ScalarType dtype) {
-  return step_kernels[dtype == ScalarType::Float      ? 0
-                      : dtype == ScalarType::Double   ? 1
-                      : dtype == ScalarType::BFloat16 ? 2
-                                                      : 3];
+  switch (dtype) {
+    case ScalarType::Float:
+      return step_kernels[0];
+    case ScalarType::Double:
+      return step_kernels[1];
+    case ScalarType::BFloat16:
+      return step_kernels[2];
+    default:
+      return step_kernels[3];
+  }
 }
 
 template <class Arguments>
@@ -60,12 +66,16 @@ Plan plan_of(Layer layer, ScalarType dtype, bool projected) {
   const int64_t asked_for = forced_regime;
   const Regime forced = Regime(asked_for % kCuts);
   Plan plan;
-  plan.reason = forced == kStepwise           ? "stepwise: asked for"
-                : projected                   ? "stepwise: a projection makes another product a step"
-                : layer.H == 0                ? "stepwise: there are no units"
-                : dtype == ScalarType::Double ? "stepwise: float64 has no fast products"
-                                              : "stepwise: the chip does not hold W_hh, or not so quickly";
-  if (forced != kStepwise && !projected && layer.H > 0 && dtype != ScalarType::Double) {
+  if (forced == kStepwise) {
+    plan.reason = "stepwise: asked for";
+  } else if (projected) {
+    plan.reason = "stepwise: a projection makes another product a step";
+  } else if (layer.H == 0) {
+    plan.reason = "stepwise: there are no units";
+  } else if (dtype == ScalarType::Double) {
+    plan.reason = "stepwise: float64 has no fast products";
+  } else {
+    plan.reason = "stepwise: the chip does not hold W_hh, or not so quickly";
     using Key = std::array<int64_t, 7>;
     static std::map<Key, Plan> plans;
     static std::mutex mutex;
@@ -173,7 +183,9 @@ struct Call {
 };
 
 Arithmetic arithmetic_of(ScalarType dtype, bool tf32) {
-  return dtype == ScalarType::BFloat16 ? kOfBFloat16 : dtype == ScalarType::Half ? kOfHalf : tf32 ? kOfTf32 : kOfExact;
+  if (dtype == ScalarType::BFloat16) return kOfBFloat16;
+  if (dtype == ScalarType::Half) return kOfHalf;
+  return tf32 ? kOfTf32 : kOfExact;
 }
 
 // Kernels assume what this checks: shape, dtype, device and layout.
@@ -293,6 +305,19 @@ std::optional<Operand> operand_of(const Tensor& t) {
   return rnnfast::operand_of(t.data_ptr(), t.size(0), t.size(1), t.stride(0), t.stride(1));
 }
 
+BlasType blas_type(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return BlasType::kFloat;
+    case ScalarType::Double:
+      return BlasType::kDouble;
+    case ScalarType::Half:
+      return BlasType::kHalf;
+    default:
+      return BlasType::kBFloat16;
+  }
+}
+
 // cuBLAS with its workspace, for the products of one call.
 class Multiplier {
  public:
@@ -310,14 +335,9 @@ class Multiplier {
     if (!of_out || !of_a || !of_b || of_out->is_transposed()) return false;
     if (std::max({of_out->stride(), of_a->stride(), of_b->stride()}) >= INT32_MAX) return false;
     if (!workspace_) workspace_ = torch::stable::new_empty(out, Shape{Blas::kWorkspace}, ScalarType::Byte);
-    const ScalarType dtype = out.scalar_type();
-    const BlasType type = dtype == ScalarType::Float    ? BlasType::kFloat
-                          : dtype == ScalarType::Double ? BlasType::kDouble
-                          : dtype == ScalarType::Half   ? BlasType::kHalf
-                                                        : BlasType::kBFloat16;
     OnDevice on(device_);
-    return blas_->multiply(*of_out, *of_a, *of_b, m, n, k, type, accumulate, tf32_, device_, stream_,
-                           workspace_->data_ptr());
+    return blas_->multiply(*of_out, *of_a, *of_b, m, n, k, blas_type(out.scalar_type()), accumulate, tf32_, device_,
+                           stream_, workspace_->data_ptr());
   }
 
   // out = a b; by torch where cuBLAS can't.

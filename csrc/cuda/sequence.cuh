@@ -5,8 +5,8 @@
 
 namespace rnnfast {
 
-// T steps, N batch, R rows of the sequence. A row beyond the batch has no steps. Nobody has checked the values of the
-// tables, which would have to wait for the device: lengths are clamped, and an offset never leads out of the sequence.
+// A row beyond the batch has no steps. Nobody has checked the values of the tables, because that would mean to wait for
+// the device: so lengths are clamped here, and an offset never leads out of the sequence. Letters as in ../README.md.
 struct Sequence {
   int64_t T, N, R;
   const int64_t* offsets;  // [T]: where step t begins in packed rows; or null

@@ -1,10 +1,11 @@
+// The kernels of one step, an element of a state a thread.
 #include "stepwise.cuh"
 
 namespace rnnfast {
 namespace {
 
-template <class T>
-using Sum = std::conditional_t<std::is_same<T, double>::value, double, float>;
+template <class Stored>
+using SumOf = std::conditional_t<std::is_same<Stored, double>::value, double, float>;
 
 RNNFAST_DEVICE int64_t thread_index() { return int64_t(blockIdx.x) * blockDim.x + threadIdx.x; }
 
@@ -28,7 +29,7 @@ struct Element {
   RNNFAST_DEVICE int64_t row(const StepArguments& p) const { return p.sequence.row(t, n); }
   RNNFAST_DEVICE bool keeps(const StepArguments& p) const { return p.sequence.keeps(t, n, length, int(d)); }
 
-  // Of outputs [R, D*units]: this step's, and that of the step before, or -1 if the row begins here.
+  // Where the element lies in outputs [R, D*units]: of a step, and of the step before, or -1 if the row begins here.
   RNNFAST_DEVICE int64_t output(const StepArguments& p, int64_t units, int64_t step) const {
     return (p.sequence.row(step, n) * p.D + d) * units + unit;
   }
@@ -38,121 +39,129 @@ struct Element {
   }
 };
 
-template <class T>
-RNNFAST_DEVICE T read(const void* p, int64_t i) {
-  return static_cast<const T*>(p)[i];
+template <class Stored>
+RNNFAST_DEVICE Stored read(const void* p, int64_t i) {
+  return static_cast<const Stored*>(p)[i];
 }
 
-template <class T>
-RNNFAST_DEVICE void write(void* p, int64_t i, T value) {
-  static_cast<T*>(p)[i] = value;
+template <class Stored>
+RNNFAST_DEVICE void write(void* p, int64_t i, Stored value) {
+  static_cast<Stored*>(p)[i] = value;
 }
 
-template <class Cell, class T>
+template <class Cell, class Stored>
 __global__ void __launch_bounds__(kStepThreads) forward_step(const __grid_constant__ ForwardStep p) {
-  using A = Sum<T>;
-  using F = Real<A, sizeof(T) == 2>;
+  using Sum = SumOf<Stored>;
+  using Number = Real<Sum, sizeof(Stored) == 2>;
   constexpr int G = Cell::kGates, S = Cell::kSaved;
   const int64_t H = p.H;
   const Element e(p, H);
   if (!e.valid) return;
   const bool keeps = e.keeps(p);
   const int64_t row = e.d * p.sequence.R + e.row(p);
-  F x[G], a[G], saved[S ? S : 1], h = 0, c = 0;
-  if (keeps && p.y) h = A(read<T>(p.h, e.index));
-  if (Cell::kHasCell && keeps) c = read<A>(p.c, e.index);
+  Number x[G], a[G], saved[S ? S : 1], h = 0, c = 0;
+  if (keeps && p.y) h = Sum(read<Stored>(p.h, e.index));
+  if (Cell::kHasCell && keeps) c = read<Sum>(p.c, e.index);
 #pragma unroll
   for (int gate = 0; gate < G; gate++) {
-    x[gate] = A(read<T>(p.x, row * G * H + gate * H + e.unit));
-    A of_h = keeps ? A(read<T>(p.a, (e.d * p.sequence.N + e.n) * G * H + gate * H + e.unit)) : 0;
-    if (p.b[e.d]) of_h += A(read<T>(p.b[e.d], gate * H + e.unit));
+    x[gate] = Sum(read<Stored>(p.x, row * G * H + gate * H + e.unit));
+    Sum of_h = keeps ? Sum(read<Stored>(p.a, (e.d * p.sequence.N + e.n) * G * H + gate * H + e.unit)) : 0;
+    if (p.b[e.d]) of_h += Sum(read<Stored>(p.b[e.d], gate * H + e.unit));
     a[gate] = of_h;
   }
   Cell::forward(x, a, h, c, saved);
-  write(p.h, e.index, T(h.value));
+  write(p.h, e.index, Stored(h.value));
   const int64_t out = e.output(p, H, e.t);
-  if (p.y) write(p.y, out, T(h.value));
+  if (p.y) write(p.y, out, Stored(h.value));
   if (Cell::kHasCell) write(p.c, e.index, c.value);
   if (Cell::kHasCell && p.cs) write(p.cs, out, c.value);
   if (S && p.gates) {
 #pragma unroll
-    for (int k = 0; k < S; k++) write(p.gates, row * S * H + k * H + e.unit, T(saved[k].value));
+    for (int k = 0; k < S; k++) write(p.gates, row * S * H + k * H + e.unit, Stored(saved[k].value));
   }
 }
 
-template <class Cell, class T>
+template <class Cell, class Stored>
 __global__ void __launch_bounds__(kStepThreads) backward_step(const __grid_constant__ BackwardStep p) {
-  using A = Sum<T>;
-  using F = Real<A, sizeof(T) == 2>;
-  constexpr int G = Cell::kGates, S = Cell::kSaved, K = Cell::kGrads;
+  using Sum = SumOf<Stored>;
+  using Number = Real<Sum, sizeof(Stored) == 2>;
+  constexpr int G = Cell::kGates, S = Cell::kSaved, kGrads = Cell::kGrads;
   const int64_t H = p.H;
   const Element e(p, H);
   if (!e.exists) return;
   const bool keeps = e.valid && e.keeps(p);
-  A dh = read<T>(p.through, e.index);
-  if (p.dh) dh += read<A>(p.dh, e.index);
-  A direct = dh;
-  F grads[K];
+  Sum dh = read<Stored>(p.through, e.index);
+  if (p.dh) dh += read<Sum>(p.dh, e.index);
+  Sum direct = dh;
+  Number grads[kGrads];
   if (e.valid) {
     const int64_t row = e.d * p.sequence.R + e.row(p), at = e.output(p, H, e.t), before = e.output_before(p, H);
-    if (p.dy) dh += A(read<T>(p.dy, at));
-    F saved[S ? S : 1], h = 0, old_h = 0, c = 0, old_c = 0, dc = 0;
+    if (p.dy) dh += Sum(read<Stored>(p.dy, at));
+    Number saved[S ? S : 1], h = 0, old_h = 0, c = 0, old_c = 0, dc = 0;
 #pragma unroll
-    for (int k = 0; k < S; k++) saved[k] = A(read<T>(p.gates, row * S * H + k * H + e.unit));
-    if (Cell::kNeedsH) h = A(read<T>(p.y, at));
+    for (int k = 0; k < S; k++) saved[k] = Sum(read<Stored>(p.gates, row * S * H + k * H + e.unit));
+    if (Cell::kNeedsH) h = Sum(read<Stored>(p.y, at));
     if (Cell::kNeedsOldH && keeps) {
-      old_h = before >= 0 ? A(read<T>(p.y, before)) : p.h0 ? A(read<T>(p.h0, e.index)) : 0;
+      if (before >= 0) {
+        old_h = Sum(read<Stored>(p.y, before));
+      } else if (p.h0) {
+        old_h = Sum(read<Stored>(p.h0, e.index));
+      }
     }
     if (Cell::kHasCell) {
-      c = read<A>(p.cs, at);
-      dc = read<A>(p.dc, e.index);
-      if (p.dcs) dc = dc + F(read<A>(p.dcs, at));
-      if (keeps) old_c = before >= 0 ? read<A>(p.cs, before) : p.c0 ? A(read<T>(p.c0, e.index)) : 0;
+      c = read<Sum>(p.cs, at);
+      dc = read<Sum>(p.dc, e.index);
+      if (p.dcs) dc = dc + Number(read<Sum>(p.dcs, at));
+      if (keeps && before >= 0) {
+        old_c = read<Sum>(p.cs, before);
+      } else if (keeps && p.c0) {
+        old_c = Sum(read<Stored>(p.c0, e.index));
+      }
     }
-    direct = Cell::backward(saved, h, old_h, c, old_c, F(dh), dc, grads).value;
+    direct = Cell::backward(saved, h, old_h, c, old_c, Number(dh), dc, grads).value;
     if (!keeps) direct = 0;
-    if (Cell::kHasCell) write(p.dc, e.index, keeps ? dc.value : A(0));
+    if (Cell::kHasCell) write(p.dc, e.index, keeps ? dc.value : Sum(0));
 #pragma unroll
-    for (int k = 0; k < K; k++) write(p.dgates, row * K * H + k * H + e.unit, T(grads[k].value));
+    for (int k = 0; k < kGrads; k++) write(p.dgates, row * kGrads * H + k * H + e.unit, Stored(grads[k].value));
   }
   if (p.dh) write(p.dh, e.index, direct);
 #pragma unroll
   for (int gate = 0; gate < G; gate++) {
     write(p.da, (e.d * p.sequence.N + e.n) * G * H + gate * H + e.unit,
-          keeps ? T(grads[Cell::hidden(gate)].value) : T(0));
+          keeps ? Stored(grads[Cell::hidden(gate)].value) : Stored(0));
   }
 }
 
-template <class T>
+template <class Stored>
 __global__ void __launch_bounds__(kStepThreads) project_forward(const __grid_constant__ ProjectForward p) {
   const Element e(p, p.P);
   if (!e.valid) return;
-  const T h = read<T>(p.projected, e.index);
+  const Stored h = read<Stored>(p.projected, e.index);
   write(p.h, e.index, h);
   write(p.y, e.output(p, p.P, e.t), h);
 }
 
-template <class T>
+template <class Stored>
 __global__ void __launch_bounds__(kStepThreads) project_backward(const __grid_constant__ ProjectBackward p) {
-  using A = Sum<T>;
+  using Sum = SumOf<Stored>;
   const Element e(p, p.P);
   if (!e.exists) return;
-  A dh = read<A>(p.dh, e.index) + A(read<T>(p.through, e.index));
-  write(p.dh, e.index, e.valid ? A(0) : dh);
-  if (e.valid && p.dy) dh += A(read<T>(p.dy, e.output(p, p.P, e.t)));
-  const T d = e.valid ? T(dh) : T(0);
+  Sum dh = read<Sum>(p.dh, e.index) + Sum(read<Stored>(p.through, e.index));
+  write(p.dh, e.index, e.valid ? Sum(0) : dh);
+  if (e.valid && p.dy) dh += Sum(read<Stored>(p.dy, e.output(p, p.P, e.t)));
+  const Stored d = e.valid ? Stored(dh) : Stored(0);
   write(p.dprojected, e.index, d);
   if (e.valid) write(p.dprojections, (e.d * p.sequence.R + e.row(p)) * p.P + e.unit, d);
 }
 
-template <class T>
+template <class Stored>
 __global__ void __launch_bounds__(kStepThreads) accumulate(const __grid_constant__ Accumulate p) {
   const int64_t i = thread_index();
-  if (i < p.count) write(p.to, i, read<Sum<T>>(p.to, i) + Sum<T>(read<T>(p.from, i)));
+  if (i < p.count) write(p.to, i, read<SumOf<Stored>>(p.to, i) + SumOf<Stored>(read<Stored>(p.from, i)));
 }
 
 // All steps at once: p.step is not read.
-template <class T>
+template <class Stored>
 __global__ void __launch_bounds__(kStepThreads) states_before(const __grid_constant__ StatesBefore p) {
   StepArguments at = p;
   const int64_t state = p.D * p.sequence.N * p.P, index = thread_index();
@@ -162,24 +171,28 @@ __global__ void __launch_bounds__(kStepThreads) states_before(const __grid_const
   e.length = p.sequence.length(e.n);
   e.valid = e.t < e.length;
   if (p.sequence.offsets && !e.valid) return;
-  T h = 0;
+  Stored h = 0;
   if (e.valid && e.keeps(p)) {
     const int64_t before = e.output_before(p, p.P);
-    h = before >= 0 ? read<T>(p.y, before) : p.h0 ? read<T>(p.h0, e.index) : T(0);
+    if (before >= 0) {
+      h = read<Stored>(p.y, before);
+    } else if (p.h0) {
+      h = read<Stored>(p.h0, e.index);
+    }
   }
   write(p.out, (e.d * p.sequence.R + e.row(p)) * p.P + e.unit, h);
 }
 
-template <class T>
+template <class Stored>
 constexpr StepKernels kernels_of() {
-#define RNNFAST_FORWARD(Cell) forward_step<Cell, T>,
-#define RNNFAST_BACKWARD(Cell) backward_step<Cell, T>,
+#define RNNFAST_FORWARD(Cell) forward_step<Cell, Stored>,
+#define RNNFAST_BACKWARD(Cell) backward_step<Cell, Stored>,
   return {{RNNFAST_CELLS(RNNFAST_FORWARD)},
           {RNNFAST_CELLS(RNNFAST_BACKWARD)},
-          project_forward<T>,
-          project_backward<T>,
-          accumulate<T>,
-          states_before<T>};
+          project_forward<Stored>,
+          project_backward<Stored>,
+          accumulate<Stored>,
+          states_before<Stored>};
 }
 
 }  // namespace

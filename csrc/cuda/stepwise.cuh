@@ -1,7 +1,5 @@
 // What a step does beside its matrix products, an element a thread: for layers whose W_hh the chip does not hold, that
-// are projected, or in float64.
-//
-//   T steps, N batch, R rows of the sequence, H units, P outputs, D directions, G gates, S saved tensors, K gradients
+// are projected, or in float64. Letters as in ../README.md.
 //
 // Floors of a step: the bytes of W_hh, G H P values, if the L2 does not keep them, and its G H P multiply-adds a row,
 // both cuBLAS's; here what is read and written once, N D H (2 G + S + 3) values forward.
@@ -42,7 +40,7 @@ struct BackwardStep : StepArguments {
   void* dh;             // [D, N, H]: of the state after on entry, before on return, without what goes through a product
   void* dc;             // [D, N, H]: of the state after on entry, before on return
   void* da;             // [D, N, G*H]: the gradients at W_hh h
-  void* dgates;         // [D, R, K*H]
+  void* dgates;         // [D, R, kGrads*H]
 };
 
 struct ProjectForward : StepArguments {
