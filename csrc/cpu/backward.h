@@ -1,5 +1,5 @@
-// A layer's backward pass over a cell and a storage type: the sweep makes gate gradients and the states' gradients, and
-// all else is whole-sequence products after it.
+// A layer's backward pass over a cell and a storage type: a sweep over the steps makes the gradients at the gates and
+// those of the states; all others are then products over the whole sequence.
 #pragma once
 
 #include "backward_sweep.h"

@@ -69,6 +69,7 @@ class BackwardSweep {
     return {data + (g.d * Q + g.q(t, 0)) * Wide::row(K), g.stride * Wide::row(K), round_up(K, Wide::kAlign)};
   }
 
+  // The stages of the sweep: see Teams::run.
   template <class Each>
   void sweep(const Each& each) {
     each([&](int64_t g, int64_t part, int64_t) {
@@ -104,7 +105,7 @@ class BackwardSweep {
     }
   }
 
-  // dh += dy, kept as an operand of w_hr and for its gradient.
+  // Keeps dh + dy in dys: the product with w_hr takes it from there, and at the end the gradient of w_hr.
   void keep_output_gradient(const GroupState& g, int64_t s, Range blocks) {
     const int64_t t = g.time(s), rows = g.alive_at(t), part = round_up(f.P, Wide::kAlign);
     for (int64_t i = 0; i < rows; i++) {
@@ -133,7 +134,7 @@ class BackwardSweep {
 
   void step(const GroupState& g, int64_t s, Range blocks) {
     const int64_t t = g.time(s), rows = g.alive_at(t);
-    for (int64_t i = 0; i < rows; i++) {  // rows first: what was saved is read as it lies
+    for (int64_t i = 0; i < rows; i++) {  // row by row, since what was saved lies so
       auto* gradients = pass.dgates + (g.d * Q + g.q(t, i)) * Wide::row(kGrads * padded);
       update(g, t, i, blocks, gradients);
       for (int64_t k = hidden.width(); blocks.end == hidden.blocks && k < padded; k += U) {
@@ -142,8 +143,8 @@ class BackwardSweep {
     }
   }
 
-  // Some blocks of units of one row back through the cell. Lanes beyond H hold zeros all the way. What the loop uses is
-  // in variables, so that no store makes the compiler read it again.
+  // Takes some blocks of units of one row back through the cell. Lanes beyond H hold zeros all the way. What the loop
+  // uses is in variables: members the compiler would read again after every store, which might have changed them.
   void update(const GroupState& g, int64_t t, int64_t i, Range blocks, typename Wide::Element* gradients) const {
     const int64_t H = f.H, padded = this->padded, rank = g.rank(i), r = g.row(t, i);
     const int64_t previous = f.steps.previous(g.d, t, rank), of_d = r * f.D + g.d;
@@ -179,7 +180,7 @@ class BackwardSweep {
     }
   }
 
-  // dh of the step before: through W_hh, and straight through the cell.
+  // dh of the step before: what comes through W_hh, and what comes straight through the cell.
   void carry(const GroupState& g, int64_t s, Range panels) {
     const int64_t t = g.time(s), rows = g.alive_at(t);
     Left<Wide> gradients = step_rows(g, t, pass.dgates, kGrads * padded);

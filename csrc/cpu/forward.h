@@ -107,6 +107,7 @@ class ForwardPass {
                                panels.vectors(p), K, init, 0, out, os);
   }
 
+  // The stages of the sweep: see Teams::run.
   template <class Each>
   void sweep(const Each& each) {
     const int64_t T = f.steps.T;
@@ -207,7 +208,8 @@ class ForwardPass {
     });
   }
 
-  // The cell at one step. Its fields are its own, so that no store makes the compiler read them again.
+  // The cell at one step. It has copies of what its loop uses: members of the pass the compiler would read again after
+  // every store, which might have changed them.
   class Update {
    public:
     Update(const ForwardPass& p, const GroupState& g, int64_t s, int64_t t)

@@ -13,8 +13,9 @@ constexpr int kMaxRows = 8;
 constexpr int kBlockRows = 64;          // rows a pass over a panel serves: their sums and a block of the panel fit L1
 constexpr int kBlockBytes = 32 * 1024;  // of a panel, kept in L1 while several tiles use it
 
-// Rows of a register tile V vectors wide. With 32 registers: R*V sums, V of the panel, 1 or 2 broadcast values. With 16
-// the panel's vectors are memory operands.
+// Rows of a tile of V vectors that is computed in registers. Of 32 registers it takes M*V for sums, V for the panel's
+// vectors, and 1 or 2 for a value in all lanes. Of 16 there are none left for the panel: its vectors are read from
+// memory by the instructions that multiply them.
 constexpr int tile_rows(int V) { return min(kMaxRows, kRegisters == 32 ? (30 - V) / V : 12 / V); }
 
 template <class Sum>

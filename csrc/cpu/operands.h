@@ -145,14 +145,14 @@ struct Split {
 
 #endif
 
-// What a pass computes with: operands that hold values of the storage type Stored, and of the type of its sums.
+// The formats that a pass computes with: Exact for operands that hold stored values, Wide for those that hold sums.
 template <class Stored>
 struct PlainMath {
   using Exact = Plain<SumOf<Stored>>;
   using Wide = Exact;
 };
 
-// The fastest there is for many rows.
+// The formats of the fastest arithmetic that the instruction set has. For small layers the plain ones are faster.
 template <class Stored>
 struct FastMath : PlainMath<Stored> {};
 #if defined(__AVX512BF16__)

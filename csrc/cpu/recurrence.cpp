@@ -62,6 +62,7 @@ class Reader {
 
 // ---- the time-step table
 
+// Steps (see kernels.h) of any sequence form, with the memory that they point to.
 class StepTable {
  public:
   StepTable(const Dimensions& n, const int64_t* batch_sizes, const int64_t* lengths, const uint8_t* resets)

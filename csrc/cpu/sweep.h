@@ -1,4 +1,4 @@
-// Sweeps over a sequence: who takes which rows and units, and what a row of a group is.
+// Sweeps over a sequence: how the work of its steps is dealt to threads. Letters as in ../README.md.
 //
 // The policy: a group is some batch rows of one direction, and a thread takes a group through the whole sequence with
 // no barrier, its states in scratch of its own. Where rows are too few for that, the threads share the hidden units of
@@ -14,15 +14,16 @@ namespace {
 constexpr int64_t kThreadWork = 1 << 18;  // multiply-adds worth a thread
 constexpr int64_t kUnpackedRows = 4;      // of a sequence, up to which packing would cost more than it gains
 
-// What a step costs, in multiply-adds of the vector unit: for each weight a row of the batch, and reading it.
+// What a step costs, counted in multiply-adds of the vector unit. Each weight is multiplied once for every row of the
+// batch, and read once: a byte costs as much as a multiply-add if it comes from the L2 cache, three times that if not.
 struct Cost {
-  double row, bytes;
+  double row, bytes;  // of a weight
 
   template <class Format>
   static constexpr Cost of() {
     return {Format::kCost, double(Format::kParts * sizeof(typename Format::Element))};
   }
-  double reading(int64_t weights) const { return weights * bytes > (2 << 20) ? 3 * bytes : bytes; }  // beyond L2
+  double reading(int64_t weights) const { return weights * bytes > (2 << 20) ? 3 * bytes : bytes; }
   double step(int64_t rows, int64_t weights) const { return (rows * row + reading(weights)) * weights; }
 };
 
@@ -32,8 +33,8 @@ struct Teams {
   int D;
   int64_t groups_per_direction, parts;
 
-  // A thread with rows of its own reads all weights; one with units of its own reads its share but has to wait for the
-  // others, worth it for a clear gain only.
+  // A thread with rows of its own reads all weights. One with units of its own reads only its share of them, but has to
+  // wait for the others in every step: that is done for a clear gain only.
   template <class Sum>
   Teams(const Layer& l, const Panels<Sum>& gates, Cost cost) : N(l.steps.N), D(l.D), parts(1) {
     constexpr int64_t kWait = 1 << 16;
@@ -51,7 +52,9 @@ struct Teams {
   int64_t groups() const { return D * groups_per_direction; }
   int64_t rows() const { return ceil_div(N, groups_per_direction); }
 
-  // Takes sweep(each) through all groups, where each(stage) has to call stage(group, part, parts).
+  // Takes all groups through a sweep, which is a sequence of stages. The sweep calls each(stage), and that calls
+  // stage(group, part, parts), for a group's part of so many, the units being shared among the parts. No part begins a
+  // stage before all have ended the one before.
   template <class Sweep>
   void run(const Sweep& sweep) const {
     if (parts == 1) {
@@ -67,7 +70,7 @@ struct Teams {
   }
 };
 
-// A group's rows are the ranks first, first + stride, ...: round-robin, so that ragged work balances.
+// A group's rows are the ranks first, first + stride, ...: dealt in turn, so that every group gets long and short ones.
 struct Group {
   const Steps& steps;
   int d;
@@ -87,7 +90,7 @@ struct Group {
   int64_t time(int64_t s) const { return d ? steps.T - 1 - s : s; }
 };
 
-// memset, which wants a pointer even for no bytes.
+// As memset, which may not be given a null pointer even for no bytes.
 inline void clear(void* to, size_t bytes) {
   if (bytes) memset(to, 0, bytes);
 }
@@ -100,7 +103,8 @@ void get_row(Stored* to, const typename Format::Element* from, int64_t n) {
   }
 }
 
-// Calls body(p) for the panels of a step, to and fro: it begins with those that the step before has left in the cache.
+// Calls body(p) for the panels of a step, in every second step from the last one to the first: a step so begins with
+// the panels that the step before has left in the cache.
 template <class Body>
 void to_and_fro(Range panels, int64_t s, const Body& body) {
   for (int64_t p = panels.begin; p < panels.end; p++) body(s % 2 ? panels.begin + panels.end - 1 - p : p);

@@ -118,7 +118,7 @@ class WeightGradients {
 
   // ---- the products
 
-  // Some products, in blocks that are dealt to the threads.
+  // Computes some products, in blocks that are dealt to the threads.
   template <class LeftFormat>
   void multiply(const Product<LeftFormat>* products, int count) const {
     const int64_t threads = pass.work_threads(f.I + f.P);
@@ -143,8 +143,8 @@ class WeightGradients {
     });
   }
 
-  // Block i of a product, of size x size panels, read from memory once; sums [size][size][kSide][kSide], column_sums
-  // [size][kSide].
+  // Block i of a product: size x size panels of dw^T, for which its operands are read from memory once. In `sums` are
+  // those of the block, [size][size][kSide][kSide], and after them those of the columns of grads, [size][kSide].
   template <class LeftFormat>
   void multiply_block(const Product<LeftFormat>& o, int64_t i, int64_t size, Sum* sums) const {
     Sum* column_sums = sums + size * size * kSide * kSide;

@@ -82,14 +82,14 @@ __global__ void __launch_bounds__(kThreads<Cell, Exchange>, 1) backward(const __
       dc[r][w] = inside && Cell::kHasCell ? p.dc[at] : 0;
     }
   }
-  // Of outputs [R, D*H], and of what is kept for each gate.
+  // Where the thread's units of row r lie, in outputs [R, D*H] and in what is kept for each gate.
   const auto output_at = [&](int64_t begin, int r) {
     return ((begin + block.batch(0)) * p.D + direction) * H + unit + Owner::further(r) * (p.D * H);
   };
   const auto gates_at = [&](int64_t begin, int r) {
     return (direction * R + begin + block.batch(0)) * (kColumns * H) + unit + Owner::further(r) * (kColumns * H);
   };
-  // The s-th step, or of those before the first one zero, which nothing is read by.
+  // Where the s-th step begins; 0 for steps before the first one, of which nothing is read.
   const auto begin_of = [&](int s) { return s >= 0 ? p.sequence.begin(block.time(s)) : int64_t(0); };
   const auto is_valid = [&](int s, int64_t begin, int r) {
     return s >= 0 && block.time(s) < length[r] && p.sequence.has(begin, block.batch(r));
@@ -104,6 +104,7 @@ __global__ void __launch_bounds__(kThreads<Cell, Exchange>, 1) backward(const __
   sync_block();
   Exchange::begin(g, member);
 
+  // What a step needs is read while the step after it is computed.
   struct Ahead {
     Stored saved[S ? S : 1][kUnits], h[kUnits], old_h[kUnits], dy[kUnits];
     float old_c[kUnits];

@@ -53,7 +53,8 @@ class Blas {
     const float one = 1, beta = accumulate;
     const double one_64 = 1, beta_64 = accumulate;
     const bool is_double = type == BlasType::kDouble;
-    const int compute = is_double ? kCompute64 : tf32 && type == BlasType::kFloat ? kComputeTf32 : kCompute32;
+    int compute = tf32 && type == BlasType::kFloat ? kComputeTf32 : kCompute32;
+    if (is_double) compute = kCompute64;
     // To cuBLAS, whose matrices are column-major, each operand is its transpose, and so is the result.
     return !multiply_(handle.value, b.is_transposed(), a.is_transposed(), n, m, k,
                       is_double ? static_cast<const void*>(&one_64) : &one, b.data, int(type), b.stride(), a.data,

@@ -96,8 +96,8 @@ class Block {
   // The s-th step in the order of the direction.
   RNNFAST_DEVICE int time(int s) const { return direction ? steps - 1 - s : s; }
 
-  // Of the thread's own rows: which of the block's it is, how far that is from the first of them, whether it is one,
-  // its place in the batch, and its steps.
+  // Of the thread's own row r: its number in the block, how much that is more than the first own row's, whether the
+  // thread has it at all, its place in the batch, and its length.
   RNNFAST_DEVICE int row(int r) const {
     const int second = kSplit == 1 ? 0 : kMixed ? lane / 16 : split % 2;
     return (kStride == 2 ? split / 4 : 0) * kRows + lane % 4 * 2 + second + further(r);
@@ -111,8 +111,8 @@ class Block {
   RNNFAST_DEVICE int mixed_gate(int row) const { return row / 4 % 2 + row / 8 * 2; }
   RNNFAST_DEVICE int mixed_unit(int row) const { return first_unit + split * 4 + row % 4; }
 
-  // There the lower half of the warp has gates 0 and 2 of 2 batch rows, and the upper one 1 and 3: each gives the other
-  // those of one row.
+  // In such a tile the lower half of the warp has gates 0 and 2 of two batch rows, and the upper half gates 1 and 3.
+  // Each half gives the other its gates of one row, and then has all gates of the other row.
   template <int G>
   RNNFAST_DEVICE void swap_gates(int b, const float (&sum)[1][4], float (&owned)[kMine][1][G]) const {
     const bool upper = lane >= 16;
@@ -123,8 +123,8 @@ class Block {
     if (G > 3) owned[b][0][G > 3 ? 3 : 0] = upper ? sum[0][3] : high;
   }
 
-  // Hands a row block's sums to those who own them, all of a sum together; the thread's own ones are there after
-  // collect(), in which all threads take part.
+  // Hands the sums of a row block to the threads that own them, the M sums of an element together. What this thread
+  // owns is in `owned` after collect(), in which all threads take part.
   template <int M>
   RNNFAST_DEVICE void hand_over(int b, const float (&sum)[M][4], float (&owned)[kMine][kUnits][M]) const {
 #pragma unroll
@@ -196,8 +196,9 @@ class Block {
   int* lengths_;
 };
 
-// Units of a row that lie together: read and written at once if `wide`, one by one if the layer's rows are not aligned
-// so; it may then end after the first, which `both` tells.
+// The units of a row that a thread owns, one or two side by side. `wide` says that the layer's rows are aligned for two
+// values: then both are read or written at once, otherwise one by one, and the second only if `both` says that the
+// layer has such a unit.
 template <class Stored, int kUnits>
 RNNFAST_DEVICE void read(Stored (&to)[kUnits], const Stored* from, bool wide, bool both) {
   using Word = std::conditional_t<sizeof(Stored) == 2, uint32_t, uint64_t>;

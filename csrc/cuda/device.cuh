@@ -70,7 +70,8 @@ RNNFAST_DEVICE int thread_of_block() {
   return x;
 }
 
-// The same number; but what follows from it is computed here, not before a loop, to be kept in registers all along.
+// The same number, but the compiler does not know that. What depends on it is so computed where it stands, and not once
+// before a loop, which would keep it in registers all along.
 RNNFAST_DEVICE int anew(int x) {
   asm volatile("" : "+r"(x));
   return x;

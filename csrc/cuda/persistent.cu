@@ -5,7 +5,7 @@
 namespace rnnfast {
 namespace {
 
-// Of the forward W_hh has a tile for each gate or one with all, and h is exchanged.
+// The forward: W_hh has a tile for each gate, or one tile with all gates, and the blocks exchange h.
 template <class Cell, class Math>
 struct Forward {
   using Arguments = ForwardArguments;
@@ -18,7 +18,7 @@ struct Forward {
   static constexpr auto kKernel = &forward<Cell, Math, Exchange, kBlocks>;
 };
 
-// Of the backward W_hh^T has one, and the gradients of all gates are exchanged.
+// The backward: W_hh^T has one tile, and the blocks exchange the gradients of all gates.
 template <class Cell, class Math>
 struct Backward {
   using Arguments = BackwardArguments;

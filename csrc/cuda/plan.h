@@ -51,9 +51,9 @@ struct Costs {
   static constexpr double kFlags = 3660, kBackward = 1060;
   static constexpr double kProduct = 4.8, kExactProduct = 38;  // an mma.sync of each warp of a scheduler
   static constexpr double kRead = 1.8 / 128;                   // a byte of shared memory
-  static constexpr double kElement = 94;                       // of the forward: an element of each thread
-  static constexpr double kHandOver = 16;                      // of a warp's sums of a row block, to others
-  // Further row blocks, and bytes that a block receives.
+  static constexpr double kElement = 94;                       // in the forward: an element that each thread computes
+  static constexpr double kHandOver = 16;                      // handing a warp's sums of a row block to other warps
+  // Each row block beyond the first, and each byte that a block receives.
   static constexpr double kClusterRows = 830, kClusterBytes = 0.052, kChipRows = 1470, kChipBytes = 0.10;
   static constexpr double kFlaggedRows = 780, kFlaggedBytes = 0.027;
   // A step by products of the whole device: the host's two launches, and multiply-adds a cycle.
@@ -69,13 +69,15 @@ void weigh(Plan& plan, const Persistent<Arguments>& k, const Layer& layer, const
   const Geometry& g = plan.geometry;
   const int warps = g.threads / kWarp;
 
-  // Of a block's step, but for what grows with the blocks that share a multiprocessor.
+  // What a step of a block takes beside the work in which blocks on one multiprocessor get in each other's way.
   const double schedulers = g.threads / (4.0 * kWarp);
-  plan.fixed = k.regime == kCluster ? Costs::kCluster
-               : g.flagged          ? Costs::kFlags
-               : k.regime == kChip  ? Costs::kChip
-               : k.split > 1        ? Costs::kSplitMultiprocessor
-                                    : Costs::kMultiprocessor;
+  if (k.regime == kCluster) {
+    plan.fixed = Costs::kCluster;
+  } else if (k.regime == kChip) {
+    plan.fixed = g.flagged ? Costs::kFlags : Costs::kChip;
+  } else {
+    plan.fixed = k.split > 1 ? Costs::kSplitMultiprocessor : Costs::kMultiprocessor;
+  }
   const bool backward = std::is_same<Arguments, BackwardArguments>::value;
   if (backward) plan.fixed += Costs::kBackward;
   const double received = double(g.set_bytes) * (g.members - 1) / g.members, further = g.row_blocks - 1;
@@ -100,7 +102,12 @@ void weigh(Plan& plan, const Persistent<Arguments>& k, const Layer& layer, const
   // fits into the groups of multiprocessors that a chip is made of.
   const int registers = k.threads == 512 ? 128 : 256;
   const int64_t of_one = std::min<int64_t>(65536 / (registers * g.threads), chip.shared / (g.shared + 1024));
-  const double usable = k.regime != kCluster || g.size <= 2 ? 1 : g.size == 4 ? 0.9 : g.size == 8 ? 0.85 : 0.73;
+  double usable = 1;
+  if (k.regime == kCluster && g.size > 2) {
+    usable = 0.73;
+    if (g.size == 4) usable = 0.9;
+    if (g.size == 8) usable = 0.85;
+  }
   plan.resident = std::max<int64_t>(1, int64_t(chip.processors * usable) * std::max<int64_t>(of_one, 1) / g.size);
   plan.estimate(chip);
 }
@@ -194,14 +201,14 @@ Plan make_plan(const Persistent<Arguments> (&variants)[kVariants], const Layer& 
     });
   }
   Plan stepwise;
-  const double rate = layer.value_bytes == 2        ? Costs::kHalfRate
-                      : layer.arithmetic == kOfTf32 ? Costs::kTf32Rate
-                                                    : Costs::kExactRate;
+  double rate = layer.arithmetic == kOfTf32 ? Costs::kTf32Rate : Costs::kExactRate;
+  if (layer.value_bytes == 2) rate = Costs::kHalfRate;
   const double gates = kCells[layer.cell].gates;
   stepwise.cycles = Costs::kStepwise + gates * layer.D * layer.N * layer.H * layer.H / rate;
   stepwise.resident_is_known = true;
   if (forced == kByTable) plans.push_back(stepwise);
-  // The driver is asked about the cheapest one, until that is one which it has been asked about.
+  // The driver is asked about the cheapest plan, which may make that dearer, until the cheapest is one that it has been
+  // asked about.
   while (!plans.empty()) {
     auto best =
         std::min_element(plans.begin(), plans.end(), [](const Plan& a, const Plan& b) { return a.cycles < b.cycles; });

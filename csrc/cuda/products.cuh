@@ -52,8 +52,8 @@ struct Products {
   }
 
  private:
-  // The part of a value that TF32 holds, rounded, which the instruction for it takes twice as long for; of a NaN
-  // anything. And the rest: a NaN's is one, an infinity's is 0.
+  // The part of a value that TF32 holds, rounded: anything if it is a NaN. (The instruction for it takes twice as
+  // long.) And the rest of the value: a NaN if it is a NaN, 0 if it is infinite.
   static RNNFAST_DEVICE uint32_t part(uint32_t x) { return (x + 0x1000) & ~0x1fffu; }
   static RNNFAST_DEVICE uint32_t rest(uint32_t x) {
     return (part(x) & 0x7fffffff) == kInfinity ? 0 : __builtin_bit_cast(uint32_t, from_bits(x) - from_bits(part(x)));

@@ -271,7 +271,7 @@ bool begin_so(std::initializer_list<const void*> pointers, size_t bytes) {
                      [=](const void* p) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; });
 }
 
-// Of tensors of values, and of c, which is float32.
+// Whether rows of such tensors of the layer's dtype do so, and those of c, which is float32.
 bool is_wide(const Call& c, std::initializer_list<const void*> values, const void* cs) {
   return c.H % 2 == 0 && begin_so(values, c.dtype == ScalarType::Float ? 8 : 4) && begin_so({cs}, 8);
 }
