@@ -72,7 +72,7 @@ class Recurrence:
     def forward(self, h: Tensor, c: Tensor | None) -> None:
         out = self.y, self.cs, self.gates
         torch.ops.rnnfast.cuda_forward_steps(
-            self.cell, self.x_gates, [self.w_hh], [self.b_hh], [], h, c, *out, None, None, None, *self.of_call
+            self.cell, [self.w_hh], [self.b_hh], [], [], self.x_gates, h, c, *out, None, None, None, *self.of_call
         )
 
     def backward(self, dh: Tensor, dc: Tensor | None) -> None:
@@ -80,7 +80,7 @@ class Recurrence:
         saved = self.gates, self.y, cs, None, None
         out = dh, dc, self.dgates, None
         torch.ops.rnnfast.cuda_backward_steps(
-            self.cell, self.dy, None, *saved, [self.w_hh], [], *out, None, None, None, *self.of_call
+            self.cell, [self.w_hh], [self.b_hh], [], [], self.dy, None, *saved, *out, None, None, None, *self.of_call
         )
 
     def results(self, name: str) -> list[Tensor]:

@@ -27,6 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from rnnfast.cells import CELLS
+from rnnfast.records import BackwardSteps, ForwardSteps
 from rnnfast.triton import kernels
 from rnnfast.triton.plan import Chip, Plan, plan
 
@@ -43,9 +44,12 @@ TARGETS = {  # and what a program may have there of shared memory, by the vendor
 DTYPES = {"bf16": (torch.bfloat16, False), "tf32": (torch.float32, True), "fp32": (torch.float32, False)}
 DTYPES["fp64"] = torch.float64, False
 MODES = [mode for mode in CELLS if mode != "RNN_RELU"]  # as RNN_TANH, with less maths
-STATES = {"p_c", "p_cs", "p_dcs", "p_dh", "p_dc"}  # of the accumulation dtype
-TABLES = {"p_offsets": "*i64", "p_lengths": "*i64", "p_resets": "*u8"}
-FORMS = {"packed": {"p_offsets", "p_lengths"}, "resets": {"p_lengths", "p_resets"}}  # each with all it may have
+STATES = {"c", "cs", "dcs", "dh", "dc", "p_dh"}  # of the accumulation dtype
+TABLES = {"offsets": "*i64", "lengths": "*i64", "resets": "*u8"}
+FORMS = {"packed": {"offsets", "lengths"}, "resets": {"lengths", "resets"}}  # each with all it may have
+
+RECORDS = {"forward": ForwardSteps, "backward": BackwardSteps}  # of a kernel's argument `of`
+WEIGHTS = ("w", "w_hh", "b_hh", "w_hr", "w_units")  # a pair each, of both directions
 
 
 class Variant(NamedTuple):
@@ -93,21 +97,32 @@ def compile(variant: Variant) -> Resources:
     if how.fused:
         absent |= {"p_through", "p_da"}
     if not CELLS[variant.mode].saved and variant.kernel == "forward":
-        absent |= {"p_gates"}
+        absent |= {"gates"}
     if "c" not in CELLS[variant.mode].states:
-        absent |= {"p_c", "p_cs", "p_c0", "p_dcs", "p_dc"}
-    signature: dict[str, str] = {}
-    for name in kernel.arg_names:
+        absent |= {"c", "cs", "c0", "dcs", "dc"}
+    if not CELLS[variant.mode].weights:
+        absent |= {"w_units"}
+    if how.fused or not CELLS[variant.mode].projects:
+        absent |= {"dprojections"}
+    signature: dict[str, Any] = {}
+    given: dict[tuple[int, ...], Any] = {}  # by place among the arguments, and within one that is a tuple
+    aligned = []
+
+    def kind(name: str, place: tuple[int, ...]) -> str:
         if name in constants or name in absent:
-            signature[name] = "constexpr"
-            constants.setdefault(name, None)
-        elif name.startswith("p_"):
-            signature[name] = TABLES.get(name, f"*{acc if name in STATES else dtype}")
-        else:
-            signature[name] = "i32"
-    constants = {name: value for name, value in constants.items() if name in signature}
-    aligned = [i for i, name in enumerate(signature) if signature[name][0] == "*" or name in "HP"]
-    source = ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
+            given[place] = constants.get(name)
+            return "constexpr"
+        if name not in kernels.VARYING:
+            aligned.append(place)
+        return TABLES.get(name) or (
+            "i32" if name in (*kernels.VARYING, "H", "P") else f"*{acc if name in STATES else dtype}"
+        )
+
+    for i, name in enumerate(kernel.arg_names):
+        inner = [name] * 2 if name in WEIGHTS else ()
+        inner = RECORDS[variant.kernel]._fields if name == "of" else tuple(TABLES) if name == "tables" else inner
+        signature[name] = tuple(kind(of, (i, j)) for j, of in enumerate(inner)) or kind(name, (i,))
+    source = ASTSource(kernel, signature, given, {place: [["tt.divisibility", 16]] for place in aligned})
     triton.knobs.compilation.always_compile = True  # not what an earlier run left: its time is asked for, too
     start = time.perf_counter()
     compiled = triton.compile(source, target=TARGETS[variant.target][0], options=how.options)

@@ -4,7 +4,8 @@
 // sigmoid(F), tanh(F), relu(F) and zero_where_not_positive(F h, F dh) beside F. Names:
 //   x[g]  gate g of W_ih x + b_ih            a[g]  gate g of W_hh h + b_hh
 //   s[j]  what the backward needs of a step  d[j]  gradient at the gates: d[0..kGates) are those of x[g], and
-//                                                  d[hidden(g)] is that of a[g]
+//   w[k]  a weight of the unit's own                d[hidden(g)] is that of a[g]; then what is to be added up over
+//                                                  rows and steps to the gradient of w[k], d[kGrads + k]
 // h and c are the states: before the step on entry, after it on return. dh is the gradient of the new h; dc that of the
 // new c on entry, of the old c on return; the old h gets W_hh^T d[hidden(g)] plus what backward() returns. Where h may
 // be projected output() makes it again, for the projection's gradient.
@@ -20,18 +21,18 @@ namespace rnnfast {
 
 struct RnnTanh {
   static constexpr const char* kMode = "RNN_TANH";
-  static constexpr int kGates = 1, kSaved = 0, kGrads = 1;
+  static constexpr int kGates = 1, kSaved = 0, kGrads = 1, kUnitWeights = 0, kColumns = 1;
   static constexpr bool kHasCell = false, kHasDirect = false, kProjects = false;
   static constexpr bool kReadsH = false, kNeedsH = true, kNeedsOldH = false;
 
   static constexpr RNNFAST_INLINE int hidden(int gate) { return gate; }
 
   template <class F>
-  static RNNFAST_INLINE void forward(const F* x, const F* a, F& h, F&, F*) {
+  static RNNFAST_INLINE void forward(const F* x, const F* a, const F*, F& h, F&, F*) {
     h = tanh(x[0] + a[0]);
   }
   template <class F>
-  static RNNFAST_INLINE F backward(const F*, F h, F, F, F, F dh, F&, F* d) {
+  static RNNFAST_INLINE F backward(const F*, const F*, F h, F, F, F, F dh, F&, F* d) {
     d[0] = dh * (1 - h * h);
     return F(0);
   }
@@ -39,18 +40,18 @@ struct RnnTanh {
 
 struct RnnRelu {
   static constexpr const char* kMode = "RNN_RELU";
-  static constexpr int kGates = 1, kSaved = 0, kGrads = 1;
+  static constexpr int kGates = 1, kSaved = 0, kGrads = 1, kUnitWeights = 0, kColumns = 1;
   static constexpr bool kHasCell = false, kHasDirect = false, kProjects = false;
   static constexpr bool kReadsH = false, kNeedsH = true, kNeedsOldH = false;
 
   static constexpr RNNFAST_INLINE int hidden(int gate) { return gate; }
 
   template <class F>
-  static RNNFAST_INLINE void forward(const F* x, const F* a, F& h, F&, F*) {
+  static RNNFAST_INLINE void forward(const F* x, const F* a, const F*, F& h, F&, F*) {
     h = relu(x[0] + a[0]);
   }
   template <class F>
-  static RNNFAST_INLINE F backward(const F*, F h, F, F, F, F dh, F&, F* d) {
+  static RNNFAST_INLINE F backward(const F*, const F*, F h, F, F, F, F dh, F&, F* d) {
     d[0] = zero_where_not_positive(h, dh);
     return F(0);
   }
@@ -58,14 +59,14 @@ struct RnnRelu {
 
 struct Lstm {
   static constexpr const char* kMode = "LSTM";
-  static constexpr int kGates = 4, kSaved = 4, kGrads = 4;
+  static constexpr int kGates = 4, kSaved = 4, kGrads = 4, kUnitWeights = 0, kColumns = 4;
   static constexpr bool kHasCell = true, kHasDirect = false, kProjects = true;
   static constexpr bool kReadsH = false, kNeedsH = false, kNeedsOldH = false;
 
   static constexpr RNNFAST_INLINE int hidden(int gate) { return gate; }
 
   template <class F>
-  static RNNFAST_INLINE void forward(const F* x, const F* a, F& h, F& c, F* s) {
+  static RNNFAST_INLINE void forward(const F* x, const F* a, const F*, F& h, F& c, F* s) {
     F i = s[0] = sigmoid(x[0] + a[0]);
     F f = s[1] = sigmoid(x[1] + a[1]);
     F g = s[2] = tanh(x[2] + a[2]);
@@ -74,7 +75,7 @@ struct Lstm {
     h = o * tanh(c);
   }
   template <class F>
-  static RNNFAST_INLINE F backward(const F* s, F, F, F c, F old_c, F dh, F& dc, F* d) {
+  static RNNFAST_INLINE F backward(const F* s, const F*, F, F, F c, F old_c, F dh, F& dc, F* d) {
     F i = s[0], f = s[1], g = s[2], o = s[3];
     F tanh_c = tanh(c);
     dc = dc + dh * o * (1 - tanh_c * tanh_c);
@@ -94,14 +95,14 @@ struct Lstm {
 
 struct Gru {
   static constexpr const char* kMode = "GRU";
-  static constexpr int kGates = 3, kSaved = 4, kGrads = 4;
+  static constexpr int kGates = 3, kSaved = 4, kGrads = 4, kUnitWeights = 0, kColumns = 4;
   static constexpr bool kHasCell = false, kHasDirect = true, kProjects = false;
   static constexpr bool kReadsH = true, kNeedsH = false, kNeedsOldH = true;
 
   static constexpr RNNFAST_INLINE int hidden(int gate) { return gate == 2 ? 3 : gate; }
 
   template <class F>
-  static RNNFAST_INLINE void forward(const F* x, const F* a, F& h, F&, F* s) {
+  static RNNFAST_INLINE void forward(const F* x, const F* a, const F*, F& h, F&, F* s) {
     F q = s[3] = a[2];
     F r = s[0] = sigmoid(x[0] + a[0]);
     F z = s[1] = sigmoid(x[1] + a[1]);
@@ -109,7 +110,7 @@ struct Gru {
     h = n + z * (h - n);
   }
   template <class F>
-  static RNNFAST_INLINE F backward(const F* s, F, F old_h, F, F, F dh, F&, F* d) {
+  static RNNFAST_INLINE F backward(const F* s, const F*, F, F old_h, F, F, F dh, F&, F* d) {
     F r = s[0], z = s[1], n = s[2], q = s[3];
     F dn = d[2] = dh * (1 - z) * (1 - n * n);
     d[0] = dn * q * r * (1 - r);
@@ -128,11 +129,12 @@ enum CellKind { RNNFAST_CELLS(RNNFAST_KIND) kCellKinds };
 
 struct CellFacts {
   const char* mode;  // torch's name
-  int gates, saved, grads;
+  int gates, saved, grads, unit_weights;
   bool has_cell, projects;
 };
 
-#define RNNFAST_FACTS(Cell) {Cell::kMode, Cell::kGates, Cell::kSaved, Cell::kGrads, Cell::kHasCell, Cell::kProjects},
+#define RNNFAST_FACTS(Cell) \
+  {Cell::kMode, Cell::kGates, Cell::kSaved, Cell::kGrads, Cell::kUnitWeights, Cell::kHasCell, Cell::kProjects},
 constexpr CellFacts kCells[] = {RNNFAST_CELLS(RNNFAST_FACTS)};  // by kind
 #undef RNNFAST_FACTS
 

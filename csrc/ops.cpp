@@ -2,7 +2,9 @@
 #include "ops.h"
 
 #include <algorithm>
+#include <cstring>
 #include <iterator>
+#include <tuple>
 
 namespace rnnfast {
 namespace {
@@ -13,6 +15,26 @@ std::string describe(const Shape& shape) {
   std::string text = "[";
   for (size_t i = 0; i < shape.size(); i++) text += (i ? ", " : "") + std::to_string(shape[i]);
   return text + "]";
+}
+
+// Finds each weight's place: in the order of WeightName, with a space between two; both biases or none, a projection
+// where the cell allows it, and weights of the units' own where it has them.
+void read_names(Dimensions& n, const std::string& mode, const std::string& names) {
+  static constexpr const char* kNames[kWeightNames] = {"w_ih", "w_hh", "b_ih", "b_hh", "w_hr", "w_units"};
+  const CellFacts& facts = kCells[n.cell];
+  const char* rest = names.c_str();
+  for (int name = 0; name < kWeightNames; name++) {
+    const size_t length = std::strlen(kNames[name]);
+    const char* at = rest + (n.weights && *rest == ' ');
+    const bool given = std::strncmp(at, kNames[name], length) == 0 && (at[length] == ' ' || at[length] == '\0') &&
+                       (at > rest || !n.weights);
+    n.place[name] = given ? n.weights++ : -1;
+    if (given) rest = at + length;
+  }
+  RNNFAST_CHECK(*rest == '\0' && n.has(kInputWeight) && n.has(kHiddenWeight) &&
+                    n.has(kInputBias) == n.has(kHiddenBias) && (!n.has(kProjection) || facts.projects) &&
+                    n.has(kWeightOfUnits) == (facts.unit_weights > 0),
+                "no ", mode, " has weights '", names, "'");
 }
 
 }  // namespace
@@ -41,8 +63,8 @@ void check_tensor(const char* name, const Tensor& tensor, const Shape& shape, Sc
 }
 
 Dimensions check_layer(const Inputs& inputs) {
-  const auto& [mode, x, h0, c0, weights, batch_sizes, lengths, resets, bidirectional] = inputs;
-  Dimensions n;
+  const auto& [mode, x, h0, c0, batch_sizes, lengths, resets, bidirectional, names, weights] = inputs;
+  Dimensions n{};
   n.cell = parse_cell(mode);
   RNNFAST_CHECK(x.defined(), "x is missing");
   n.dtype = x.scalar_type();
@@ -81,32 +103,29 @@ Dimensions check_layer(const Inputs& inputs) {
 
   RNNFAST_CHECK(std::max({n.T, n.N, n.I}) < kMostSize, "x has 2^31 or more steps, rows or features");
 
-  const int64_t count = weights.size() / n.D;
-  RNNFAST_CHECK(weights.size() % n.D == 0 && count >= 2 && count <= 5, "got ", weights.size(),
-                " weights, expected 2 to 5 for each of ", n.D, " direction(s)");
-  n.has_bias = count >= 4;
-  n.has_projection = count % 2;
-  RNNFAST_CHECK(!n.has_projection || facts.projects, "only an LSTM has a projection");
-  RNNFAST_CHECK(weights[0].dim() == 2 && weights[0].size(0) % n.G == 0, "weight_ih has to be [", n.G,
+  read_names(n, mode, names);
+  RNNFAST_CHECK(int64_t(weights.size()) == n.D * n.weights, "got ", weights.size(), " weights, expected ", n.weights,
+                " for each of ", n.D, " direction(s)");
+  const Tensor& w_ih = *n.weight(weights, 0, kInputWeight);
+  const Tensor* w_hr = n.weight(weights, 0, kProjection);
+  RNNFAST_CHECK(w_ih.dim() == 2 && w_ih.size(0) % n.G == 0, "weight_ih has to be [", n.G,
                 " * hidden_size, input_size]");
-  n.H = weights[0].size(0) / n.G;
-  const Tensor& last = weights[count - 1];
-  RNNFAST_CHECK(!n.has_projection || last.dim() == 2, "weight_hr has to be [proj_size, hidden_size]");
-  n.P = n.has_projection ? last.size(0) : n.H;
+  n.H = w_ih.size(0) / n.G;
+  RNNFAST_CHECK(!w_hr || w_hr->dim() == 2, "weight_hr has to be [proj_size, hidden_size]");
+  n.P = w_hr ? w_hr->size(0) : n.H;
   RNNFAST_CHECK(std::max(n.H, n.P) < kMostSize, "the layer has 2^31 or more units");
+  const std::tuple<WeightName, const char*, Shape> shapes[] = {
+      {kInputWeight, "weight_ih", {n.G * n.H, n.I}}, {kHiddenWeight, "weight_hh", {n.G * n.H, n.P}},
+      {kInputBias, "bias_ih", {n.G * n.H}},          {kHiddenBias, "bias_hh", {n.G * n.H}},
+      {kProjection, "weight_hr", {n.P, n.H}},        {kWeightOfUnits, "weight_units", {facts.unit_weights * n.H}}};
   for (int64_t d = 0; d < n.D; d++) {
-    const Tensor* w = &weights[d * count];
-    check_tensor("weight_ih", *w++, {n.G * n.H, n.I}, n.dtype);
-    check_tensor("weight_hh", *w++, {n.G * n.H, n.P}, n.dtype);
-    if (n.has_bias) {
-      check_tensor("bias_ih", *w++, {n.G * n.H}, n.dtype);
-      check_tensor("bias_hh", *w++, {n.G * n.H}, n.dtype);
+    for (const auto& [name, called, shape] : shapes) {
+      if (const Tensor* weight = n.weight(weights, d, name)) check_tensor(called, *weight, shape, n.dtype);
     }
-    if (n.has_projection) check_tensor("weight_hr", *w++, {n.P, n.H}, n.dtype);
   }
   check_tensor("h0", h0, n.state(n.P), n.dtype);
   check_tensor("c0", c0, n.state(n.H), n.dtype);
-  RNNFAST_CHECK(!c0 || n.has_cell, "only an LSTM has a cell state");
+  RNNFAST_CHECK(!c0 || n.has_cell, "no ", mode, " has a cell state");
   return n;
 }
 

@@ -34,23 +34,26 @@ std::runtime_error refusal(const Parts&... parts) {
 struct Inputs {
   std::string mode;
   Tensor x;
-  OptionalTensor h0, c0;
-  std::vector<Tensor> weights;
-  OptionalTensor batch_sizes, lengths, resets;
+  OptionalTensor h0, c0, batch_sizes, lengths, resets;
   bool bidirectional;
+  std::string names;            // of the weights of one direction
+  std::vector<Tensor> weights;  // those of one direction after those of the other
 
-  explicit Inputs(Stack& stack) : Inputs(stack.text(), stack) {}
-  Inputs(std::string mode, Stack& stack)
-      : mode(std::move(mode)),
+  explicit Inputs(Stack& stack)
+      : mode(stack.text()),
         x(stack.tensor()),
         h0(stack.optional_tensor()),
         c0(stack.optional_tensor()),
-        weights(stack.tensors()),
         batch_sizes(stack.optional_tensor()),
         lengths(stack.optional_tensor()),
         resets(stack.optional_tensor()),
-        bidirectional(stack.flag()) {}
+        bidirectional(stack.flag()),
+        names(stack.text()),
+        weights(stack.tensors()) {}
 };
+
+// The weights of a direction, in the order in which those that there are follow each other.
+enum WeightName { kInputWeight, kHiddenWeight, kInputBias, kHiddenBias, kProjection, kWeightOfUnits, kWeightNames };
 
 // The sizes of a layer, by their letters in README.md, and what else its arguments say.
 struct Dimensions {
@@ -58,9 +61,15 @@ struct Dimensions {
   ScalarType dtype, acc_dtype;  // of the tensors; of sums and of the cell state
   int64_t T, N, I, H, P, D, G, R;
   int64_t saved_gates;
-  bool packed, has_bias, has_projection, has_cell;
+  bool packed, has_cell;
+  int weights;              // of a direction
+  int place[kWeightNames];  // of each among them; or -1
 
-  int64_t weights() const { return 2 + 2 * has_bias + has_projection; }  // per direction
+  bool has(WeightName name) const { return place[name] >= 0; }
+  // One of direction d's; null where it is absent.
+  const Tensor* weight(const std::vector<Tensor>& all, int64_t d, WeightName name) const {
+    return has(name) ? &all[d * weights + place[name]] : nullptr;
+  }
   // The shape of a tensor that has a row for every row of x.
   Shape rows(int64_t features) const { return packed ? Shape{R, features} : Shape{T, N, features}; }
   Shape state(int64_t features) const { return {D, N, features}; }

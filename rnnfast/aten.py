@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from . import onnx, reference
 from .cells import GATES
+from .records import Inputs, names_of
 
 _STACKS = {
     "RNN_TANH": torch._VF.rnn_tanh,
@@ -172,12 +173,12 @@ def _reference(mode, num_layers, bidirectional, batch_sizes, states, inputs) -> 
     """What ``_call`` computes, in plain torch."""
     y, h0, c0, weights = inputs[0], inputs[1], inputs[2] if states == 2 else None, inputs[1 + states :]
     per_layer, directions, finals = len(weights) // num_layers, 1 + bidirectional, []
+    form = batch_sizes, None, None, bidirectional, names_of(mode, per_layer // directions)
     for k in range(num_layers):
         of_layer = slice(k * directions, (k + 1) * directions)
-        y, *final, _ = reference.layer(
-            mode, y, h0[of_layer], c0 if c0 is None else c0[of_layer], weights[k * per_layer : (k + 1) * per_layer],
-            batch_sizes, None, None, bidirectional,
-        )  # fmt: skip
+        states_of = h0[of_layer], c0 if c0 is None else c0[of_layer]
+        of_weights = weights[k * per_layer : (k + 1) * per_layer]
+        y, *final, _ = reference.layer(Inputs(mode, y, *states_of, *form, of_weights))
         finals.append(final[:states])
     return y, *(torch.cat(final) for final in zip(*finals))
 

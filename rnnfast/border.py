@@ -11,7 +11,8 @@ from typing import NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from .cells import CELLS, GATES, HAS_CELL_STATE
+from .cells import GATES, HAS_CELL_STATE, UNIT_WEIGHTS
+from .records import NAMES, Inputs, OutputGradients, Saved
 from .reference import check_mode
 
 # As C++ names them; the other dtypes go by torch's name in Python.
@@ -86,23 +87,13 @@ def check_lengths(lengths: Tensor, steps: int) -> None:
         _refuse(f"lengths are {lengths.layout} {DTYPE_NAMES.get(dtype, dtype)}, expected torch.strided integers")
 
 
-def check_layer(
-    mode: str,
-    x: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    weights: Sequence[Tensor],
-    batch_sizes: Tensor | None,
-    lengths: Tensor | None,
-    resets: Tensor | None,
-    bidirectional: bool,
-    dtypes: Sequence[torch.dtype] | None = None,
-) -> Sizes:
+def check_layer(inputs: Inputs, dtypes: Sequence[torch.dtype] | None = None) -> Sizes:
     """Checks the arguments of a layer's forward; ``dtypes``: what the backend serves, if not all that float."""
+    mode, x, h0, c0, batch_sizes, lengths, resets, bidirectional, names, weights = inputs
     check_mode(mode)
     if x is None:
         _refuse("x is missing")
-    cell, D, dtype, device = CELLS[mode], 1 + bidirectional, x.dtype, x.device
+    D, dtype, device = 1 + bidirectional, x.dtype, x.device
     G, has_cell = GATES[mode], HAS_CELL_STATE[mode]
     if not (dtype.is_floating_point or dtype.is_complex) if dtypes is None else dtype not in dtypes:
         _refuse(f"no kernel for dtype {DTYPE_NAMES.get(dtype, dtype)}")
@@ -131,37 +122,39 @@ def check_layer(
     if T >= _MOST_SIZE or N >= _MOST_SIZE or I >= _MOST_SIZE:
         _refuse("x has 2^31 or more steps, rows or features")
 
-    count = len(weights) // D
-    if len(weights) % D or not 2 <= count <= 5:
-        _refuse(f"got {len(weights)} weights, expected 2 to 5 for each of {D} direction(s)")
-    projected = count % 2 == 1
-    if projected and not cell.projects:
-        _refuse("only an LSTM has a projection")
-    if weights[0].dim() != 2 or weights[0].shape[0] % G:
+    if names not in NAMES[mode]:
+        _refuse(f"no {mode} has weights '{names}'")
+    count, projected = NAMES[mode][names], "w_hr" in names
+    if len(weights) != D * count:
+        _refuse(f"got {len(weights)} weights, expected {count} for each of {D} direction(s)")
+    directions = inputs.directions()
+    w_ih, w_hr = directions[0].w_ih, directions[0].w_hr
+    if w_ih.dim() != 2 or w_ih.shape[0] % G:
         _refuse(f"weight_ih has to be [{G} * hidden_size, input_size]")
-    GH = weights[0].shape[0]
+    GH = w_ih.shape[0]
     H = P = GH // G
     if projected:
-        w_hr = weights[count - 1]
         if w_hr.dim() != 2:
             _refuse("weight_hr has to be [proj_size, hidden_size]")
         P = w_hr.shape[0]
     if H >= _MOST_SIZE or P >= _MOST_SIZE:
         _refuse("the layer has 2^31 or more units")
-    for first in range(0, len(weights), count):
-        _check("weight_ih", weights[first], (GH, I), dtype, device)
-        _check("weight_hh", weights[first + 1], (GH, P), dtype, device)
-        if count >= 4:
-            _check("bias_ih", weights[first + 2], (GH,), dtype, device)
-            _check("bias_hh", weights[first + 3], (GH,), dtype, device)
+    for w in directions:
+        _check("weight_ih", w.w_ih, (GH, I), dtype, device)
+        _check("weight_hh", w.w_hh, (GH, P), dtype, device)
+        if "b_ih" in names:
+            _check("bias_ih", w.b_ih, (GH,), dtype, device)
+            _check("bias_hh", w.b_hh, (GH,), dtype, device)
         if projected:
-            _check("weight_hr", weights[first + count - 1], (P, H), dtype, device)
+            _check("weight_hr", w.w_hr, (P, H), dtype, device)
+        if UNIT_WEIGHTS[mode]:
+            _check("weight_units", w.w_units, (UNIT_WEIGHTS[mode] * H,), dtype, device)
     if h0 is not None:
         _check("h0", h0, (D, N, P), dtype, device)
     if c0 is not None:
         _check("c0", c0, (D, N, H), dtype, device)
         if not has_cell:
-            _refuse("only an LSTM has a cell state")
+            _refuse(f"no {mode} has a cell state")
     return Sizes(has_cell, D, N, H, P, R, tuple(rows), dtype, torch.promote_types(dtype, torch.float32), device)
 
 
@@ -180,23 +173,14 @@ def _check_batch_sizes(batch_sizes: Tensor, rows: int) -> tuple[int, int]:
     return len(sizes), sizes[0]
 
 
-def check_backward(
-    sizes: Sizes,
-    saved: int,
-    dy: Tensor | None,
-    dh_n: Tensor | None,
-    dc_n: Tensor | None,
-    dc: Tensor | None,
-    y: Tensor,
-    c: Tensor,
-    gates: Tensor,
-) -> None:
-    """Checks what a layer's backward is given beside; ``saved``: columns of H that its forward keeps of the gates."""
+def check_backward(sizes: Sizes, saved_gates: int, grads: OutputGradients, saved: Saved) -> None:
+    """Checks what a layer's backward is given beside; ``saved_gates``: columns of H that its forward keeps of them."""
+    (dy, dh_n, dc_n, dc), (y, c, gates) = grads, saved
     has_cell, D, N, H, P, R, rows, dtype, acc, device = sizes
     of_y, of_c, of_c_n = (*rows, D * P), (*rows, D * H) if has_cell else (0,), (D, N, H) if has_cell else (0,)
     _check("y", y, of_y, dtype, device)
     _check("c", c, of_c, acc, device)
-    _check("gates", gates, (D, R, saved * H) if saved else (0,), dtype, device)
+    _check("gates", gates, (D, R, saved_gates * H) if saved_gates else (0,), dtype, device)
     if dy is not None:
         _check("dy", dy, of_y, dtype, device)
     if dh_n is not None:

@@ -5,6 +5,7 @@ Of a step a cell sees, by name:
     x.i    gate i of ``W_ih x + b_ih``
     a.i    gate i of ``W_hh h + b_hh``
     s.h    a state as it was before the step
+    w.i    a weight of each unit's own, where the cell declares some
 
 and returns its states after the step, h first. The function runs on tensors as it stands. Traced, it
 is a list of operations; reverse mode over that list gives the gradients; and what those need of the forward, and cannot
@@ -175,7 +176,7 @@ class _Watched(Named):
 
 
 # What printed cells have for themselves, and what their languages do.
-_RESERVED = {"x", "a", "s", "d", "F", "sums", "tl", "triton", "direct", *keyword.kwlist}
+_RESERVED = {"x", "a", "s", "w", "d", "F", "sums", "tl", "triton", "direct", *keyword.kwlist}
 _RESERVED |= {
     "auto",
     "bool",
@@ -211,23 +212,26 @@ class Gradient(NamedTuple):
 class Cell:
     """A declared cell. Names are in the order in which they were declared, and so lie the gates in every tensor."""
 
-    def __init__(self, function: Callable[..., Any], gates: str, states: str) -> None:
+    def __init__(self, function: Callable[..., Any], gates: str, states: str, weights: str) -> None:
         self.name, self.function = function.__name__, function
         self.mode = self.name.upper()  # torch's name
         self.cpp_name = self.name.title().replace("_", "")
-        self.gates, self.states = gates.split(), states.split()
+        self.gates, self.states, self.weights = gates.split(), states.split(), weights.split()
 
     def __repr__(self) -> str:
         return f"cell {self.name}"
 
-    def step(self, x: Sequence[Any], a: Sequence[Any], states: Sequence[Any]) -> tuple[Any, ...]:
-        """The states after a step, from the gates of W_ih x + b_ih and of W_hh h + b_hh and the states before it."""
-        return self._step(Named, x, a, states)[0]
+    def step(
+        self, x: Sequence[Any], a: Sequence[Any], states: Sequence[Any], weights: Sequence[Any] = ()
+    ) -> tuple[Any, ...]:
+        """The states after a step, from the gates of W_ih x + b_ih and of W_hh h + b_hh, the states before it, and the
+        weights of the units' own."""
+        return self._step(Named, x, a, states, weights)[0]
 
     def _step(self, named: type[Named], *values: Sequence[Any]) -> tuple[tuple[Any, ...], list[Named]]:
-        names = self.gates, self.gates, self.states
-        given = [named(f"cell {self.name}: {which}", *of) for which, *of in zip("xas", names, values)]
-        after = self.function(*given)
+        names = self.gates, self.gates, self.states, self.weights
+        given = [named(f"cell {self.name}: {which}", *of) for which, *of in zip("xasw", names, values)]
+        after = self.function(*given[: 4 if self.weights else 3])
         after = after if isinstance(after, tuple) else (after,)
         if len(after) != len(self.states):
             raise TypeError(f"{self} returns {len(after)} states, but has {' and '.join(self.states)}")
@@ -235,9 +239,10 @@ class Cell:
 
     @functools.cached_property
     def inputs(self) -> dict[str, list[Value]]:
-        """A step's ``x`` and ``a`` by gate, and its states ``s``."""
+        """A step's ``x`` and ``a`` by gate, its states ``s`` and the units' weights ``w``."""
         names = {which: [f"{which}.{gate}" for gate in self.gates] for which in "xa"}
         names["s"] = [f"old_{state}" for state in self.states]
+        names["w"] = [f"w.{weight}" for weight in self.weights]
         return {which: [Value("", name=name) for name in of] for which, of in names.items()}
 
     @functools.cached_property
@@ -305,6 +310,11 @@ class Cell:
         return of_x + of_a
 
     @functools.cached_property
+    def weight_gradients(self) -> list[Any]:
+        """What a step adds to the gradients of the units' weights: Values; or 0, of one that the cell does not read."""
+        return [self.adjoints.get(weight, 0) for weight in self.inputs["w"]]
+
+    @functools.cached_property
     def before(self) -> list[Value | None]:
         """The gradients of the states before the step, of h beside what comes through W_hh; None: there is none."""
         return [self.adjoints.get(state) for state in self.inputs["s"]]
@@ -312,7 +322,8 @@ class Cell:
     @functools.cached_property
     def saved(self) -> list[Value]:
         """What the gradients need of the forward and cannot make of the states before and after the step."""
-        known, needed = {*self.after, *self.inputs["s"], *self.incoming}, self._read(set(reachable(self.after)))
+        known = {*self.after, *self.inputs["s"], *self.inputs["w"], *self.incoming}
+        needed = self._read(set(reachable(self.after)))
         # As they are computed; an input, which is there before them, last: the gates keep their places.
         kept = sorted(needed, key=lambda value: (value.op == "", value.number))
         for value in kept[::-1]:
@@ -351,7 +362,7 @@ class Cell:
     def _read(self, among: set[Value]) -> set[Value]:
         """Of some values those that the gradients are made of, not through others of them."""
         found: set[Value] = set()
-        waiting: list[Any] = [*(gradient.value for gradient in self.gradients), *self.before]
+        waiting: list[Any] = [*(gradient.value for gradient in self.gradients), *self.before, *self.weight_gradients]
         while waiting:
             value = waiting.pop()
             if value in among:
@@ -377,22 +388,29 @@ class Cell:
         return found
 
     def backward(
-        self, x: Sequence[Any], a: Sequence[Any], before: Sequence[Any], grads: Sequence[Any]
-    ) -> tuple[list[Any], list[Any], list[Any]]:
-        """On tensors, from the gradients of the states after a step: those of x and a, by gate, and of the states
-        before it, None where there is none."""
-        known = dict(zip(itertools.chain(*self.inputs.values()), [*x, *a, *before]))
+        self,
+        x: Sequence[Any],
+        a: Sequence[Any],
+        before: Sequence[Any],
+        grads: Sequence[Any],
+        weights: Sequence[Any] = (),
+    ) -> tuple[list[Any], list[Any], list[Any], list[Any]]:
+        """On tensors, from the gradients of the states after a step: those of x and a, by gate, of the states before
+        it, None where there is none, and what each row adds to those of the units' weights."""
+        known = dict(zip(itertools.chain(*self.inputs.values()), [*x, *a, *before, *weights]))
         known |= zip(self.incoming, grads)
         likes = [*x, *(a[gate] for gate in self.apart)]
         gradients = [_tensor(evaluate(of.value, known), like) for of, like in zip(self.gradients, likes)]
         states = [None if state is None else evaluate(state, known) for state in self.before]
         of_a = [gradients[self.hidden(gate)] for gate in range(len(self.gates))]
-        return gradients[: len(self.gates)], of_a, states
+        of_weights = [_tensor(evaluate(of, known), before[0]) for of in self.weight_gradients]
+        return gradients[: len(self.gates)], of_a, states, of_weights
 
 
-def cell(gates: str, states: str = "h") -> Callable[[Callable[..., Any]], Cell]:
-    """Declare a cell: the names of its gates and of its states, in their order; the first state is the output h."""
-    return lambda function: Cell(function, gates, states)
+def cell(gates: str, states: str = "h", weights: str = "") -> Callable[[Callable[..., Any]], Cell]:
+    """Declare a cell: the names of its gates, of its states, and of the weights beside W_ih and W_hh that are a vector
+    of a number a unit, in their order; the first state is the output h. A cell with such weights takes them last."""
+    return lambda function: Cell(function, gates, states, weights)
 
 
 def reachable(values: Iterable[Any], known: Container[Value] = ()) -> list[Value]:
@@ -480,11 +498,12 @@ CELLS: dict[str, Cell] = {declared.mode: declared for declared in (rnn_tanh, rnn
 
 
 # Of each cell, by torch's name of it: how many columns of H its gates have, what a forward keeps for the backward, and
-# what a backward makes; whether there is a cell state; which states are read by its gradients; the ranges of Cell;
-# and the gate whose x and a are read apart, or -1.
+# what a backward makes, at the gates and of the units' weights; whether there is a cell state; which states are read by
+# its gradients; the ranges of Cell; and the gate whose x and a are read apart, or -1.
 GATES = {mode: len(declared.gates) for mode, declared in CELLS.items()}
 SAVED_GATES = {mode: len(declared.saved) for mode, declared in CELLS.items()}
 GRADIENTS = {mode: len(declared.gradients) for mode, declared in CELLS.items()}
+UNIT_WEIGHTS = {mode: len(declared.weights) for mode, declared in CELLS.items()}
 HAS_CELL_STATE = {mode: "c" in declared.states for mode, declared in CELLS.items()}
 READS = {mode: tuple(n for n in ("h", "old_h") if declared.reads(n)) for mode, declared in CELLS.items()}
 RANGES_OF_A = {mode: declared.ranges_of_a() for mode, declared in CELLS.items()}

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from . import records
 from .cells import CELLS, Cell, Value, reachable, unlike
 
 _INFIX = {"add": "+", "subtract": "-", "multiply": "*", "divide": "/", "less": "<", "less_equal": "<="}
@@ -121,11 +122,16 @@ def _forward(cell: Cell, printer: Printer) -> list[Statement]:
 
 def _backward(cell: Cell, printer: type[Printer]) -> tuple[Printer, list[Statement]]:
     """The gradients at the gates and what else needs a name, in an order in which they can be computed."""
-    known = [*cell.inputs["s"], *cell.after, *cell.saved, *cell.incoming]
+    known = {v: v.name for v in [*cell.inputs["s"], *cell.after, *cell.saved, *cell.incoming]} | _unit_weights(cell)
     hints = {gradient: f"d{value.name}" for value, gradient in cell.adjoints.items() if value.name}
-    made = printer({value: value.name for value in known}, hints)
+    made = printer(known, hints)
     made.incoming = {value.name for value in cell.incoming}
-    return made, made.statements([g.value for g in cell.gradients], [v for v in cell.before if v is not None])
+    returned = [v for v in [*cell.weight_gradients, *cell.before] if isinstance(v, Value)]
+    return made, made.statements([g.value for g in cell.gradients], returned)
+
+
+def _unit_weights(cell: Cell) -> dict[Value, str]:
+    return {value: f"w[{k}]" for k, value in enumerate(cell.inputs["w"])}
 
 
 # C++
@@ -148,6 +154,7 @@ def _cpp_cell(cell: Cell) -> str:
     _check(cell)
     of_a = [cell.hidden(gate) for gate in range(len(cell.gates))]
     sizes = {"kGates": len(cell.gates), "kSaved": len(cell.saved), "kGrads": len(cell.gradients)}
+    sizes |= {"kUnitWeights": len(cell.weights), "kColumns": len(cell.gradients) + len(cell.weights)}
     has = {"kHasCell": "c" in cell.states, "kHasDirect": cell.before[0] is not None, "kProjects": cell.projects}
     reads = {"kReadsH": cell.inputs["s"][0] in reachable(cell.after)}  # by the forward; the others by the backward
     reads |= {"kNeedsH": cell.reads("h"), "kNeedsOldH": cell.reads("old_h")}
@@ -185,10 +192,11 @@ def _cpp_forward(cell: Cell) -> list[str]:
     slots, lines = {value: f"s[{j}] = " for j, value in enumerate(cell.saved)}, []
     given = {value: value.name for value in slots if value.op == ""}
     lines += [f"F {name} = {slots[value]}{of_gates[value]};" for value, name in given.items()]
-    printer = Cpp({**of_gates, **dict(zip(cell.inputs["s"], cell.states)), **given})
+    printer = Cpp({**of_gates, **_unit_weights(cell), **dict(zip(cell.inputs["s"], cell.states)), **given})
     for s in _forward(cell, printer):
         lines.append(f"{'' if s.value in cell.after else 'F '}{s.name} = {slots.get(s.value, '')}{s.text};")
-    return _cpp_function("void", "forward", {"x": "const F*", "a": "const F*", "h": "F&", "c": "F&", "s": "F*"}, lines)
+    parameters = {"x": "const F*", "a": "const F*", "w": "const F*", "h": "F&", "c": "F&", "s": "F*"}
+    return _cpp_function("void", "forward", parameters, lines)
 
 
 def _cpp_backward(cell: Cell) -> list[str]:
@@ -201,12 +209,14 @@ def _cpp_backward(cell: Cell) -> list[str]:
         lines.append(f"{f'{name} = ' if s.is_read or not slot else ''}{slot}{s.text};")
     computed = [s.value for s in statements]
     lines += [f"d[{k}] = {printer.text(v)};" for k, v in enumerate(gradients) if v not in computed]
+    lines += [f"d[{k}] = {printer.text(v)};" for k, v in enumerate(cell.weight_gradients, len(gradients))]
     direct, *others = ("F(0)" if value is None else printer.text(value) for value in cell.before)
     if others and direct != "F(0)":  # it may be made of what the next lines overwrite
         lines.append(f"F direct = {direct};")
         direct = "direct"
     lines += [f"d{state} = {text};" for state, text in zip(cell.states[1:], others)]
-    parameters = {"s": "const F*", "h": "F", "old_h": "F", "c": "F", "old_c": "F", "dh": "F", "dc": "F&", "d": "F*"}
+    parameters = {"s": "const F*", "w": "const F*"} | dict.fromkeys(("h", "old_h", "c", "old_c", "dh"), "F")
+    parameters |= {"dc": "F&", "d": "F*"}
     return _cpp_function("F", "backward", parameters, [*lines, f"return {direct};"])
 
 
@@ -217,7 +227,8 @@ CPP = r"""
 // sigmoid(F), tanh(F), relu(F) and zero_where_not_positive(F h, F dh) beside F. Names:
 //   x[g]  gate g of W_ih x + b_ih            a[g]  gate g of W_hh h + b_hh
 //   s[j]  what the backward needs of a step  d[j]  gradient at the gates: d[0..kGates) are those of x[g], and
-//                                                  d[hidden(g)] is that of a[g]
+//   w[k]  a weight of the unit's own                d[hidden(g)] is that of a[g]; then what is to be added up over
+//                                                  rows and steps to the gradient of w[k], d[kGrads + k]
 // h and c are the states: before the step on entry, after it on return. dh is the gradient of the new h; dc that of the
 // new c on entry, of the old c on return; the old h gets W_hh^T d[hidden(g)] plus what backward() returns. Where h may
 // be projected output() makes it again, for the projection's gradient.
@@ -241,11 +252,12 @@ enum CellKind { RNNFAST_CELLS(RNNFAST_KIND) kCellKinds };
 
 struct CellFacts {
   const char* mode;  // torch's name
-  int gates, saved, grads;
+  int gates, saved, grads, unit_weights;
   bool has_cell, projects;
 };
 
-#define RNNFAST_FACTS(Cell) {Cell::kMode, Cell::kGates, Cell::kSaved, Cell::kGrads, Cell::kHasCell, Cell::kProjects},
+#define RNNFAST_FACTS(Cell) \
+  {Cell::kMode, Cell::kGates, Cell::kSaved, Cell::kGrads, Cell::kUnitWeights, Cell::kHasCell, Cell::kProjects},
 constexpr CellFacts kCells[] = {RNNFAST_CELLS(RNNFAST_FACTS)};  // by kind
 #undef RNNFAST_FACTS
 
@@ -269,9 +281,11 @@ TRITON = '''\
 Tiles are [units, rows] of the accumulation dtype. Of a step:
     sums   W_ih x + b_ih + W_hh h + b_hh by gate; where a cell reads the two apart that of x, and last that of h
     s      what the backward needs
+    w      weights of the units' own, [units, 1]
     d      gradients at the sums
-Forward: the sums, h and c before the step -> h, c after it, s.
-Backward: dh and dc of the state after the step -> d, what of dh goes straight to the h before it, dc before it.
+Forward: the sums, w, h and c before the step -> h, c after it, s.
+Backward: dh and dc of the state after the step -> d, what is to be added up over rows and steps to the gradients of w,
+what of dh goes straight to the h before it, dc before it.
 """
 
 import triton
@@ -281,12 +295,12 @@ from .maths import relu, sigmoid, tanh, where_positive
 
 
 @triton.jit
-def forward(MODE: tl.constexpr, sums, h, c):
+def forward(MODE: tl.constexpr, sums, w, h, c):
 %(forward)s
 
 
 @triton.jit
-def backward(MODE: tl.constexpr, s, h, old_h, c, old_c, dh, dc):
+def backward(MODE: tl.constexpr, s, w, h, old_h, c, old_c, dh, dc):
 %(backward)s
 %(cells)s'''
 
@@ -294,8 +308,8 @@ def backward(MODE: tl.constexpr, s, h, old_h, c, old_c, dh, dc):
 def triton() -> str:
     """``rnnfast/triton/cells.py``."""
     return TRITON % {
-        "forward": _triton_choice("forward(sums, h, c)"),
-        "backward": _triton_choice("backward(s, h, old_h, c, old_c, dh, dc)"),
+        "forward": _triton_choice("forward(sums, w, h, c)"),
+        "backward": _triton_choice("backward(s, w, h, old_h, c, old_c, dh, dc)"),
         "cells": "".join(map(_triton_cell, CELLS.values())),
     }
 
@@ -309,7 +323,7 @@ def _triton_choice(call: str) -> str:
 
 
 def _triton_cell(cell: Cell) -> str:
-    known = dict(zip(cell.inputs["s"], cell.states))
+    known = dict(zip(cell.inputs["s"], cell.states)) | _unit_weights(cell)
     for k, (total, x, a) in enumerate(zip(cell.sums, cell.inputs["x"], cell.inputs["a"])):
         known |= {total: f"sums[{k}]"} if total is not None else {x: f"sums[{k}]", a: f"sums[{cell.hidden(k)}]"}
     given = {value: value.name for value in cell.saved if value.op == ""}
@@ -324,12 +338,13 @@ def _triton_cell(cell: Cell) -> str:
     gradients = _triton_tuple([printer.text(g.value) for g in cell.gradients])
     before = [None if value is None else printer.text(value) for value in cell.before]
     dc = (before[1] or "tl.zeros_like(dc)") if "c" in cell.states else "dc"
-    backward.append(f"return {gradients}, {before[0] or 'tl.zeros_like(dh)'}, {dc}")
+    of_weights = _triton_tuple([printer.text(value) for value in cell.weight_gradients])
+    backward.append(f"return {gradients}, {of_weights}, {before[0] or 'tl.zeros_like(dh)'}, {dc}")
     return "".join(
         f"\n\n@triton.jit\ndef {cell.name}_{name}:\n" + "".join(f"    {line}\n" for line in lines)
         for name, lines in (
-            ("forward(sums, h, c)", forward),
-            ("backward(s, h, old_h, c, old_c, dh, dc)", backward),
+            ("forward(sums, w, h, c)", forward),
+            ("backward(s, w, h, old_h, c, old_c, dh, dc)", backward),
         )
     )
 
@@ -338,8 +353,36 @@ def _triton_tuple(texts: list[str]) -> str:
     return f"({', '.join(texts)}{',' if len(texts) == 1 else ''})"
 
 
+# Schemas
+
+
+SCHEMAS = """
+// The schemas of a layer's operators, printed by rnnfast/codegen.py from the records of rnnfast/records.py.
+#pragma once
+
+namespace rnnfast {
+
+constexpr const char* kForwardSchema =
+%s;
+
+constexpr const char* kBackwardSchema =
+%s;
+
+}  // namespace rnnfast
+"""
+
+
+def schemas() -> str:
+    """``csrc/schemas.h``."""
+    return SCHEMAS.lstrip() % tuple(map(_cpp_text, (records.FORWARD, records.BACKWARD)))
+
+
+def _cpp_text(text: str) -> str:
+    return "\n".join(f'    "{line}"' for line in re.findall(r".{1,100}(?: |$)", text))
+
+
 ROOT = Path(__file__).parents[1]
-FILES = {"csrc/cells.h": cpp, "rnnfast/triton/cells.py": triton}
+FILES = {"csrc/cells.h": cpp, "csrc/schemas.h": schemas, "rnnfast/triton/cells.py": triton}
 
 
 def main() -> None:

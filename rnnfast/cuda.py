@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from . import gpu
-from .cells import HAS_CELL_STATE
+from .records import BackwardSteps, ForwardSteps, StepWeights, Switches
 
 
 def reason(
@@ -29,46 +30,23 @@ _states_before = torch.ops.rnnfast.cuda_states_before.default
 class Layer(gpu.Layer):
     gates_replace_x = True  # each element is read before it is written, by the same thread
 
+    def run(self, operator: Callable[..., None], of: ForwardSteps | BackwardSteps) -> None:
+        weights = StepWeights(*(self.of_directions(name) for name in StepWeights._fields))
+        switches = Switches(self.form.T, self.allows_tf32, self.stream)
+        operator(self.mode, *weights, *of, *self.form.tables, *switches)
+
     def of_directions(self, name: str) -> list[Tensor]:
         """A weight of all directions; an absent one: none."""
         return [w for of_one in self.directions if (w := getattr(of_one, name)) is not None]
 
-    def forward_steps(
-        self, x_gates: Tensor, h: Tensor, c: Tensor | None, y: Tensor, cs: Tensor | None, gates: Tensor | None
-    ) -> None:
-        w_hh, b_hh, w_hr = self.of_directions("w_hh"), self.of_directions("b_hh"), self.of_directions("w_hr")
-        T, _, R, *tables = self.form
-        y, cs = y.view(R, -1), None if cs is None else cs.view(R, -1)
-        _forward_steps(
-            self.mode, x_gates, w_hh, b_hh, w_hr, h, c, y, cs, gates, *tables, T, self.allows_tf32, self.stream
-        )
+    def forward_steps(self, of: ForwardSteps) -> None:
+        self.run(_forward_steps, of)
 
-    def backward_steps(
-        self,
-        dy: Tensor | None,
-        dcs: Tensor | None,
-        gates: Tensor,
-        y: Tensor,
-        cs: Tensor,
-        h0: Tensor | None,
-        c0: Tensor | None,
-        dh: Tensor,
-        dc: Tensor | None,
-        dgates: Tensor,
-        dprojections: Tensor | None,
-    ) -> None:
-        w_hh, w_hr = self.of_directions("w_hh"), self.of_directions("w_hr")
-        T, _, R, *tables = self.form
-        dy, dcs = None if dy is None else dy.view(R, -1), None if dcs is None else dcs.view(R, -1)
-        y, cs = y.view(R, -1), cs.view(R, -1) if HAS_CELL_STATE[self.mode] else cs
-        _backward_steps(
-            self.mode, dy, dcs, gates, y, cs, h0, c0, w_hh, w_hr, dh, dc, dgates, dprojections, *tables, T,
-            self.allows_tf32, self.stream,
-        )  # fmt: skip
+    def backward_steps(self, of: BackwardSteps) -> None:
+        self.run(_backward_steps, of)
 
     def states_before(self, y: Tensor, h0: Tensor | None, out: Tensor) -> None:
-        T, _, R, *tables = self.form
-        _states_before(y.view(R, -1), h0, out, *tables, T, self.stream)
+        _states_before(y, h0, out, *self.form.tables, self.form.T, self.stream)
 
 
 forward, backward = functools.partial(gpu.forward, Layer), functools.partial(gpu.backward, Layer)

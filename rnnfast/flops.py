@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.abc
 import importlib.machinery
 import sys
-from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -19,6 +18,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from .backends import WITH_OPERATORS
+from .ops import of_records
+from .records import Inputs, OutputGradients, Saved
 
 
 def _is_unknown(lengths: Tensor | None) -> bool:
@@ -31,29 +32,24 @@ def _rows(x: Tensor, lengths: Tensor | None) -> int:
     return x.shape[:-1].numel() if _is_unknown(lengths) else int(lengths.sum())
 
 
-def _products(x: Tensor, weights: Sequence[Tensor], bidirectional: bool) -> tuple[int, int, int]:
+def _products(inputs: Inputs) -> tuple[int, int, int]:
     """Operations of one row in one direction: of W_ih, of W_hh, of W_hr."""
-    w_ih, w_hh = weights[:2]
-    projected = len(weights) // (1 + bidirectional) % 2 == 1
-    return 2 * w_ih.numel(), 2 * w_hh.numel(), 2 * weights[-1].numel() * projected
+    w = inputs.directions()[0]
+    return 2 * w.w_ih.numel(), 2 * w.w_hh.numel(), 0 if w.w_hr is None else 2 * w.w_hr.numel()
 
 
-def _forward_flops(
-    mode: str, x: Tensor, h0: Any, c0: Any, weights: Sequence[Tensor], batch_sizes: Tensor | None,
-    lengths: Tensor | None, resets: Any, bidirectional: bool, *args: Any, **kwargs: Any,
-) -> int:  # fmt: skip
-    return _rows(x, lengths) * (1 + bidirectional) * sum(_products(x, weights, bidirectional))
+def _forward_flops(inputs: Inputs, *args: Any, **kwargs: Any) -> int:
+    return _rows(inputs.x, inputs.lengths) * (1 + inputs.bidirectional) * sum(_products(inputs))
 
 
 def _backward_flops(
-    mode: str, dy: Any, dh_n: Any, dc_n: Any, dc: Any, x: Tensor, h0: Tensor | None, c0: Any,
-    weights: Sequence[Tensor], batch_sizes: Tensor | None, lengths: Tensor | None, resets: Any, bidirectional: bool,
-    y: Any, c: Any, gates: Any, need_dx: bool, need_dw: bool, **kwargs: Any,
-) -> int:  # fmt: skip
+    inputs: Inputs, grads: OutputGradients, saved: Saved, need_dx: bool, need_dw: bool, **kwargs: Any
+) -> int:
+    x, lengths, batch_sizes, bidirectional = inputs.x, inputs.lengths, inputs.batch_sizes, inputs.bidirectional
     R, D = _rows(x, lengths), 1 + bidirectional
-    of_x, of_h, of_m = _products(x, weights, bidirectional)
+    of_x, of_h, of_m = _products(inputs)
     flops = D * R * (of_x * (need_dx + need_dw) + of_h * (1 + need_dw) + of_m * (1 + need_dw))
-    if h0 is None:  # no gradient goes beyond the first step
+    if inputs.h0 is None:  # no gradient goes beyond the first step
         if batch_sizes is None:
             first = D * (x.size(1) if _is_unknown(lengths) else int((lengths > 0).sum()))
         else:
@@ -65,7 +61,8 @@ def _backward_flops(
 def _register() -> None:
     from torch.utils.flop_counter import register_flop_formula
 
-    for direction, formula in (("forward", _forward_flops), ("layer", _forward_flops), ("backward", _backward_flops)):
+    forward, backward = of_records(_forward_flops), of_records(_backward_flops, OutputGradients, Saved)
+    for direction, formula in (("forward", forward), ("layer", forward), ("backward", backward)):
         operators = [getattr(torch.ops.rnnfast, f"{backend}_{direction}") for backend in WITH_OPERATORS]
         register_flop_formula(operators, get_raw=True)(formula)
 

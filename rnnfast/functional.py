@@ -16,6 +16,7 @@ from . import aten, recurrence
 from .backends import choose_backend, circumstances, is_recorded
 from .border import DTYPE_NAMES
 from .cells import GATES, HAS_CELL_STATE
+from .records import Inputs, names_of
 from .reference import check_mode
 
 
@@ -68,6 +69,7 @@ def rnn(
     per_layer, beyond = divmod(len(weights), num_layers)
     if beyond:
         raise RuntimeError(f"rnnfast: got {len(weights)} weights for {num_layers} layers")
+    names = names_of(mode, per_layer // directions)
     if hx is not None and not (batch_sizes is not None and torch.compiler.is_compiling()):
         batch = input.size(1) if batch_sizes is None else int(batch_sizes[0])
         _check_states(h0, c0, num_layers * directions, batch, weights[1], weights[1].size(0) // GATES[mode])
@@ -77,7 +79,7 @@ def rnn(
 
     extended = resets is not None or return_states
     backend, _ = choose_backend(circumstances(), mode, input.device, input.dtype, extended=extended)
-    if backend == "torch" and per_layer // directions % 2 and torch.onnx.is_in_onnx_export():
+    if backend == "torch" and "w_hr" in names and torch.onnx.is_in_onnx_export():
         backend = "reference"  # ONNX has no operator with a projection, and torch's translation of it does not run
     by_torch = None
     if backend == "torch":
@@ -101,17 +103,9 @@ def rnn(
             y, h_n, c_n = by_torch(*of_layer)
             c = None
         else:
-            y, h_n, c_n, c = recurrence.layer(
-                backend,
-                mode,
-                *of_layer,
-                batch_sizes=batch_sizes,
-                lengths=lengths,
-                resets=resets,
-                bidirectional=bidirectional,
-                keep_c=return_states,
-                recompute=recompute,
-            )
+            *operands, of_weights = of_layer
+            inputs = Inputs(mode, *operands, batch_sizes, lengths, resets, bidirectional, names, of_weights)
+            y, h_n, c_n, c = recurrence.layer(backend, inputs, keep_c=return_states, recompute=recompute)
         h_ns.append(h_n)
         c_ns.append(c_n)
         hs.append(y)
@@ -153,7 +147,8 @@ def cell(mode: str, input: Tensor, hx: Sequence[Tensor] | None, weights: Sequenc
         return aten.cell(mode, input, h0, c0, weights)
     if h0 is not None:
         h0, c0 = h0.unsqueeze(0), c0 if c0 is None else c0.unsqueeze(0)
-    _, h_n, c_n, _ = recurrence.layer(backend, mode, input.unsqueeze(0), h0, c0, weights)
+    form = None, None, None, False, names_of(mode, len(weights))
+    _, h_n, c_n, _ = recurrence.layer(backend, Inputs(mode, input.unsqueeze(0), h0, c0, *form, weights))
     return h_n.squeeze(0), c_n.squeeze(0) if HAS_CELL_STATE[mode] else c_n
 
 

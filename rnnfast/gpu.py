@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -16,8 +16,18 @@ from torch import Tensor
 
 from . import border
 from .backends import DTYPES, find_cuda
-from .cells import CELLS, GATES, GRADIENTS, HAS_CELL_STATE, RANGES_OF_A, SAVED_GATES
-from .reference import split_weights
+from .cells import CELLS, GATES, GRADIENTS, HAS_CELL_STATE, RANGES_OF_A, SAVED_GATES, UNIT_WEIGHTS
+from .records import (
+    BackwardSteps,
+    ForwardSteps,
+    InputGradients,
+    Inputs,
+    OutputGradients,
+    Outputs,
+    Saved,
+    Tables,
+    Weights,
+)
 
 
 class Form(NamedTuple):
@@ -26,18 +36,17 @@ class Form(NamedTuple):
     T: int
     N: int
     R: int
-    offsets: Tensor | None  # [T]: where step t begins in packed rows
-    lengths: Tensor | None  # [N]
-    resets: Tensor | None  # [T, N], of bytes
+    tables: Tables
 
 
-def _form(x: Tensor, batch_sizes: Tensor | None, lengths: Tensor | None, resets: Tensor | None) -> Form:
+def _form(inputs: Inputs) -> Form:
+    x, batch_sizes, lengths, resets = inputs.x, inputs.batch_sizes, inputs.lengths, inputs.resets
     if batch_sizes is None:
         T, N, _ = x.shape
         resets = None if resets is None else resets.contiguous().view(torch.uint8)
-        return Form(T, N, T * N, None, None if lengths is None else lengths.contiguous(), resets)
+        return Form(T, N, T * N, Tables(None, None if lengths is None else lengths.contiguous(), resets))
     T, tables = len(batch_sizes), _tables(batch_sizes, x.device)
-    return Form(T, len(tables) - T, len(x), tables[:T], tables[T:], None)
+    return Form(T, len(tables) - T, len(x), Tables(tables[:T], tables[T:], None))
 
 
 # The last tables of each device and stream, and the batch sizes that they are of: the layers of a call, and their
@@ -88,25 +97,17 @@ class Layer(abc.ABC):
     D directions, G gates, H units, P outputs (H, but for a projection); the form has T, N and R.
     """
 
-    def __init__(
-        self,
-        mode: str,
-        x: Tensor,
-        weights: Sequence[Tensor],
-        batch_sizes: Tensor | None,
-        lengths: Tensor | None,
-        resets: Tensor | None,
-        bidirectional: bool,
-    ) -> None:
-        self.mode, self.x, self.form = mode, x, _form(x, batch_sizes, lengths, resets)
-        self.directions = split_weights([w.contiguous() for w in weights], bidirectional)
+    def __init__(self, inputs: Inputs) -> None:
+        mode, x = inputs.mode, inputs.x
+        self.mode, self.x, self.form = mode, x, _form(inputs)
+        self.directions = inputs._replace(weights=[w.contiguous() for w in inputs.weights]).directions()
         w = self.directions[0]
         self.D, self.G, self.H, self.P = len(self.directions), GATES[mode], len(w.w_hh) // GATES[mode], w.w_hh.shape[1]
         self.projected = w.w_hr is not None
         self.acc = torch.promote_types(x.dtype, torch.float32)
         self.allows_tf32, self.stream, self.by_library = allows_tf32(), stream_of(x.device), _multiplies(x)
         # A tensor over the rows of the sequence is zero in those that the kernels leave out.
-        self.new_rows = x.new_empty if lengths is None else x.new_zeros
+        self.new_rows = x.new_empty if inputs.lengths is None else x.new_zeros
 
     @property
     @abc.abstractmethod
@@ -114,32 +115,11 @@ class Layer(abc.ABC):
         """Whether gates may take the place of what they are computed from."""
 
     @abc.abstractmethod
-    def forward_steps(
-        self,
-        x_gates: Tensor,  # [D, R, G*H]: W_ih x + b_ih
-        h: Tensor,  # [D, N, P]: before all steps on entry, after them on return
-        c: Tensor | None,  # [D, N, H], likewise
-        y: Tensor,  # [R, D*P]
-        cs: Tensor | None,  # [R, D*H]: c after every step
-        gates: Tensor | None,  # [D, R, S*H]: what the backward needs; may be x_gates
-    ) -> None:
+    def forward_steps(self, of: ForwardSteps) -> None:
         """All steps of all directions."""
 
     @abc.abstractmethod
-    def backward_steps(
-        self,
-        dy: Tensor | None,
-        dcs: Tensor | None,
-        gates: Tensor,
-        y: Tensor,
-        cs: Tensor,
-        h0: Tensor | None,
-        c0: Tensor | None,
-        dh: Tensor,  # [D, N, P]: of the final state on entry, of the initial one on return
-        dc: Tensor | None,  # [D, N, H], likewise
-        dgates: Tensor,  # [D, R, K*H]: at W_ih x; a GRU's last part is that of the candidate at W_hh h
-        dprojections: Tensor | None,  # [D, R, P]: at W_hr m
-    ) -> None:
+    def backward_steps(self, of: BackwardSteps) -> None:
         """All steps of all directions, from the last to the first."""
 
     @abc.abstractmethod
@@ -184,131 +164,102 @@ def _switched(device: torch.device) -> Iterator[None]:
         yield
 
 
-def forward(
-    backend: type[Layer],
-    mode: str,
-    x: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    weights: Sequence[Tensor],
-    batch_sizes: Tensor | None,
-    lengths: Tensor | None,
-    resets: Tensor | None,
-    bidirectional: bool,
-    keep_c: bool,
-    keep_gates: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    border.check_layer(mode, x, h0, c0, weights, batch_sizes, lengths, resets, bidirectional, DTYPES)
+def forward(backend: type[Layer], inputs: Inputs, keep_c: bool, keep_gates: bool) -> Outputs:
+    border.check_layer(inputs, DTYPES)
+    mode, x = inputs.mode, inputs.x
     with _on(x.device):
-        k = backend(mode, x, weights, batch_sizes, lengths, resets, bidirectional)
-        has_cell, R, S, rows = HAS_CELL_STATE[mode], k.form.R, SAVED_GATES[mode], x.shape[:-1]
-        y = k.new_rows(*rows, k.D * k.P)
-        h, c = k.state(h0, k.P, x.dtype), k.state(c0, k.H, k.acc) if has_cell else None
-        cs = k.new_rows(*rows, k.D * k.H, dtype=k.acc) if has_cell and keep_c else None
-        gates = k.new_rows(k.D, R, S * k.H) if S and keep_gates else None
+        k = backend(inputs)
+        has_cell, D, R, S = HAS_CELL_STATE[mode], k.D, k.form.R, SAVED_GATES[mode]
+        y = k.new_rows(R, D * k.P)
+        h, c = k.state(inputs.h0, k.P, x.dtype), k.state(inputs.c0, k.H, k.acc) if has_cell else None
+        cs = k.new_rows(R, D * k.H, dtype=k.acc) if has_cell and keep_c else None
+        gates = k.new_rows(D, R, S * k.H) if S and keep_gates else None
         if R:
             in_place = gates is not None and S == k.G and not k.projected and k.gates_replace_x
-            x_gates = gates if in_place else x.new_empty(k.D, R, k.G * k.H)
+            x_gates = gates if in_place else x.new_empty(D, R, k.G * k.H)
             x_rows = x.reshape(R, x.shape[-1])
             for w, out in zip(k.directions, x_gates.unbind()):
                 k.multiply(x_rows, w.w_ih.t(), out, add=w.b_ih)
-            k.forward_steps(x_gates, h, c, y, cs, gates)
-        if c is None:
-            c = x.new_empty(0)
-        elif k.acc != x.dtype:
-            c = c.to(x.dtype)
-        return y, h, c, x.new_empty(0, dtype=k.acc) if cs is None else cs, x.new_empty(0) if gates is None else gates
+            k.forward_steps(ForwardSteps(x_gates, h, c, y, cs, gates))
+        rows, absent = x.shape[:-1], x.new_empty(0)
+        return Outputs(
+            y.view(*rows, D * k.P),
+            h,
+            absent if c is None else c.to(x.dtype),
+            x.new_empty(0, dtype=k.acc) if cs is None else cs.view(*rows, D * k.H),
+            x.new_empty(0) if gates is None else gates,
+        )
 
 
 def backward(
-    backend: type[Layer],
-    mode: str,
-    dy: Tensor | None,
-    dh_n: Tensor | None,
-    dc_n: Tensor | None,
-    dc: Tensor | None,
-    x: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    weights: Sequence[Tensor],
-    batch_sizes: Tensor | None,
-    lengths: Tensor | None,
-    resets: Tensor | None,
-    bidirectional: bool,
-    y: Tensor,
-    cs: Tensor,
-    gates: Tensor,
-    need_dx: bool,
-    need_dw: bool,
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    sizes = border.check_layer(mode, x, h0, c0, weights, batch_sizes, lengths, resets, bidirectional, DTYPES)
-    border.check_backward(sizes, SAVED_GATES[mode], dy, dh_n, dc_n, dc, y, cs, gates)
+    backend: type[Layer], inputs: Inputs, grads: OutputGradients, saved: Saved, need_dx: bool, need_dw: bool
+) -> InputGradients:
+    sizes = border.check_layer(inputs, DTYPES)
+    border.check_backward(sizes, SAVED_GATES[inputs.mode], grads, saved)
+    x = inputs.x
     with _on(x.device):
-        k = backend(mode, x, weights, batch_sizes, lengths, resets, bidirectional)
-        has_cell = HAS_CELL_STATE[mode]
-        dcs = dc if has_cell else None  # of an absent c it has shape [0]
-        dy, dcs, h0, c0, y, cs, gates = [None if t is None else t.contiguous() for t in (dy, dcs, h0, c0, y, cs, gates)]
+        k = backend(inputs)
+        has_cell, R = HAS_CELL_STATE[k.mode], k.form.R
+        rows = lambda t, width: None if t is None else t.reshape(R, k.D * width).contiguous()
+        dy, y, cs = rows(grads.dy, k.P), rows(saved.y, k.P), rows(saved.c, k.H) if has_cell else saved.c
+        dcs = rows(grads.dc, k.H) if has_cell else None  # of an absent c it has shape [0]
+        h0, c0, gates = (None if t is None else t.contiguous() for t in (inputs.h0, inputs.c0, saved.gates))
+        dh_n, dc_n = grads.dh_n, grads.dc_n
         if has_cell and not k.projected and all(t is None for t in (h0, c0, dh_n, dc_n)):
             dh, dc = x.new_zeros((2, k.D, k.form.N, k.H), dtype=k.acc).unbind()  # one launch: neither is returned
         else:
             dh, dc = k.state(dh_n, k.P, k.acc), k.state(dc_n, k.H, k.acc) if has_cell else None
-        dgates = k.new_rows(k.D, k.form.R, GRADIENTS[mode] * k.H)
-        dprojections = k.new_rows(k.D, k.form.R, k.P) if k.projected else None
-        if k.form.R:
-            k.backward_steps(dy, dcs, gates, y, cs, h0, c0, dh, dc, dgates, dprojections)
-        dx, dweights = _products(k, y, cs, gates, h0, dgates, dprojections, need_dx, need_dw)
-        dh0 = x.new_empty(0) if h0 is None else dh.to(x.dtype)
-        dc0 = x.new_empty(0) if c0 is None else dc.to(x.dtype)
-        return dx, dh0, dc0, dweights
+        dgates = k.new_rows(k.D, R, (GRADIENTS[k.mode] + UNIT_WEIGHTS[k.mode]) * k.H)
+        dprojections = k.new_rows(k.D, R, k.P) if k.projected else None
+        of = BackwardSteps(dy, dcs, gates, y, cs, h0, c0, dh, dc, dgates, dprojections)
+        if R:
+            k.backward_steps(of)
+        return InputGradients(
+            _input_gradient(k, dgates) if need_dx else x.new_empty(0),
+            x.new_empty(0) if h0 is None else dh.to(x.dtype),
+            x.new_empty(0) if c0 is None else dc.to(x.dtype),
+            _weight_gradients(k, of) if need_dw else [],
+        )
 
 
 def _part(rows: Tensor, first: int, count: int) -> Tensor:
     return rows if count == len(rows) else rows[first : first + count]
 
 
-def _products(
-    k: Layer,
-    y: Tensor,
-    cs: Tensor,
-    gates: Tensor,
-    h0: Tensor | None,
-    dgates: Tensor,
-    dprojections: Tensor | None,
-    need_dx: bool,
-    need_dw: bool,
-) -> tuple[Tensor, list[Tensor]]:
-    """What the gate gradients make of x and the weights: products over the whole sequence."""
-    x, H, R, dgates_of = k.x.reshape(k.form.R, k.x.shape[-1]), k.H, k.form.R, [one.t() for one in dgates.unbind()]
-    at_x, ranges = [_part(one, 0, k.G * H) for one in dgates_of], RANGES_OF_A[k.mode]
-    dx = x.new_empty(0)
-    if need_dx:
-        dx = x.new_empty(x.shape)  # contiguous, whatever x is
-        for d, w in enumerate(k.directions):
-            k.multiply(at_x[d].t(), w.w_ih, dx, add=dx if d else None)
-        dx = dx.view(k.x.shape)
-    dweights: list[Tensor] = []
-    if not need_dw:
-        return dx, dweights
+# What the gate gradients make of x and the weights: products over the whole sequence.
+
+
+def _input_gradient(k: Layer, dgates: Tensor) -> Tensor:
+    dx = k.x.new_empty(k.form.R, k.x.shape[-1])
+    for d, w in enumerate(k.directions):
+        k.multiply(_part(dgates[d].t(), 0, k.G * k.H).t(), w.w_ih, dx, add=dx if d else None)
+    return dx.view(k.x.shape)
+
+
+def _weight_gradients(k: Layer, of: BackwardSteps) -> list[Tensor]:
+    x, H, R = k.x.reshape(k.form.R, k.x.shape[-1]), k.H, k.form.R
     h_before = x.new_empty(k.D, R, k.P)
     if R:
-        k.states_before(y, h0, h_before)
+        k.states_before(of.y, of.h0, h_before)
+    found: list[Tensor] = []
     for d, w in enumerate(k.directions):
-        dw_ih, dw_hh, at_h, before = torch.empty_like(w.w_ih), torch.empty_like(w.w_hh), dgates_of[d], h_before[d]
-        k.multiply(at_x[d], x, dw_ih)
+        dw_ih, dw_hh, at_h, before = torch.empty_like(w.w_ih), torch.empty_like(w.w_hh), of.dgates[d].t(), h_before[d]
+        k.multiply(_part(at_h, 0, k.G * H), x, dw_ih)
+        ranges = RANGES_OF_A[k.mode]
         for gate, at, count in ranges:  # the gradients at W_hh h, of which a candidate's differs from that at W_ih x
             k.multiply(_part(at_h, at * H, count * H), before, _part(dw_hh, gate * H, count * H))
-        dweights += [dw_ih, dw_hh]
-        if w.b_ih is not None:
+        grads = Weights(dw_ih, dw_hh)
+        if w.b_ih is not None or w.w_units is not None:
             sums = at_h.sum(1)
-            dweights += [
-                _part(sums, 0, k.G * H),
-                torch.cat([_part(sums, at * H, count * H) for _, at, count in ranges]),
-            ]
-        if k.projected:
-            m = CELLS[k.mode].output(
-                gates[d].to(k.acc).view(R, SAVED_GATES[k.mode], H).unbind(1), [cs.view(R, k.D, H)[:, d]]
-            )
-            dw_hr = torch.empty_like(w.w_hr)
-            k.multiply(dprojections[d].t(), m.to(x.dtype), dw_hr)
-            dweights.append(dw_hr)
-    return dx, dweights
+        if w.w_units is not None:
+            grads = grads._replace(w_units=sums[GRADIENTS[k.mode] * H :])
+        if w.b_ih is not None:
+            of_a = torch.cat([_part(sums, at * H, count * H) for _, at, count in ranges])
+            grads = grads._replace(b_ih=_part(sums, 0, k.G * H), b_hh=of_a)
+        if w.w_hr is not None:
+            saved = of.gates[d].to(k.acc).view(R, SAVED_GATES[k.mode], H).unbind(1)
+            m = CELLS[k.mode].output(saved, [of.cs.view(R, k.D, H)[:, d]])
+            grads = grads._replace(w_hr=torch.empty_like(w.w_hr))
+            k.multiply(of.dprojections[d].t(), m.to(x.dtype), grads.w_hr)
+        found += [grad for grad in grads if grad is not None]
+    return found

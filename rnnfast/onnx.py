@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import reference
 from .cells import GATES
+from .records import Inputs, names_of
 
 # Where ONNX's gates stand in torch's order: i o f c, and z r h.
 _ORDER = {"RNN_TANH": (0,), "RNN_RELU": (0,), "LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2)}
@@ -32,7 +32,8 @@ def layer(
     """y ``[T, N, D*H]``, h_n and c_n ``[D, N, H]`` (shape ``[0]`` but for an LSTM) as a node of the recorded graph."""
     T, N, _ = x.shape
     D, H = 1 + bidirectional, weights[1].size(1)
-    directions = reference.split_weights(weights, bidirectional)
+    names = names_of(mode, len(weights) // D)
+    directions = Inputs(mode, x, h0, c0, None, lengths, None, bidirectional, names, weights).directions()
 
     def onnx_order(weight: Tensor) -> Tensor:
         gates = weight.chunk(GATES[mode])

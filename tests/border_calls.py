@@ -20,7 +20,7 @@ GATES = {"RNN_TANH": 1, "RNN_RELU": 1, "LSTM": 4, "GRU": 3}
 FUSED = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 DTYPES = {"reference": (*FUSED, torch.complex64), "cpu": FUSED, "triton": FUSED, "cuda": FUSED}
 LAYERS = [f"{name}_{way}" for name in DTYPES for way in ("forward", "backward")]
-OF_LAYER = ("mode", "x", "h0", "c0", "weights", "batch_sizes", "lengths", "resets", "bidirectional")
+OF_LAYER = ("mode", "x", "h0", "c0", "batch_sizes", "lengths", "resets", "bidirectional", "names", "weights")
 STEPS = ["cuda_forward_steps", "cuda_backward_steps", "cuda_states_before"]
 BORDERS = {
     "reference": ["reference_forward", "reference_backward", "checked_lengths"],
@@ -89,22 +89,20 @@ def valid_layer(rng: random.Random, operator: str) -> Arguments:
     if form in ("resets", "both"):
         resets = torch.rand(T, N) < 0.4
     has_bias = rng.random() < 0.7
-    weights = []
-    for _ in range(D):
-        weights += [make(G * H, I), make(G * H, P)]
-        weights += [make(G * H), make(G * H)] if has_bias else []
-        weights += [make(P, H)] if projected else []
+    names = "w_ih w_hh" + " b_ih b_hh" * has_bias + " w_hr" * projected
+    shapes = {"w_ih": (G * H, I), "w_hh": (G * H, P), "b_ih": (G * H,), "b_hh": (G * H,), "w_hr": (P, H)}
     is_lstm = mode == "LSTM"
     call = {
         "mode": mode,
         "x": make(*rows, I),
         "h0": maybe(rng, make(D, N, P)),
         "c0": maybe(rng, make(D, N, H)) if is_lstm else None,
-        "weights": weights,
         "batch_sizes": batch_sizes,
         "lengths": lengths,
         "resets": resets,
         "bidirectional": D == 2,
+        "names": names,
+        "weights": [make(*shapes[name]) for name in names.split() * D],
     }
     if way == "forward":
         return call | {"keep_c": rng.random() < 0.7, "keep_gates": rng.random() < 0.7}
@@ -142,6 +140,7 @@ def valid_steps(rng: random.Random, operator: str) -> Arguments:
         "w_hh": [new(G * H, P) for _ in range(D)],
         "b_hh": [new(G * H) for _ in range(D)] if rng.random() < 0.7 else [],
         "w_hr": [new(P, H) for _ in range(D)] if projected else [],
+        "w_units": [],
         "h": new(D, N, P),
         "c": of_cell(D, N, H),
         "y": new(R, D * P),
@@ -299,6 +298,8 @@ def value_changed(name: str, low: int, high: int) -> Callable[..., bool]:
 
 
 BIG = 2**62
+NAMES = tuple("w_ih w_hh" + biases + projection for biases in ("", " b_ih b_hh") for projection in ("", " w_hr"))
+NO_NAMES = ("", "w_ih", "w_ih w_hh b_ih", "w_hh w_ih", "w_ih  w_hh", " w_ih w_hh", "w_ih w_hh w_ih", "w_ih w_hh x")
 NO_MODES = ("TANH", "", "lstm", "LSTM ", "RNN", "\0")
 COUNTS = (-(2**63), -BIG, -(2**31), -1, 2**31 - 1, 2**31, 2**40, BIG, 2**63 - 1)
 
@@ -321,6 +322,10 @@ def changes_of(operator: str) -> dict[str, Callable[..., bool]]:
             found["mode unknown"] = put(name, *NO_MODES)
             found["mode of another cell"] = put(name, other_mode)
             found["mode no string"] = put(name, 3)
+        if name == "names":
+            found["names unknown"] = put(name, *NO_NAMES)
+            found["names of other weights"] = put(name, *NAMES)
+            found["names no string"] = put(name, 3, None)
         if kind == "List[Tensor]":
             found[f"{name} fewer"] = put(name, lambda rng, call, name=name: call[name][:-1] if call[name] else None)
             found[f"{name} none"] = put(name, lambda rng, call, name=name: [] if call[name] else None)
@@ -348,7 +353,7 @@ def changes_of(operator: str) -> dict[str, Callable[..., bool]]:
         found["batch_sizes that increase"] = put("batch_sizes", increasing)
         found["batch_sizes of more than all memory"] = put("batch_sizes", lambda rng, call: torch.tensor([BIG] * 4))
         found["x of 2^62 steps"] = put("x", lambda rng, call: call["x"].new_zeros(1, 1, 1).expand(BIG, 1, 1))
-        found["units without end"] = put("weights", endless)
+        found["units without end"] = endless
         found["directions that differ"] = put("weights", differing)
     if operator in STEPS and operator != "cuda_states_before":
         found["no projection of a projected state"] = put(
@@ -390,10 +395,13 @@ def increasing(rng: random.Random, call: Arguments) -> Tensor | None:
     return found.flip(0) if is_plain(found) and found.dim() == 1 else None
 
 
-def endless(rng: random.Random, call: Arguments) -> list[Tensor]:
+def endless(rng: random.Random, call: Arguments) -> bool:
     x = call["x"]
     new = lambda *shape: torch.empty(shape, dtype=x.dtype if isinstance(x, Tensor) else None)
-    return [new(BIG, 0), new(BIG, 0), new(0, BIG // 4) if call["mode"] == "LSTM" else new(BIG, 0)]
+    of_direction = [new(BIG, 0), new(BIG, 0), *([new(0, BIG // 4)] if call["mode"] == "LSTM" else [])]
+    call["weights"] = of_direction * (1 + bool(call["bidirectional"]))
+    call["names"] = NAMES[len(of_direction) - 2]
+    return True
 
 
 def differing(rng: random.Random, call: Arguments) -> list[Tensor] | None:
@@ -447,13 +455,15 @@ def check_layer(call: Arguments, operator: str) -> None:
         need(bool(of_steps) and min(of_steps) > 0 and sum(of_steps) == rows[0])
         need(all(a >= b for a, b in zip(of_steps, of_steps[1:])))
         N = of_steps[0]
-    each = len(weights) // D
-    need(each in (2, 3, 4, 5) and len(weights) == D * each and (each % 2 == 0 or mode == "LSTM"))
+    names = call["names"]
+    need(names in NAMES and ("w_hr" not in names or mode == "LSTM"))
+    each = len(names.split())
+    need(len(weights) == D * each)
     need(weights[0].dim() == 2 and len(weights[0]) % G == 0 and weights[each - 1].dim() > 0)
     H = len(weights[0]) // G
-    P = len(weights[each - 1]) if each % 2 else H
+    P = len(weights[each - 1]) if "w_hr" in names else H
     need(H < 2**31)
-    shapes = [(G * H, I), (G * H, P), *[(G * H,)] * 2 * (each > 3), *[(P, H)] * (each % 2)] * D
+    shapes = [(G * H, I), (G * H, P), *[(G * H,)] * 2 * (each > 3), *[(P, H)] * ("w_hr" in names)] * D
     for weight, shape in zip(weights, shapes):
         need_tensor(weight, shape, x.dtype)
     need_tensor(call["h0"], (D, N, P), x.dtype)
@@ -494,9 +504,10 @@ def check_steps(call: Arguments, operator: str) -> None:
         need(D in (1, 2) and call["w_hh"][0].dim() == 2 and len(call["w_hh"][0]) % G == 0 and N > 0 and R > 0)
         H, S = len(call["w_hh"][0]) // G, 4 if G > 1 else 0
         need(H < 2**20 and (len(call["w_hr"]) == D and is_lstm if call["w_hr"] else P == H))
-        need(len(call.get("b_hh", [])) in (0, D) and all(isinstance(b, Tensor) for b in call.get("b_hh", [])))
+        need(len(call["b_hh"]) in (0, D) and all(isinstance(b, Tensor) for b in call["b_hh"]))
+        need(call["w_units"] == [])
         for name, shape in (("w_hh", (G * H, P)), ("b_hh", (G * H,)), ("w_hr", (P, H))):
-            for weight in call.get(name, []):
+            for weight in call[name]:
                 need_tensor(weight, shape, dtype)
                 need(weight.is_contiguous())
         of_cell = lambda *shape, dtype=acc: (shape if is_lstm else (0,), dtype)

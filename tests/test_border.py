@@ -20,6 +20,7 @@ from torch import Tensor
 
 import rnnfast
 from rnnfast import border, functional, reference
+from rnnfast.records import Inputs, names_of
 
 SEED = int(os.environ.get("RNNFAST_FUZZ_SEED", "0"))
 MORE = int(os.environ.get("RNNFAST_FUZZ_CALLS", "60"))  # calls of each operator, beside one for each kind of change
@@ -66,9 +67,9 @@ def test_kernels_clamp_lengths(mode: str, name: str, monkeypatch: pytest.MonkeyP
     forward, backward = (getattr(torch.ops.rnnfast, f"{name}_{way}") for way in ("forward", "backward"))
 
     def computed(lengths: list[int]) -> list[Tensor]:
-        form = weights, None, torch.tensor(lengths), None, True
-        y, h_n, c_n, c, gates = forward(mode, x, None, None, *form, True, True)
-        *grads, dweights = backward(mode, y, None, None, None, x, None, None, *form, y, c, gates, True, True)
+        inputs = Inputs(mode, x, None, None, None, torch.tensor(lengths), None, True, names_of(mode, 4), weights)
+        y, h_n, c_n, c, gates = forward(*inputs, True, True)
+        *grads, dweights = backward(*inputs, y, None, None, None, y, c, gates, True, True)
         return [y, h_n, c_n, c, gates, *grads, *dweights]
 
     for actual, expected in zip(computed([2**31 - 1, -(2**31), 4, 2]), computed([3, 0, 3, 2])):
@@ -81,19 +82,19 @@ def test_kernels_clamp_lengths(mode: str, name: str, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("mode", ["TANH", "lstm", ""])
 def test_unknown_mode(mode: str) -> None:
     x, h, weights = torch.randn(3, 2, 5), torch.randn(1, 2, 5), [torch.randn(5, 5), torch.randn(5, 5)]
+    inputs = Inputs(mode, x, None, None, None, None, None, False, "w_ih w_hh", weights)
+    of_meta = inputs._replace(x=x.to("meta"), weights=[w.to("meta") for w in weights])
     calls = {
         "functional.rnn": lambda: functional.rnn(mode, x, (h,), weights),
         "functional.cell": lambda: functional.cell(mode, x[0], None, weights),
         "reference.cell": lambda: reference.cell(mode, x[0], x[0], x[0], None),
         "reference.cell_backward": lambda: reference.cell_backward(mode, x[0], x[0], x[0], None, x[0], None),
-        "reference.layer": lambda: reference.layer(mode, x, None, None, weights),
-        "meta": lambda: torch.ops.rnnfast.cpu_forward(
-            mode, x.to("meta"), None, None, [w.to("meta") for w in weights], None, None, None, False, True, True
-        ),
+        "reference.layer": lambda: reference.layer(inputs),
+        "meta": lambda: torch.ops.rnnfast.cpu_forward(*of_meta, True, True),
     }
     for name in NAMES:
         forward = getattr(torch.ops.rnnfast, f"{name}_forward")
-        calls[name] = lambda forward=forward: forward(mode, x, None, None, weights, None, None, None, False, True, True)
+        calls[name] = lambda forward=forward: forward(*inputs, True, True)
     refused = {name: error_of(call) for name, call in calls.items()}
     assert refused == dict.fromkeys(calls, (RuntimeError, f"rnnfast: no cell is called '{mode}'"))
 
@@ -133,21 +134,22 @@ def test_zero_in_an_operator(kind: str, cell: str, form: str) -> None:
         elif form == "resets":
             resets = torch.rand(T, N) < 0.5
         is_lstm = mode == "LSTM"
-        given = x, torch.randn(2, N, out), torch.randn(2, N, H) if is_lstm else None, weights
-        given = *given, batch_sizes, lengths, resets, True
+        hx = torch.randn(2, N, out), torch.randn(2, N, H) if is_lstm else None
+        names = names_of(mode, len(weights) // 2)
+        inputs = Inputs(mode, x, *hx, batch_sizes, lengths, resets, True, names, weights)
         with use(kind):
             name = kind.partition("-")[0]
-            actual, expected = (computed(of, mode, given) for of in (name, "reference"))
+            actual, expected = (computed(of, inputs) for of in (name, "reference"))
         assert all(agree(a, e, x.dtype) for a, e in zip(actual, expected, strict=True)), zeros
 
 
-def computed(name: str, mode: str, given: tuple) -> list[Tensor]:
+def computed(name: str, inputs: Inputs) -> list[Tensor]:
     """Outputs and gradients of an operator, the gradients of what are the same for all."""
     forward, backward = (getattr(torch.ops.rnnfast, f"{name}_{way}") for way in ("forward", "backward"))
-    y, h_n, c_n, c, gates = forward(mode, *given, True, True)
+    y, h_n, c_n, c, gates = forward(*inputs, True, True)
     torch.manual_seed(1)
     gradients = [torch.randn_like(t) for t in (y, h_n, c_n, c)]
-    *grads, dweights = backward(mode, *gradients, *given, y, c, gates, True, True)
+    *grads, dweights = backward(*inputs, *gradients, y, c, gates, True, True)
     return [y, h_n, c_n, c, *grads, *dweights]
 
 

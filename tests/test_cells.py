@@ -41,15 +41,18 @@ BINARY = {
 def assert_gradients_are_autograds(of: Cell) -> None:
     """In float64, of random states, from random gradients of the states after the step."""
     torch.manual_seed(0)
-    shapes = len(of.gates), len(of.gates), len(of.states)
-    x, a, before = ([torch.randn(2, 3, dtype=torch.float64, requires_grad=True) for _ in range(n)] for n in shapes)
-    after = of.step(x, a, before)
+    shapes = len(of.gates), len(of.gates), len(of.states), len(of.weights)
+    x, a, before, weights = (
+        [torch.randn(2, 3, dtype=torch.float64, requires_grad=True) for _ in range(n)] for n in shapes
+    )
+    after = of.step(x, a, before, weights)
     grads = [torch.randn_like(t) for t in after]
-    inputs = [*x, *a, *before]
+    inputs = [*x, *a, *before, *weights]
     expected = torch.autograd.grad(after, inputs, grads, materialize_grads=True, allow_unused=True)
     with torch.no_grad():
-        of_x, of_a, of_before = of.backward(x, a, before, grads)
-    found = [*of_x, *of_a, *(torch.zeros_like(s) if g is None else g for g, s in zip(of_before, before))]
+        of_x, of_a, of_before, of_weights = of.backward(x, a, before, grads, weights)
+    of_states = [torch.zeros_like(s) if g is None else g for g, s in zip(of_before, before)]
+    found = [*of_x, *of_a, *of_states, *of_weights]
     torch.testing.assert_close(tuple(map(torch.as_tensor, found)), expected)
 
 
@@ -180,7 +183,25 @@ def lstm_of_the_paper(x, a, s):
     return cells.sigmoid(x.o + a.o) * cells.tanh(new), new
 
 
-@pytest.mark.parametrize("of", [*CELLS.values(), gru_of_the_paper, lstm_of_the_paper], ids=lambda of: of.name)
+@cell(gates="i f g o", states="h c", weights="d x unread")
+def lstm_with_own_weights(x, a, s, w):
+    i = cells.sigmoid(x.i + a.i + w.d * s.c)
+    f = cells.sigmoid(x.f + a.f)
+    c = f * s.c + i * cells.tanh(x.g + a.g)
+    o = cells.sigmoid(x.o + a.o + w.x * c)
+    m = cells.tanh(w.x * c)
+    return o * m, c
+
+
+OTHERS = [gru_of_the_paper, lstm_of_the_paper, lstm_with_own_weights]
+
+
+@pytest.mark.parametrize("of", OTHERS, ids=lambda of: of.name)
+def test_gradients_of_others(of: Cell) -> None:
+    assert_gradients_are_autograds(of)
+
+
+@pytest.mark.parametrize("of", [*CELLS.values(), *OTHERS], ids=lambda of: of.name)
 def test_printed_functions(of: Cell) -> None:
     """Triton's, run on tensors, whatever a cell calls its gates and variables."""
     text = codegen._triton_cell(of).replace("@triton.jit\n", "")
@@ -189,14 +210,16 @@ def test_printed_functions(of: Cell) -> None:
     exec(text, names)
     torch.manual_seed(0)
     G, states = len(of.gates), len(of.states)
-    x, a, before, grads = ([torch.randn(2, 3, dtype=torch.float64) for _ in range(n)] for n in (G, G, states, states))
-    sums = [v if k in of.apart else v + w for k, (v, w) in enumerate(zip(x, a))] + [a[k] for k in of.apart]
-    h, c, saved = names[f"{of.name}_forward"](sums, *before, *[None] * (2 - states))
-    after = of.step(x, a, before)
+    counts = G, G, states, states, len(of.weights)
+    x, a, before, grads, w = ([torch.randn(2, 3, dtype=torch.float64) for _ in range(n)] for n in counts)
+    sums = [v if k in of.apart else v + of_a for k, (v, of_a) in enumerate(zip(x, a))] + [a[k] for k in of.apart]
+    h, c, saved = names[f"{of.name}_forward"](sums, w, *before, *[None] * (2 - states))
+    after = of.step(x, a, before, w)
     torch.testing.assert_close((h, c)[:states], after)
     both = [value for pair in zip(after, before) for value in pair] + [None, None]
-    d, direct, dc = names[f"{of.name}_backward"](saved, *both[:4], *grads, *[None] * (2 - states))
-    of_x, of_a, of_before = of.backward(x, a, before, grads)
+    d, of_units, direct, dc = names[f"{of.name}_backward"](saved, w, *both[:4], *grads, *[None] * (2 - states))
+    of_x, of_a, of_before, of_weights = of.backward(x, a, before, grads, w)
+    torch.testing.assert_close([torch.zeros_like(h) + of_unit for of_unit in of_units], of_weights)
     torch.testing.assert_close(list(d), [*of_x, *(of_a[k] for k in of.apart)])
     expected = torch.zeros_like(h) if of_before[0] is None else of_before[0]
     torch.testing.assert_close((direct, dc)[:states], (expected, *of_before[1:]))

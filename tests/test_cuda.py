@@ -325,6 +325,7 @@ def call(operator: str, **changed: Any) -> None:
         "w_hh": [new(20, 5), new(20, 5)],
         "b_hh": [new(20), new(20)],
         "w_hr": [],
+        "w_units": [],
         "h": new(2, 2, 5),
         "c": new(2, 2, 5),
         "y": new(6, 10),

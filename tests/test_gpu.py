@@ -39,6 +39,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import rnnfast
+from rnnfast.records import Inputs, names_of
 
 pytestmark = pytest.mark.gpu
 DEVICE, ELSEWHERE = "cuda", "cpu"
@@ -538,9 +539,10 @@ def test_opcheck(mode: str, kernels: str) -> None:
     weights, x = [p.detach() for p in module.parameters()], torch.randn(3, 2, 4, device=DEVICE)
     form = None, torch.tensor([1, 3], device=DEVICE), torch.rand(3, 2, device=DEVICE) < 0.5, True
     forward, backward = (getattr(torch.ops.rnnfast, f"{kernels}_{way}").default for way in ("forward", "backward"))
-    y, _, _, c, gates = forward(mode, x, None, None, weights, *form, True, True)
-    torch.library.opcheck(forward, (mode, x, None, None, weights, *form, True, True))
-    given = mode, torch.randn_like(y), None, None, None, x, None, None, weights, *form, y, c, gates
+    inputs = Inputs(mode, x, None, None, *form, names_of(mode, len(weights) // 2), weights)
+    y, _, _, c, gates = forward(*inputs, True, True)
+    torch.library.opcheck(forward, (*inputs, True, True))
+    given = *inputs, torch.randn_like(y), None, None, None, y, c, gates
     for need_dx, need_dw in ((True, True), (False, True), (True, False)):
         torch.library.opcheck(backward, (*given, need_dx, need_dw))
 

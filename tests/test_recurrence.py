@@ -28,6 +28,7 @@ import rnnfast
 from rnnfast import reference
 from rnnfast.backends import INSTRUCTION_SETS
 from rnnfast.cells import GATES
+from rnnfast.records import Inputs, names_of
 
 DOUBLE = torch.float64
 CPU_BACKENDS = [backend for backend in BACKENDS if backend.startswith("cpu")]
@@ -441,15 +442,17 @@ def test_opcheck(name: str, cell: str, form: str, dtype: torch.dtype) -> None:
         lengths = torch.tensor([1, 3])
     elif form == "resets":
         resets = torch.rand(3, 2) < 0.5
-    sequence = (batch_sizes, lengths, resets, True)
+    inputs = Inputs(
+        module.mode, x, h0, c0, batch_sizes, lengths, resets, True, names_of(module.mode, len(weights) // 2), weights
+    )
     forward = getattr(torch.ops.rnnfast, f"{name}_forward").default
     backward = getattr(torch.ops.rnnfast, f"{name}_backward").default
-    y, h_n, c_n, c, gates = forward(module.mode, x, h0, c0, weights, *sequence, True, True)
-    torch.library.opcheck(forward, (module.mode, x, h0, c0, weights, *sequence, True, True))
+    y, h_n, c_n, c, gates = forward(*inputs, True, True)
+    torch.library.opcheck(forward, (*inputs, True, True))
     fakes = {"test_utils": "test_faketensor"}  # the rest has been checked then
-    torch.library.opcheck(forward, (module.mode, x, None, None, weights, *sequence, False, False), **fakes)
+    torch.library.opcheck(forward, (*inputs._replace(h0=None, c0=None), False, False), **fakes)
     dy, dc = torch.randn_like(y), torch.randn_like(c) if module.mode == "LSTM" else None
-    given = module.mode, dy, None, None, dc, x, h0, c0, weights, *sequence, y, c, gates
+    given = *inputs, dy, None, None, dc, y, c, gates
     torch.library.opcheck(backward, (*given, True, True))
     for needs in ((False, True), (True, False)):
         torch.library.opcheck(backward, (*given, *needs), **fakes)

@@ -14,7 +14,7 @@ struct BackwardPass {
   using Sum = SumOf<Stored>;
   using Exact = typename Math::Exact;  // the format of operands that hold x, h and the weights
   using Wide = typename Math::Wide;    // and of those that hold gradients, and m = o tanh(c)
-  static constexpr int U = kLanes<Sum>, G = Cell::kGates, kGrads = Cell::kGrads;
+  static constexpr int U = kLanes<Sum>, G = Cell::kGates, kGrads = Cell::kGrads, kColumns = Cell::kColumns;
 
   const Backward& f;
   const Panels<Sum> gates, hidden, outputs, inputs;
@@ -33,14 +33,14 @@ struct BackwardPass {
         packed(f.R > kUnpackedRows),
         Q(f.steps.start[f.steps.T]),
         padded(round_up(f.H, Wide::kAlign)),
-        dgates(f.D * Q * Wide::row(kGrads * padded)),
+        dgates(f.D * Q * Wide::row(kColumns * padded)),
         dys(projected ? f.D * Q * Wide::row(f.P) : 0) {}
 
   // ---- gate gradients
 
   // The gradients of a row's gates lie [slot][H up to kAlign], in an order that makes one range of those of W_ih x (the
   // first G slots), and one of those of W_hh h (the last G slots). A cell with one gradient more than it has gates, the
-  // GRU, has them as n r z and nr.
+  // GRU, has them as n r z and nr. What the step adds to the gradients of the units' own weights comes last.
   static constexpr int kMore = kGrads - G;
   static constexpr int slot(int grad) { return grad < G ? (grad + kMore) % G : grad; }
   static constexpr int input_gate(int64_t slot) { return (slot + G - kMore) % G; }

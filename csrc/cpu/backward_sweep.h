@@ -14,7 +14,7 @@ class BackwardSweep {
   using Sum = typename Pass::Sum;
   using Exact = typename Pass::Exact;
   using Wide = typename Pass::Wide;
-  static constexpr int U = Pass::U, kGrads = Pass::kGrads;
+  static constexpr int U = Pass::U, kColumns = Pass::kColumns;
 
  public:
   explicit BackwardSweep(const Pass& pass)
@@ -135,10 +135,10 @@ class BackwardSweep {
   void step(const GroupState& g, int64_t s, Range blocks) {
     const int64_t t = g.time(s), rows = g.alive_at(t);
     for (int64_t i = 0; i < rows; i++) {  // row by row, since what was saved lies so
-      auto* gradients = pass.dgates + (g.d * Q + g.q(t, i)) * Wide::row(kGrads * padded);
+      auto* gradients = pass.dgates + (g.d * Q + g.q(t, i)) * Wide::row(kColumns * padded);
       update(g, t, i, blocks, gradients);
       for (int64_t k = hidden.width(); blocks.end == hidden.blocks && k < padded; k += U) {
-        for (int j = 0; j < kGrads; j++) Wide::put(gradients + j * padded + k, kGrads * padded, Vec<Sum>(0));
+        for (int j = 0; j < kColumns; j++) Wide::put(gradients + j * padded + k, kColumns * padded, Vec<Sum>(0));
       }
     }
   }
@@ -158,10 +158,13 @@ class BackwardSweep {
     const Sum* const old_cs = !cut && previous >= 0 ? row_of<Sum>(f.c, previous * f.D + g.d, H) : nullptr;
     const Stored* const c0 = !cut && previous < 0 ? row_of<Stored>(f.c0, g.d * f.steps.N + g.batch_row(i), H) : nullptr;
     const Sum* const dcs = row_of<Sum>(f.dc, of_d, H);
+    const Stored* const w_units = static_cast<const Stored*>(f.weights[g.d].w_units);
     Sum *const dc_state = g.dc + i * hidden.width(), *const direct_out = g.direct + i * hidden.width();
     for (int64_t unit = blocks.begin * U; unit < blocks.end * U; unit += U) {
       const int lanes = min(U, H - unit);
-      Vec<Sum> dh = load(dh_in + unit), saved[Cell::kSaved + 1], d[kGrads], h, old_h(0), c, old_c(0), dc;
+      Vec<Sum> dh = load(dh_in + unit), saved[Cell::kSaved + 1], d[kColumns], h, old_h(0), c, old_c(0), dc;
+      Vec<Sum> w[Cell::kUnitWeights + 1];
+      for (int k = 0; k < Cell::kUnitWeights; k++) w[k] = load(w_units + k * H + unit, lanes);
       if (dy) dh = dh + load(dy + unit, lanes);
       for (int k = 0; k < Cell::kSaved; k++) saved[k] = load(gates + k * H + unit, lanes);
       if (Cell::kNeedsH) h = load(y + unit, lanes);
@@ -173,17 +176,17 @@ class BackwardSweep {
         dc = load(dc_state + unit);
         if (dcs) dc = dc + load(dcs + unit, lanes);
       }
-      Vec<Sum> direct = Cell::backward(saved, h, old_h, c, old_c, dh, dc, d);
+      Vec<Sum> direct = Cell::backward(saved, w, h, old_h, c, old_c, dh, dc, d);
       if (Cell::kHasCell) store(dc_state + unit, cut ? Vec<Sum>(0) : dc);
       if (Cell::kHasDirect) store(direct_out + unit, direct);
-      for (int k = 0; k < kGrads; k++) Wide::put(gradients + Pass::slot(k) * padded + unit, kGrads * padded, d[k]);
+      for (int k = 0; k < kColumns; k++) Wide::put(gradients + Pass::slot(k) * padded + unit, kColumns * padded, d[k]);
     }
   }
 
   // dh of the step before: what comes through W_hh, and what comes straight through the cell.
   void carry(const GroupState& g, int64_t s, Range panels) {
     const int64_t t = g.time(s), rows = g.alive_at(t);
-    Left<Wide> gradients = step_rows(g, t, pass.dgates, kGrads * padded);
+    Left<Wide> gradients = step_rows(g, t, pass.dgates, kColumns * padded);
     gradients.data += Pass::kMore * padded;  // those of W_hh h
     to_and_fro(panels, s, [&](int64_t p) {
       Sum* dh = g.dh + outputs.start(p);

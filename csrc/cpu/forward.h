@@ -226,6 +226,7 @@ class ForwardPass {
           c(g.c),
           y(static_cast<Stored*>(p.f.y) + g.d * P),
           kept_c(p.f.c ? static_cast<Sum*>(p.f.c) + g.d * H : nullptr),
+          w_units(static_cast<const Stored*>(p.f.weights[g.d].w_units)),
           kept_gates(p.f.gates ? static_cast<Stored*>(p.f.gates) + g.d * p.f.R * Cell::kSaved * H : nullptr) {}
 
     // One block of units of some rows; x and a [rows][G][U], a row `next` from the one before.
@@ -246,13 +247,15 @@ class ForwardPass {
       const int n = Full::value ? U : lanes;
       const int64_t part = round_up(u.P, Exact::kAlign), m_part = round_up(u.H, Wide::kAlign);
       const int64_t state = Exact::row(u.P), memory = Wide::row(u.H), cells = Plain<Sum>::row(u.H);
+      Vec<Sum> w[Cell::kUnitWeights + 1];
+      for (int k = 0; k < Cell::kUnitWeights; k++) w[k] = load(u.w_units + k * u.H + unit, n);
       for (int64_t i = range.begin; i < range.end; i++, x += next, a += next) {
         const int64_t r = u.start + u.order[u.rank + i * u.stride];
         Vec<Sum> xs[G], as[G], saved[Cell::kSaved + 1], h, c;
         for (int k = 0; k < G; k++) xs[k] = load(x + k * U), as[k] = load(a + k * U);
         if (Cell::kReadsH) h = Exact::get(u.old_h + i * state + unit, part);
         if (Cell::kHasCell) c = load(u.c + i * cells + unit);
-        Cell::forward(xs, as, h, c, saved);
+        Cell::forward(xs, as, w, h, c, saved);
         if (Cell::kHasCell) {
           store(u.c + i * cells + unit, c);
           if (u.kept_c) store(u.kept_c + r * u.D * u.H + unit, c, n);
@@ -278,6 +281,7 @@ class ForwardPass {
     Sum* const c;
     Stored* const y;
     Sum* const kept_c;  // null where nothing is kept, as kept_gates
+    const Stored* const w_units;
     Stored* const kept_gates;
   };
 

@@ -17,7 +17,7 @@ void input_gradient(const BackwardPass<Cell, Stored, Math>& pass) {
   constexpr int U = Pass::U;
   const Backward& f = pass.f;
   const Panels<Sum>& inputs = pass.inputs;
-  const int64_t Q = pass.Q, part = Pass::kGrads * pass.padded, row = Wide::row(part), size = pass.packed_size(inputs);
+  const int64_t Q = pass.Q, part = Pass::kColumns * pass.padded, row = Wide::row(part), size = pass.packed_size(inputs);
   const Buffer<typename Pass::Exact::Element> w_ih(pass.packed ? f.D * size : 0);
   for (int d = 0; pass.packed && d < f.D; d++) pass.pack_gates(w_ih + d * size, f.weights[d].w_ih, inputs, true);
   parallel_for(ceil_div(Q, kBlockRows) * inputs.count(), pass.work_threads(f.I), [&](int64_t task) {

@@ -38,11 +38,12 @@ struct Steps {
 
 template <class Pointer>
 struct Parameters {
-  Pointer w_ih;  // [G*H,I]
-  Pointer w_hh;  // [G*H,P]
-  Pointer b_ih;  // [G*H]  or null
-  Pointer b_hh;  // [G*H]  or null
-  Pointer w_hr;  // [P,H]  or null
+  Pointer w_ih;     // [G*H,I]
+  Pointer w_hh;     // [G*H,P]
+  Pointer b_ih;     // [G*H]  or null
+  Pointer b_hh;     // [G*H]  or null
+  Pointer w_hr;     // [P,H]  or null
+  Pointer w_units;  // [kUnitWeights*H]  or null
 };
 
 // All tensors are contiguous and in the storage type, but c and dc, which are in the accumulation type.

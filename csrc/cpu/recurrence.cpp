@@ -6,6 +6,7 @@
 #include <numeric>
 
 #include "../ops.h"
+#include "../schemas.h"
 #include "instruction_sets.h"
 
 namespace rnnfast {
@@ -97,19 +98,24 @@ class StepTable {
   std::vector<int64_t> numbers_;
 };
 
+// Those of direction d.
 template <class Pointer, class Read>
-Parameters<Pointer> parameters(const Dimensions& n, const Tensor* weights, const Read& read) {
-  return {read(weights[0]), read(weights[1]), n.has_bias ? read(weights[2]) : nullptr,
-          n.has_bias ? read(weights[3]) : nullptr, n.has_projection ? read(weights[n.weights() - 1]) : nullptr};
+Parameters<Pointer> parameters(const Dimensions& n, const std::vector<Tensor>& weights, int64_t d, const Read& read) {
+  const auto pointer = [&](WeightName name) -> Pointer {
+    const Tensor* weight = n.weight(weights, d, name);
+    return weight ? read(*weight) : nullptr;
+  };
+  return {pointer(kInputWeight), pointer(kHiddenWeight), pointer(kInputBias),
+          pointer(kHiddenBias),  pointer(kProjection),   pointer(kWeightOfUnits)};
 }
 
 void fill(Layer& layer, const Dimensions& n, const StepTable& table, Reader& read, const Inputs& in) {
   layer.steps = table.steps;
-  layer.I = n.I, layer.H = n.H, layer.P = n.P, layer.R = n.R, layer.D = n.D, layer.projected = n.has_projection;
+  layer.I = n.I, layer.H = n.H, layer.P = n.P, layer.R = n.R, layer.D = n.D, layer.projected = n.has(kProjection);
   layer.threads = torch::stable::get_num_threads();
   layer.x = read(in.x), layer.h0 = read(in.h0), layer.c0 = read(in.c0);
   for (int64_t d = 0; d < n.D; d++) {
-    layer.weights[d] = parameters<const void*>(n, &in.weights[d * n.weights()], std::ref(read));
+    layer.weights[d] = parameters<const void*>(n, in.weights, d, std::ref(read));
   }
 }
 
@@ -163,9 +169,8 @@ void cpu_forward(StableIValue* values, uint64_t arguments, uint64_t results) {
 
 void cpu_backward(StableIValue* values, uint64_t arguments, uint64_t results) {
   Stack stack(values, arguments, results);
-  std::string mode = stack.text();
+  const Inputs in(stack);
   const OutputGradients gradients(stack);
-  const Inputs in(std::move(mode), stack);
   const Saved saved(stack);
   const bool need_dx = stack.flag(), need_dw = stack.flag();
 
@@ -198,7 +203,7 @@ void cpu_backward(StableIValue* values, uint64_t arguments, uint64_t results) {
   f.dx = data_if(need_dx, dx), f.dh0 = data_if(in.h0.has_value(), dh0), f.dc0 = data_if(in.c0.has_value(), dc0);
   f.need_dw = need_dw;
   for (int64_t d = 0; need_dw && d < n.D; d++) {
-    f.dw[d] = parameters<void*>(n, &dweights[d * n.weights()], [](const Tensor& t) { return t.data_ptr(); });
+    f.dw[d] = parameters<void*>(n, dweights, d, [](const Tensor& t) { return t.data_ptr(); });
   }
   if (f.dx && table.steps.start[n.T] < n.R) std::memset(f.dx, 0, dx.numel() * dx.element_size());
   chosen_kernels().backward[n.cell][storage_of(n.dtype)](f);
@@ -210,16 +215,9 @@ void cpu_backward(StableIValue* values, uint64_t arguments, uint64_t results) {
 
 // Defined here, so that a program that holds these operators runs where there is this library alone.
 STABLE_TORCH_LIBRARY_FRAGMENT(rnnfast, m) {
-  const std::string forward =
-      "(str mode, Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? batch_sizes, Tensor? lengths, "
-      "Tensor? resets, bool bidirectional, bool keep_c, bool keep_gates) "
-      "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor c, Tensor gates)";
-  m.def(("cpu_forward" + forward).c_str());
-  m.def(("cpu_layer" + forward).c_str());
-  m.def(
-      "cpu_backward(str mode, Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dc, Tensor x, Tensor? h0, Tensor? c0, "
-      "Tensor[] weights, Tensor? batch_sizes, Tensor? lengths, Tensor? resets, bool bidirectional, Tensor y, "
-      "Tensor c, Tensor gates, bool need_dx, bool need_dw) -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dweights)");
+  m.def((std::string("cpu_forward") + rnnfast::kForwardSchema).c_str());
+  m.def((std::string("cpu_layer") + rnnfast::kForwardSchema).c_str());
+  m.def((std::string("cpu_backward") + rnnfast::kBackwardSchema).c_str());
   m.def("cpu_isa(int? use) -> int");
 }
 

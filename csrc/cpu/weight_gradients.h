@@ -14,7 +14,7 @@ class WeightGradients {
   using Sum = typename Pass::Sum;
   using Exact = typename Pass::Exact;
   using Wide = typename Pass::Wide;
-  static constexpr int U = Pass::U, G = Pass::G, kGrads = Pass::kGrads;
+  static constexpr int U = Pass::U, G = Pass::G, kColumns = Pass::kColumns;
   static constexpr int64_t kStretch = 128, kSide = kMaxVectors * U;
 
  public:
@@ -37,10 +37,10 @@ class WeightGradients {
     Product<Exact> products[4];
     Product<Wide> projections[2];
     for (int d = 0; d < f.D; d++) {
-      const auto* grads = pass.dgates + d * Q * Wide::row(kGrads * padded);
+      const auto* grads = pass.dgates + d * Q * Wide::row(kColumns * padded);
       Product<Exact>&of_x = products[2 * d], &of_h = products[2 * d + 1];
-      of_x = {x, f.I, grads, kGrads * padded, &pass.gates, {}, padded, f.dw[d].w_ih, f.dw[d].b_ih};
-      of_h = {h + d * h_size, f.P, grads, kGrads * padded, &pass.gates, {}, padded, f.dw[d].w_hh, f.dw[d].b_hh};
+      of_x = {x, f.I, grads, kColumns * padded, &pass.gates, {}, padded, f.dw[d].w_ih, f.dw[d].b_ih};
+      of_h = {h + d * h_size, f.P, grads, kColumns * padded, &pass.gates, {}, padded, f.dw[d].w_hh, f.dw[d].b_hh};
       for (int i = 0; i < G; i++) of_x.slots[i] = Pass::slot(i), of_h.slots[i] = Pass::slot(Cell::hidden(i));
       const auto* dys = pass.dys + d * Q * Wide::row(f.P);
       projections[d] = {m + d * m_size, f.H,    dys, round_up(f.P, Wide::kAlign), &pass.outputs, {}, 0,
@@ -48,6 +48,7 @@ class WeightGradients {
     }
     multiply(products, 2 * f.D);
     if (projected) multiply(projections, f.D);
+    if (Cell::kUnitWeights) sum_of_units();
   }
 
  private:
@@ -195,6 +196,24 @@ class WeightGradients {
         }
       }
     }
+  }
+
+  // The gradients of the units' own weights: sums over the rows of what the sweep has left, a stretch by itself first.
+  void sum_of_units() const {
+    const int64_t blocks = f.D * Cell::kUnitWeights * hidden.blocks, part = kColumns * padded;
+    parallel_for(blocks, pass.work_threads(1), [&](int64_t task) {
+      const int64_t k = task / hidden.blocks % Cell::kUnitWeights, unit = task % hidden.blocks * U;
+      const int64_t d = task / hidden.blocks / Cell::kUnitWeights;
+      Vec<Sum> total(0);
+      for (int64_t q0 = 0; q0 < Q; q0 += kStretch) {
+        Vec<Sum> sum(0);
+        for (int64_t q = q0; q < min(q0 + kStretch, Q); q++) {
+          sum = sum + Wide::get(pass.dgates + (d * Q + q) * Wide::row(part) + (Pass::kGrads + k) * padded + unit, part);
+        }
+        total = total + sum;
+      }
+      store(static_cast<Stored*>(f.dw[d].w_units) + k * f.H + unit, total, min(U, f.H - unit));
+    });
   }
 
   const Pass& pass;

@@ -20,19 +20,20 @@ struct BackwardArguments {
   Sequence sequence;
   Geometry geometry;
   int first_group, H, D;
-  bool wide;          // rows of all tensors begin at multiples of two values
-  const void* dy;     // [R, D*H]; or null
-  const float* dcs;   // [R, D*H]: of c after every step; or null
-  const void* gates;  // [D, R, S*H]
-  const void* y;      // [R, D*H]
-  const float* cs;    // [R, D*H]
-  const void* h0;     // [D, N, H]; or null
-  const void* c0;     // [D, N, H]; or null
-  const void* w[2];   // [G*H, H] of each direction: W_hh
-  float* dh;          // [D, N, H]: of the final state on entry, of the initial one on return
-  float* dc;          // [D, N, H]
-  void* dgates;       // [D, R, kGrads*H]
-  uint64_t* words;    // of Grid
+  bool wide;               // rows of all tensors begin at multiples of two values
+  const void* dy;          // [R, D*H]; or null
+  const float* dcs;        // [R, D*H]: of c after every step; or null
+  const void* gates;       // [D, R, S*H]
+  const void* y;           // [R, D*H]
+  const float* cs;         // [R, D*H]
+  const void* h0;          // [D, N, H]; or null
+  const void* c0;          // [D, N, H]; or null
+  const void* w[2];        // [G*H, H] of each direction: W_hh
+  float* dh;               // [D, N, H]: of the final state on entry, of the initial one on return
+  float* dc;               // [D, N, H]
+  const void* w_units[2];  // [kUnitWeights*H] of each direction; or null
+  void* dgates;            // [D, R, kColumns*H]
+  uint64_t* words;         // of Grid
 };
 
 template <class Cell, class Math, class Exchange, int kBlocks>
@@ -40,9 +41,8 @@ __global__ void __launch_bounds__(kThreads<Cell, Exchange>, 1) backward(const __
   using Stored = typename Math::Stored;
   using Number = Real<float, sizeof(Stored) == 2>;
   using Owner = Block<Exchange, kBlocks, false>;
-  constexpr int G = Cell::kGates, S = Cell::kSaved, kGrads = Cell::kGrads;
-  constexpr int kMine = Owner::kMine, kUnits = Owner::kUnits, kColumns = S ? S : kGrads;
-  static_assert(S == 0 || S == kGrads, "one index serves what was saved and the gradients");
+  constexpr int G = Cell::kGates, S = Cell::kSaved, kColumns = Cell::kColumns;
+  constexpr int kMine = Owner::kMine, kUnits = Owner::kUnits;
   const Geometry& g = p.geometry;
   const Owner block(g, p.sequence, p.first_group, sizeof(Stored), p.words, true);
   const Member& member = block.member;
@@ -86,8 +86,8 @@ __global__ void __launch_bounds__(kThreads<Cell, Exchange>, 1) backward(const __
   const auto output_at = [&](int64_t begin, int r) {
     return ((begin + block.batch(0)) * p.D + direction) * H + unit + Owner::further(r) * (p.D * H);
   };
-  const auto gates_at = [&](int64_t begin, int r) {
-    return (direction * R + begin + block.batch(0)) * (kColumns * H) + unit + Owner::further(r) * (kColumns * H);
+  const auto columns_at = [&](int count, int64_t begin, int r) {
+    return (direction * R + begin + block.batch(0)) * (count * H) + unit + Owner::further(r) * (count * H);
   };
   // Where the s-th step begins; 0 for steps before the first one, of which nothing is read.
   const auto begin_of = [&](int s) { return s >= 0 ? p.sequence.begin(block.time(s)) : int64_t(0); };
@@ -101,6 +101,7 @@ __global__ void __launch_bounds__(kThreads<Cell, Exchange>, 1) backward(const __
       if (is_valid(steps - 1, first_begin, r)) read(c[r], p.cs + output_at(first_begin, r), wide, both);
     }
   }
+  const UnitWeights<Cell, Number, kUnits> own(static_cast<const Stored*>(p.w_units[direction]), unit, H);
   sync_block();
   Exchange::begin(g, member);
 
@@ -139,7 +140,7 @@ __global__ void __launch_bounds__(kThreads<Cell, Exchange>, 1) backward(const __
           initial(to.old_h, p.h0, r);
         }
       }
-      const Stored* saved = static_cast<const Stored*>(p.gates) + gates_at(begin, r);
+      const Stored* saved = static_cast<const Stored*>(p.gates) + columns_at(S, begin, r);
 #pragma unroll
       for (int k = 0; k < S; k++) read(to.saved[k], saved + k * H, wide, both);
       const int64_t at = output_at(begin, r);
@@ -177,14 +178,14 @@ __global__ void __launch_bounds__(kThreads<Cell, Exchange>, 1) backward(const __
     for (int r = 0; r < kMine; r++) now[r] = ahead[r];
     if (s > 0) load(s - 1, before, before_that);
 
-    float d[kMine][kUnits][kGrads];
+    float d[kMine][kUnits][kColumns];
 #pragma unroll
     for (int r = 0; r < kMine; r++) {
       if (!block.owns(r)) break;
       Stored da[G][kUnits];
 #pragma unroll
       for (int w = 0; w < kUnits; w++) {
-        Number saved[S ? S : 1], grads[kGrads];
+        Number saved[S ? S : 1], grads[kColumns];
 #pragma unroll
         for (int k = 0; k < S; k++) saved[k] = float(now[r].saved[k][w]);
         const bool keeps = now[r].keeps && (w == 0 || both);
@@ -193,11 +194,11 @@ __global__ void __launch_bounds__(kThreads<Cell, Exchange>, 1) backward(const __
         if (Cell::kHasCell && p.dcs && now[r].valid && (w == 0 || both)) {
           new_dc = new_dc + p.dcs[output_at(begin, r) + w];
         }
-        const Number direct = Cell::backward(saved, Number(float(now[r].h[w])), Number(old_h), Number(c[r][w]),
+        const Number direct = Cell::backward(saved, own[w], Number(float(now[r].h[w])), Number(old_h), Number(c[r][w]),
                                              Number(old_c), Number(dh[r][w] + float(now[r].dy[w])), new_dc, grads);
         if (Cell::kHasCell) c[r][w] = now[r].old_c[w];
 #pragma unroll
-        for (int k = 0; k < kGrads; k++) d[r][w][k] = grads[k].value;
+        for (int k = 0; k < kColumns; k++) d[r][w][k] = grads[k].value;
         if (now[r].valid) {
           dh[r][w] = keeps ? direct.value : 0;
           if (Cell::kHasCell) dc[r][w] = keeps ? new_dc.value : 0;
@@ -218,9 +219,9 @@ __global__ void __launch_bounds__(kThreads<Cell, Exchange>, 1) backward(const __
 #pragma unroll
     for (int r = 0; r < kMine; r++) {
       if (!now[r].valid) continue;
-      Stored* to = static_cast<Stored*>(p.dgates) + gates_at(begin, r);
+      Stored* to = static_cast<Stored*>(p.dgates) + columns_at(kColumns, begin, r);
 #pragma unroll
-      for (int k = 0; k < kGrads; k++) {
+      for (int k = 0; k < kColumns; k++) {
         Stored values[kUnits];
 #pragma unroll
         for (int w = 0; w < kUnits; w++) values[w] = Stored(d[r][w][k]);

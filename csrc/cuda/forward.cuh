@@ -21,17 +21,18 @@ struct ForwardArguments {
   Sequence sequence;
   Geometry geometry;
   int first_group, H, D;
-  bool wide;         // rows of all tensors begin at multiples of two values
-  const void* x;     // [D, R, G*H]: W_ih x + b_ih
-  const void* w[2];  // [G*H, H] of each direction: W_hh
-  const void* b[2];  // [G*H]: b_hh; or null
-  const void* h0;    // [D, N, H]
-  void* h_n;         // [D, N, H]
-  float* c;          // [D, N, H]: before on entry, after on return
-  void* y;           // [R, D*H]
-  float* cs;         // [R, D*H]: c after every step; or null
-  void* gates;       // [D, R, S*H]; or null. An LSTM's may be x
-  uint64_t* words;   // of Grid
+  bool wide;               // rows of all tensors begin at multiples of two values
+  const void* x;           // [D, R, G*H]: W_ih x + b_ih
+  const void* w[2];        // [G*H, H] of each direction: W_hh
+  const void* b[2];        // [G*H]: b_hh; or null
+  const void* w_units[2];  // [kUnitWeights*H]; or null
+  const void* h0;          // [D, N, H]
+  void* h_n;               // [D, N, H]
+  float* c;                // [D, N, H]: before on entry, after on return
+  void* y;                 // [R, D*H]
+  float* cs;               // [R, D*H]: c after every step; or null
+  void* gates;             // [D, R, S*H]; or null. An LSTM's may be x
+  uint64_t* words;         // of Grid
 };
 
 template <class Cell, class Math, class Exchange, int kBlocks>
@@ -100,6 +101,7 @@ __global__ void __launch_bounds__(kThreads<Cell, Exchange>, 1) forward(const __g
       c[r][w] = inside && Cell::kHasCell ? p.c[at] : 0;
     }
   }
+  const UnitWeights<Cell, Number, kUnits> own(static_cast<const Stored*>(p.w_units[direction]), unit, H);
   sync_block();
   Exchange::begin(g, member);
 
@@ -175,7 +177,7 @@ __global__ void __launch_bounds__(kThreads<Cell, Exchange>, 1) forward(const __g
         }
 #pragma unroll
         for (int gate = 0; gate < G; gate++) of_h[gate] = of_h[gate] + bias[gate][w];
-        Cell::forward(x[r][w], of_h, new_h, new_c, saved[r][w]);
+        Cell::forward(x[r][w], of_h, own[w], new_h, new_c, saved[r][w]);
         if (valid[r] && (w == 0 || both)) {
           h[r][w] = float(Stored(new_h.value));
           if (Cell::kHasCell) c[r][w] = new_c.value;

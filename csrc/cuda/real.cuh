@@ -31,4 +31,24 @@ struct Real {
   friend RNNFAST_DEVICE Real zero_where_not_positive(Real h, Real dh) { return h.value <= 0 ? 0 : dh.value; }
 };
 
+// The weights of units' own, of some units that lie together; zero beyond the layer's H.
+template <class Cell, class Number, int kUnits>
+class UnitWeights {
+ public:
+  template <class Stored>
+  RNNFAST_DEVICE UnitWeights(const Stored* weights, int64_t unit, int64_t H) {
+#pragma unroll
+    for (int u = 0; u < kUnits; u++) {
+#pragma unroll
+      for (int k = 0; k < Cell::kUnitWeights; k++) {
+        if (unit + u < H) weights_[u][k] = decltype(Number::value)(weights[k * H + unit + u]);
+      }
+    }
+  }
+  RNNFAST_DEVICE const Number* operator[](int u) const { return weights_[u]; }
+
+ private:
+  Number weights_[kUnits][Cell::kUnitWeights + 1];
+};
+
 }  // namespace rnnfast

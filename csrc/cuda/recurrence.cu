@@ -96,76 +96,83 @@ Plan plan_of(Layer layer, ScalarType dtype, bool projected) {
 
 // ---- arguments
 
-// How rows and steps lie. Packed rows have offsets, of each step, and lengths.
-struct SequenceForm {
-  OptionalTensor offsets, lengths, resets;
-  int64_t steps;
+// Records of an operator's arguments, as rnnfast/records.py has them.
 
-  explicit SequenceForm(Stack& stack)
-      : offsets(stack.optional_tensor()),
-        lengths(stack.optional_tensor()),
-        resets(stack.optional_tensor()),
-        steps(stack.number()) {}
+// Of each direction; absent ones: none.
+struct StepWeights {
+  std::vector<Tensor> w_hh, b_hh, w_hr, w_units;
+
+  explicit StepWeights(Stack& stack)
+      : w_hh(stack.tensors()), b_hh(stack.tensors()), w_hr(stack.tensors()), w_units(stack.tensors()) {}
 };
 
-struct ForwardTensors {
-  std::string mode;
-  Tensor x_gates;
-  std::vector<Tensor> w_hh, b_hh, w_hr;  // of each direction
-  Tensor h;
+struct ForwardSteps {
+  Tensor x_gates, h;
   OptionalTensor c;
   Tensor y;
   OptionalTensor cs, gates;
-  SequenceForm form;
-  bool tf32;
-  int64_t stream;
 
-  explicit ForwardTensors(Stack& stack)
-      : mode(stack.text()),
-        x_gates(stack.tensor()),
-        w_hh(stack.tensors()),
-        b_hh(stack.tensors()),
-        w_hr(stack.tensors()),
+  explicit ForwardSteps(Stack& stack)
+      : x_gates(stack.tensor()),
         h(stack.tensor()),
         c(stack.optional_tensor()),
         y(stack.tensor()),
         cs(stack.optional_tensor()),
-        gates(stack.optional_tensor()),
-        form(stack),
-        tf32(stack.flag()),
-        stream(stack.number()) {}
+        gates(stack.optional_tensor()) {}
+  const Tensor& rows() const { return x_gates; }  // [D, R, ...] and [D, N, P]: they tell the sizes
+  const Tensor& state() const { return h; }
 };
 
-struct BackwardTensors {
-  std::string mode;
+struct BackwardSteps {
   OptionalTensor dy, dcs;
   Tensor gates, y, cs;
   OptionalTensor h0, c0;
-  std::vector<Tensor> w_hh, w_hr;  // of each direction
   Tensor dh;
   OptionalTensor dc;
   Tensor dgates;
   OptionalTensor dprojections;
-  SequenceForm form;
-  bool tf32;
-  int64_t stream;
 
-  explicit BackwardTensors(Stack& stack)
-      : mode(stack.text()),
-        dy(stack.optional_tensor()),
+  explicit BackwardSteps(Stack& stack)
+      : dy(stack.optional_tensor()),
         dcs(stack.optional_tensor()),
         gates(stack.tensor()),
         y(stack.tensor()),
         cs(stack.tensor()),
         h0(stack.optional_tensor()),
         c0(stack.optional_tensor()),
-        w_hh(stack.tensors()),
-        w_hr(stack.tensors()),
         dh(stack.tensor()),
         dc(stack.optional_tensor()),
         dgates(stack.tensor()),
-        dprojections(stack.optional_tensor()),
-        form(stack),
+        dprojections(stack.optional_tensor()) {}
+  const Tensor& rows() const { return dgates; }
+  const Tensor& state() const { return dh; }
+};
+
+// How rows and steps lie. Packed rows have offsets, of each step, and lengths.
+struct Tables {
+  OptionalTensor offsets, lengths, resets;
+
+  explicit Tables(Stack& stack)
+      : offsets(stack.optional_tensor()), lengths(stack.optional_tensor()), resets(stack.optional_tensor()) {}
+};
+
+// All arguments of an operator of steps.
+template <class Steps>
+struct OfOperator {
+  std::string mode;
+  StepWeights weights;
+  Steps of;
+  Tables tables;
+  int64_t steps;
+  bool tf32;
+  int64_t stream;
+
+  explicit OfOperator(Stack& stack)
+      : mode(stack.text()),
+        weights(stack),
+        of(stack),
+        tables(stack),
+        steps(stack.number()),
         tf32(stack.flag()),
         stream(stack.number()) {}
 };
@@ -173,11 +180,12 @@ struct BackwardTensors {
 struct Call {
   CellKind cell;
   ScalarType dtype, acc_dtype;
-  int64_t T, N, R, H, P, D, G, saved, grads, stream;
+  int64_t T, N, R, H, P, D, G, saved, columns, stream;
   int32_t device;
   bool has_cell, projected, tf32;
   Arithmetic arithmetic;
   Sequence sequence;
+  const void *b_hh[2], *w_units[2];  // of each direction; or null
 
   Layer layer() const { return {cell, arithmetic, dtype == ScalarType::Float ? 4 : 2, N, H, D, device}; }
 };
@@ -218,8 +226,8 @@ class Checker {
   int32_t device_;
 };
 
-Sequence checked_sequence(const Checker& check, int64_t T, int64_t N, int64_t R, const SequenceForm& form) {
-  const auto& [offsets, lengths, resets, steps] = form;
+Sequence checked_sequence(const Checker& check, int64_t T, int64_t N, int64_t R, const Tables& tables) {
+  const auto& [offsets, lengths, resets] = tables;
   RNNFAST_CHECK(offsets ? lengths && !resets : R == T * N, R, " rows are not ", T, " steps of ", N);
   return {T,
           N,
@@ -235,32 +243,43 @@ void check_sizes(int64_t rows, int64_t units) {
                 " rows and ", units, " units");
 }
 
-// rows [D, R, ...] and state [D, N, P] are those of the record's tensors that tell the sizes.
-template <class Record>
-Call make_call(const Checker& check, const Record& in, const Tensor& rows, const Tensor& state) {
-  const int64_t T = in.form.steps, N = state.size(1), R = rows.size(1), P = state.size(2);
-  const std::vector<Tensor>&w_hh = in.w_hh, &w_hr = in.w_hr;
-  Call c;
+// Pointers to a weight of each direction, of which there may be none.
+void put(const void* (&to)[2], const Checker& check, const char* name, const std::vector<Tensor>& weights,
+         const Shape& shape, const Call& c) {
+  RNNFAST_CHECK(weights.empty() || int64_t(weights.size()) == c.D, "got ", weights.size(), " ", name, " for ", c.D,
+                " direction(s)");
+  for (size_t d = 0; d < weights.size(); d++) to[d] = check(name, weights[d], shape, c.dtype);
+}
+
+template <class Steps>
+Call make_call(const Checker& check, const OfOperator<Steps>& in) {
+  const Tensor &rows = in.of.rows(), &state = in.of.state();
+  const int64_t T = in.steps, N = state.size(1), R = rows.size(1), P = state.size(2);
+  const auto& [w_hh, b_hh, w_hr, w_units] = in.weights;
+  Call c{};
   c.cell = parse_cell(in.mode);
   c.dtype = rows.scalar_type();
   c.acc_dtype = accumulated(c.dtype);
   c.arithmetic = arithmetic_of(c.dtype, in.tf32), c.tf32 = in.tf32;
   const CellFacts& facts = kCells[c.cell];
-  c.G = facts.gates, c.saved = facts.saved, c.grads = facts.grads, c.has_cell = facts.has_cell;
+  c.G = facts.gates, c.saved = facts.saved, c.columns = facts.grads + facts.unit_weights, c.has_cell = facts.has_cell;
   c.D = w_hh.size(), c.device = rows.get_device_index(), c.stream = in.stream;
   RNNFAST_CHECK((c.D == 1 || c.D == 2) && w_hh[0].dim() == 2 && w_hh[0].size(0) % c.G == 0, "weight_hh has to be [",
                 c.G, " * hidden_size, ...], for one direction or two");
   c.T = T, c.N = N, c.R = R, c.P = P, c.H = w_hh[0].size(0) / c.G;
   c.projected = !w_hr.empty();
-  RNNFAST_CHECK(!c.projected || (facts.projects && int64_t(w_hr.size()) == c.D),
-                "only an LSTM has a projection, in each direction");
+  RNNFAST_CHECK(!c.projected || facts.projects, "no ", in.mode, " has a projection");
+  RNNFAST_CHECK(w_units.empty() == (facts.unit_weights == 0), "got ", w_units.size(), " weight_units for a ", in.mode);
   check_sizes(N, std::max(c.H, P));
   RNNFAST_CHECK(T > 0 && T < INT32_MAX && N > 0 && R > 0, "no kernel for ", T, " steps of ", N, " rows, ", R,
                 " in all");
   RNNFAST_CHECK(c.projected || P == c.H, "without a projection h has ", P, " units, but weight_hh is for ", c.H);
-  for (const Tensor& w : w_hh) check("weight_hh", w, {c.G * c.H, c.P}, c.dtype);
-  for (const Tensor& w : w_hr) check("weight_hr", w, {c.P, c.H}, c.dtype);
-  c.sequence = checked_sequence(check, T, N, R, in.form);
+  const void* unused[2] = {};
+  put(unused, check, "weight_hh", w_hh, {c.G * c.H, c.P}, c);
+  put(unused, check, "weight_hr", w_hr, {c.P, c.H}, c);
+  put(c.b_hh, check, "bias_hh", b_hh, {c.G * c.H}, c);
+  put(c.w_units, check, "weight_units", w_units, {facts.unit_weights * c.H}, c);
+  c.sequence = checked_sequence(check, T, N, R, in.tables);
   return c;
 }
 
@@ -399,9 +418,9 @@ void set(StepArguments& step, const Call& c) {
   step.H = c.H, step.P = c.P, step.D = c.D;
 }
 
-void forward_stepwise(const Call& c, ForwardStep f, const ForwardTensors& in) {
+void forward_stepwise(const Call& c, ForwardStep f, const StepWeights& weights, const ForwardSteps& in) {
   const StepKernels& k = step_kernels_of(c.dtype);
-  const auto w = transposed(in.w_hh), projection = transposed(in.w_hr);
+  const auto w = transposed(weights.w_hh), projection = transposed(weights.w_hr);
   const Tensor a = torch::stable::new_empty(in.x_gates, {c.D, c.N, c.G * c.H});
   const Tensor m = torch::stable::new_zeros(in.x_gates, {c.projected ? c.D : 0, c.N, c.H}),
                p = torch::stable::empty_like(in.h);
@@ -422,7 +441,7 @@ void forward_stepwise(const Call& c, ForwardStep f, const ForwardTensors& in) {
   }
 }
 
-void backward_stepwise(const Call& c, BackwardStep f, const BackwardTensors& in) {
+void backward_stepwise(const Call& c, BackwardStep f, const StepWeights& weights, const BackwardSteps& in) {
   const StepKernels& k = step_kernels_of(c.dtype);
   const Tensor da = torch::stable::new_empty(in.dgates, {c.D, c.N, c.G * c.H});
   const Tensor through = torch::stable::new_zeros(in.dgates, {c.D, c.N, c.P});
@@ -442,10 +461,10 @@ void backward_stepwise(const Call& c, BackwardStep f, const BackwardTensors& in)
     f.step = project.step = step;
     if (c.projected) {
       over(c.D * c.N * c.P, c, k.project_backward, project);
-      multiply(projecteds, in.w_hr, through_projections);
+      multiply(projecteds, weights.w_hr, through_projections);
     }
     over(c.D * c.N * c.H, c, k.backward[c.cell], f);
-    multiply(das, in.w_hh, throughs);
+    multiply(das, weights.w_hh, throughs);
   }
   const int64_t count = c.D * c.N * c.P;
   over(count, c, k.accumulate, Accumulate{through.data_ptr(), in.dh.data_ptr(), count});
@@ -455,13 +474,14 @@ void backward_stepwise(const Call& c, BackwardStep f, const BackwardTensors& in)
 
 void forward_steps(StableIValue* values, uint64_t arguments, uint64_t results) {
   Stack stack(values, arguments, results);
-  const ForwardTensors in(stack);
+  const OfOperator<ForwardSteps> all(stack);
   stack.give();
 
+  const ForwardSteps& in = all.of;
   RNNFAST_CHECK(in.x_gates.defined() && in.h.defined() && in.x_gates.dim() == 3 && in.h.dim() == 3,
                 "x_gates and h have 3 dimensions");
   const Checker check(in.x_gates.get_device_index());
-  const Call call = make_call(check, in, in.x_gates, in.h);
+  const Call call = make_call(check, all);
   const auto [T, N, R, H, P, D, G] = std::tuple(call.T, call.N, call.R, call.H, call.P, call.D, call.G);
   const ScalarType dtype = call.dtype, acc = call.acc_dtype;
   const void* p_x = check("x_gates", in.x_gates, {D, R, G * H}, dtype);
@@ -470,20 +490,19 @@ void forward_steps(StableIValue* values, uint64_t arguments, uint64_t results) {
   void* p_y = check("y", in.y, {R, D * P}, dtype);
   void* p_cs = check.if_has(call.has_cell, "cs", in.cs, {R, D * H}, acc);
   void* p_gates = check.if_has(call.saved, "gates", in.gates, {D, R, call.saved * H}, dtype);
-  const void* p_b[2] = {};
-  RNNFAST_CHECK(in.b_hh.empty() || int64_t(in.b_hh.size()) == D, "got ", in.b_hh.size(), " bias_hh for ", D,
-                " direction(s)");
-  for (size_t d = 0; d < in.b_hh.size(); d++) p_b[d] = check("bias_hh", in.b_hh[d], {G * H}, dtype);
 
   const Plan plan = plan_of<ForwardArguments>(call.layer(), dtype, call.projected);
   if (plan.regime == kStepwise) {
     ForwardStep f{};
-    f.x = p_x, f.b[0] = p_b[0], f.b[1] = p_b[1], f.c = p_c, f.cs = p_cs, f.gates = p_gates;
-    return forward_stepwise(call, f, in);
+    f.x = p_x, f.b[0] = call.b_hh[0], f.b[1] = call.b_hh[1], f.c = p_c, f.cs = p_cs, f.gates = p_gates;
+    f.w_units[0] = call.w_units[0], f.w_units[1] = call.w_units[1];
+    return forward_stepwise(call, f, all.weights, in);
   }
   ForwardArguments f{};
   f.x = p_x, f.c = static_cast<float*>(p_c), f.y = p_y, f.cs = static_cast<float*>(p_cs), f.gates = p_gates;
-  for (int64_t d = 0; d < D; d++) f.w[d] = in.w_hh[d].data_ptr(), f.b[d] = p_b[d];
+  for (int64_t d = 0; d < D; d++) {
+    f.w[d] = all.weights.w_hh[d].data_ptr(), f.b[d] = call.b_hh[d], f.w_units[d] = call.w_units[d];
+  }
   // A block may be done with a single step before another has read the initial state.
   const Tensor h0 = plan.regime == kChip ? torch::stable::clone(in.h) : in.h;
   f.h0 = h0.data_ptr(), f.h_n = p_h;
@@ -493,13 +512,14 @@ void forward_steps(StableIValue* values, uint64_t arguments, uint64_t results) {
 
 void backward_steps(StableIValue* values, uint64_t arguments, uint64_t results) {
   Stack stack(values, arguments, results);
-  const BackwardTensors in(stack);
+  const OfOperator<BackwardSteps> all(stack);
   stack.give();
 
+  const BackwardSteps& in = all.of;
   RNNFAST_CHECK(in.dgates.defined() && in.dh.defined() && in.dgates.dim() == 3 && in.dh.dim() == 3,
                 "dgates and dh have 3 dimensions");
   const Checker check(in.dgates.get_device_index());
-  const Call call = make_call(check, in, in.dgates, in.dh);
+  const Call call = make_call(check, all);
   const auto [T, N, R, H, P, D, G] = std::tuple(call.T, call.N, call.R, call.H, call.P, call.D, call.G);
   const ScalarType dtype = call.dtype, acc = call.acc_dtype;
   const void* p_dy = check("dy", in.dy, {R, D * P}, dtype);
@@ -511,21 +531,21 @@ void backward_steps(StableIValue* values, uint64_t arguments, uint64_t results) 
   const void* p_c0 = check.if_has(call.has_cell, "c0", in.c0, {D, N, H}, dtype);
   void* p_dh = check("dh", in.dh, {D, N, P}, acc);
   void* p_dc = check.required_if(call.has_cell, "dc", in.dc, {D, N, H}, acc);
-  void* p_dgates = check("dgates", in.dgates, {D, R, call.grads * H}, dtype);
+  void* p_dgates = check("dgates", in.dgates, {D, R, call.columns * H}, dtype);
   check.required_if(call.projected, "dprojections", in.dprojections, {D, R, P}, dtype);
 
   const Plan plan = plan_of<BackwardArguments>(call.layer(), dtype, call.projected);
   if (plan.regime == kStepwise) {
     BackwardStep f{};
     f.dy = p_dy, f.dcs = p_dcs, f.gates = p_gates, f.y = p_y, f.cs = p_cs, f.h0 = p_h0, f.c0 = p_c0;
-    f.dc = p_dc, f.dgates = p_dgates;
-    return backward_stepwise(call, f, in);
+    f.dc = p_dc, f.dgates = p_dgates, f.w_units[0] = call.w_units[0], f.w_units[1] = call.w_units[1];
+    return backward_stepwise(call, f, all.weights, in);
   }
   BackwardArguments f{};
   f.dy = p_dy, f.dcs = static_cast<const float*>(p_dcs), f.gates = p_gates, f.y = p_y;
   f.cs = static_cast<const float*>(p_cs), f.h0 = p_h0, f.c0 = p_c0;
   f.dh = static_cast<float*>(p_dh), f.dc = static_cast<float*>(p_dc), f.dgates = p_dgates;
-  for (int64_t d = 0; d < D; d++) f.w[d] = in.w_hh[d].data_ptr();
+  for (int64_t d = 0; d < D; d++) f.w[d] = all.weights.w_hh[d].data_ptr(), f.w_units[d] = call.w_units[d];
   f.wide = is_wide(call, {p_dy, p_gates, p_y, p_dgates}, p_cs);
   run(call, plan, f, in.dgates);
 }
@@ -535,19 +555,19 @@ void states_before(StableIValue* values, uint64_t arguments, uint64_t results) {
   const Tensor y = stack.tensor();
   const OptionalTensor h0 = stack.optional_tensor();
   const Tensor out = stack.tensor();
-  const SequenceForm form(stack);
-  const int64_t stream = stack.number(), steps = form.steps;
+  const Tables tables(stack);
+  const int64_t steps = stack.number(), stream = stack.number();
   stack.give();
 
   RNNFAST_CHECK(out.defined() && out.dim() == 3 && (out.size(0) == 1 || out.size(0) == 2) && steps > 0,
                 "out has to be [directions, rows, features], of a step or more");
-  RNNFAST_CHECK(!form.offsets || (form.lengths && form.lengths->dim() == 1), "offsets go with lengths, a vector");
+  RNNFAST_CHECK(!tables.offsets || (tables.lengths && tables.lengths->dim() == 1), "offsets go with lengths, a vector");
   const Checker check(out.get_device_index());
   Call c{};
   c.dtype = out.scalar_type(), c.acc_dtype = accumulated(c.dtype), c.device = out.get_device_index(), c.stream = stream;
   c.D = out.size(0), c.R = out.size(1), c.P = out.size(2), c.T = steps;
-  c.N = form.offsets ? form.lengths->size(0) : c.R / steps;
-  c.sequence = checked_sequence(check, c.T, c.N, c.R, form);
+  c.N = tables.offsets ? tables.lengths->size(0) : c.R / steps;
+  c.sequence = checked_sequence(check, c.T, c.N, c.R, tables);
   StatesBefore s{};
   set(s, c);
   s.y = check("y", y, {c.R, c.D * c.P}, c.dtype);

@@ -69,7 +69,8 @@ __global__ void __launch_bounds__(kStepThreads) forward_step(const __grid_consta
     if (p.b[e.d]) of_h += Sum(read<Stored>(p.b[e.d], gate * H + e.unit));
     a[gate] = of_h;
   }
-  Cell::forward(x, a, h, c, saved);
+  const UnitWeights<Cell, Number, 1> own(static_cast<const Stored*>(p.w_units[e.d]), e.unit, H);
+  Cell::forward(x, a, own[0], h, c, saved);
   write(p.h, e.index, Stored(h.value));
   const int64_t out = e.output(p, H, e.t);
   if (p.y) write(p.y, out, Stored(h.value));
@@ -85,7 +86,7 @@ template <class Cell, class Stored>
 __global__ void __launch_bounds__(kStepThreads) backward_step(const __grid_constant__ BackwardStep p) {
   using Sum = SumOf<Stored>;
   using Number = Real<Sum, sizeof(Stored) == 2>;
-  constexpr int G = Cell::kGates, S = Cell::kSaved, kGrads = Cell::kGrads;
+  constexpr int G = Cell::kGates, S = Cell::kSaved, kColumns = Cell::kColumns;
   const int64_t H = p.H;
   const Element e(p, H);
   if (!e.exists) return;
@@ -93,7 +94,7 @@ __global__ void __launch_bounds__(kStepThreads) backward_step(const __grid_const
   Sum dh = read<Stored>(p.through, e.index);
   if (p.dh) dh += read<Sum>(p.dh, e.index);
   Sum direct = dh;
-  Number grads[kGrads];
+  Number grads[kColumns];
   if (e.valid) {
     const int64_t row = e.d * p.sequence.R + e.row(p), at = e.output(p, H, e.t), before = e.output_before(p, H);
     if (p.dy) dh += Sum(read<Stored>(p.dy, at));
@@ -118,11 +119,12 @@ __global__ void __launch_bounds__(kStepThreads) backward_step(const __grid_const
         old_c = Sum(read<Stored>(p.c0, e.index));
       }
     }
-    direct = Cell::backward(saved, h, old_h, c, old_c, Number(dh), dc, grads).value;
+    const UnitWeights<Cell, Number, 1> own(static_cast<const Stored*>(p.w_units[e.d]), e.unit, H);
+    direct = Cell::backward(saved, own[0], h, old_h, c, old_c, Number(dh), dc, grads).value;
     if (!keeps) direct = 0;
     if (Cell::kHasCell) write(p.dc, e.index, keeps ? dc.value : Sum(0));
 #pragma unroll
-    for (int k = 0; k < kGrads; k++) write(p.dgates, row * kGrads * H + k * H + e.unit, Stored(grads[k].value));
+    for (int k = 0; k < kColumns; k++) write(p.dgates, row * kColumns * H + k * H + e.unit, Stored(grads[k].value));
   }
   if (p.dh) write(p.dh, e.index, direct);
 #pragma unroll

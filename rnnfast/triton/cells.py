@@ -3,9 +3,11 @@
 Tiles are [units, rows] of the accumulation dtype. Of a step:
     sums   W_ih x + b_ih + W_hh h + b_hh by gate; where a cell reads the two apart that of x, and last that of h
     s      what the backward needs
+    w      weights of the units' own, [units, 1]
     d      gradients at the sums
-Forward: the sums, h and c before the step -> h, c after it, s.
-Backward: dh and dc of the state after the step -> d, what of dh goes straight to the h before it, dc before it.
+Forward: the sums, w, h and c before the step -> h, c after it, s.
+Backward: dh and dc of the state after the step -> d, what is to be added up over rows and steps to the gradients of w,
+what of dh goes straight to the h before it, dc before it.
 """
 
 import triton
@@ -15,55 +17,55 @@ from .maths import relu, sigmoid, tanh, where_positive
 
 
 @triton.jit
-def forward(MODE: tl.constexpr, sums, h, c):
+def forward(MODE: tl.constexpr, sums, w, h, c):
     if MODE == "RNN_TANH":
-        return rnn_tanh_forward(sums, h, c)
+        return rnn_tanh_forward(sums, w, h, c)
     elif MODE == "RNN_RELU":
-        return rnn_relu_forward(sums, h, c)
+        return rnn_relu_forward(sums, w, h, c)
     elif MODE == "LSTM":
-        return lstm_forward(sums, h, c)
+        return lstm_forward(sums, w, h, c)
     else:
-        return gru_forward(sums, h, c)
+        return gru_forward(sums, w, h, c)
 
 
 @triton.jit
-def backward(MODE: tl.constexpr, s, h, old_h, c, old_c, dh, dc):
+def backward(MODE: tl.constexpr, s, w, h, old_h, c, old_c, dh, dc):
     if MODE == "RNN_TANH":
-        return rnn_tanh_backward(s, h, old_h, c, old_c, dh, dc)
+        return rnn_tanh_backward(s, w, h, old_h, c, old_c, dh, dc)
     elif MODE == "RNN_RELU":
-        return rnn_relu_backward(s, h, old_h, c, old_c, dh, dc)
+        return rnn_relu_backward(s, w, h, old_h, c, old_c, dh, dc)
     elif MODE == "LSTM":
-        return lstm_backward(s, h, old_h, c, old_c, dh, dc)
+        return lstm_backward(s, w, h, old_h, c, old_c, dh, dc)
     else:
-        return gru_backward(s, h, old_h, c, old_c, dh, dc)
+        return gru_backward(s, w, h, old_h, c, old_c, dh, dc)
 
 
 @triton.jit
-def rnn_tanh_forward(sums, h, c):
+def rnn_tanh_forward(sums, w, h, c):
     h = tanh(sums[0])
     return h, c, ()
 
 
 @triton.jit
-def rnn_tanh_backward(s, h, old_h, c, old_c, dh, dc):
+def rnn_tanh_backward(s, w, h, old_h, c, old_c, dh, dc):
     dg = dh * (1 - h * h)
-    return (dg,), tl.zeros_like(dh), dc
+    return (dg,), (), tl.zeros_like(dh), dc
 
 
 @triton.jit
-def rnn_relu_forward(sums, h, c):
+def rnn_relu_forward(sums, w, h, c):
     h = relu(sums[0])
     return h, c, ()
 
 
 @triton.jit
-def rnn_relu_backward(s, h, old_h, c, old_c, dh, dc):
+def rnn_relu_backward(s, w, h, old_h, c, old_c, dh, dc):
     dg = where_positive(h, dh)
-    return (dg,), tl.zeros_like(dh), dc
+    return (dg,), (), tl.zeros_like(dh), dc
 
 
 @triton.jit
-def lstm_forward(sums, h, c):
+def lstm_forward(sums, w, h, c):
     i = sigmoid(sums[0])
     f = sigmoid(sums[1])
     g = tanh(sums[2])
@@ -74,7 +76,7 @@ def lstm_forward(sums, h, c):
 
 
 @triton.jit
-def lstm_backward(s, h, old_h, c, old_c, dh, dc):
+def lstm_backward(s, w, h, old_h, c, old_c, dh, dc):
     i, f, g, o = s[0], s[1], s[2], s[3]
     tanh_c = tanh(c)
     dc = dc + dh * o * (1 - tanh_c * tanh_c)
@@ -82,11 +84,11 @@ def lstm_backward(s, h, old_h, c, old_c, dh, dc):
     df = dc * old_c * f * (1 - f)
     dg = dc * i * (1 - g * g)
     do_ = dh * tanh_c * o * (1 - o)
-    return (di, df, dg, do_), tl.zeros_like(dh), dc * f
+    return (di, df, dg, do_), (), tl.zeros_like(dh), dc * f
 
 
 @triton.jit
-def gru_forward(sums, h, c):
+def gru_forward(sums, w, h, c):
     q = sums[3]
     r = sigmoid(sums[0])
     z = sigmoid(sums[1])
@@ -96,10 +98,10 @@ def gru_forward(sums, h, c):
 
 
 @triton.jit
-def gru_backward(s, h, old_h, c, old_c, dh, dc):
+def gru_backward(s, w, h, old_h, c, old_c, dh, dc):
     r, z, n, q = s[0], s[1], s[2], s[3]
     dn = dh * (1 - z) * (1 - n * n)
     dr = dn * q * r * (1 - r)
     dz = dh * (old_h - n) * z * (1 - z)
     dq = dn * r
-    return (dr, dz, dn, dq), dh * z, dc
+    return (dr, dz, dn, dq), (), dh * z, dc

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from ..cells import APART, GATES, GRADIENTS, HAS_CELL_STATE, READS, SAVED_GATES
+from ..cells import APART, GATES, GRADIENTS, HAS_CELL_STATE, READS, SAVED_GATES, UNIT_WEIGHTS
 from . import cells
 
 # Differ from call to call: neither their values nor what divides them makes another kernel.
@@ -73,6 +73,11 @@ def saved_tiles(mode):
 @triton.constexpr_function
 def gradients(mode):
     return GRADIENTS[mode]
+
+
+@triton.constexpr_function
+def unit_weights(mode):
+    return UNIT_WEIGHTS[mode]
 
 
 @triton.constexpr_function
@@ -132,6 +137,16 @@ def join(tiles, K: tl.constexpr, BH: tl.constexpr, BN: tl.constexpr):
     else:
         joined = tl.join(tl.join(tiles[0], tiles[1]), tl.join(tiles[2], tiles[3]))
         return tl.reshape(tl.permute(joined, (3, 2, 0, 1)), [4 * BH, BN])
+
+
+@triton.jit
+def load_unit_weights(at, w_units, H, MODE: tl.constexpr, acc: tl.constexpr):
+    """The weights of the units' own, [units, 1]."""
+    U: tl.constexpr = unit_weights(MODE)
+    if U == 0:
+        return ()
+    else:
+        return cast(load(tl.where(at.d == 0, w_units[0], w_units[1]) + at.unit, U, H, at.is_unit), U, acc)
 
 
 @triton.jit
@@ -301,10 +316,10 @@ def sums_of(x, a, MODE: tl.constexpr):
 
 
 @triton.jit
-def step_forward(at, t, sums, h, c, p_y, p_cs, R, H, MODE: tl.constexpr, D: tl.constexpr):
+def step_forward(at, t, sums, u, h, c, p_y, p_cs, R, H, MODE: tl.constexpr, D: tl.constexpr):
     """The states after step t, from those that enter it and its sums, and what is saved."""
     acc: tl.constexpr = c.dtype
-    new_h, new_c, saved = cells.forward(MODE, sums, h.to(acc), c)
+    new_h, new_c, saved = cells.forward(MODE, sums, u, h.to(acc), c)
     # Padded units are columns of the next product: not even a NaN of theirs may enter it.
     new_h = tl.where(at.inside, new_h, 0.0).to(h.dtype)
     valid = t < at.length
@@ -318,20 +333,12 @@ def step_forward(at, t, sums, h, c, p_y, p_cs, R, H, MODE: tl.constexpr, D: tl.c
 
 @triton.jit(do_not_specialize=VARYING)
 def forward(
-    p_x,  # [D, R, G*H]: W_ih x + b_ih
-    p_w,  # [G*H, P]: W_hh
-    p_w_reverse,
-    p_b,  # [G*H]: b_hh; or None
-    p_b_reverse,
-    p_h,  # [D, N, P]: the state before; P is H but for a projected state
-    p_h_after,  # [D, N, H]: the state after; fused, p_h itself
-    p_c,  # [D, N, H]: before on entry, after on return
-    p_y,  # [R, D*H]; None: h is still to be projected
-    p_cs,  # [R, D*H]: c after every step; or None
-    p_gates,  # [D, R, S*H]; or None
-    p_offsets,  # of Tile
-    p_lengths,  # [N]; or None
-    p_resets,
+    of,  # ForwardSteps; y is None where h is still to be projected
+    p_h_after,  # [D, N, H]: the state after; fused, that before, of.h
+    w_hh,  # of each direction, as all weights
+    b_hh,
+    w_units,
+    tables,  # Tables
     step,
     T,
     N,
@@ -349,12 +356,16 @@ def forward(
     G: tl.constexpr = gates(MODE)
     S: tl.constexpr = saved_tiles(MODE)
     K: tl.constexpr = gradients(MODE)
+    p_x, p_h, p_c, p_y, p_cs, p_gates = of
     acc: tl.constexpr = tl.float64 if p_h.dtype.element_ty == tl.float64 else tl.float32
     H, P = aligned(H, ALIGN), aligned(P, ALIGN)
+    p_offsets, p_lengths, p_resets = tables
     at = Tile(*tile(tl.program_id(0), p_lengths, T, N, H, BH, BN), p_offsets, p_resets, T, N)
-    p_w = tl.where(at.d == 0, p_w, p_w_reverse)
-    if p_b is not None:
-        p_b = tl.where(at.d == 0, p_b, p_b_reverse)
+    p_w = tl.where(at.d == 0, w_hh[0], w_hh[1])
+    p_b = None
+    if b_hh[0] is not None:
+        p_b = tl.where(at.d == 0, b_hh[0], b_hh[1])
+    u = load_unit_weights(at, w_units, H, MODE, acc)
     state = (at.d * N + at.n) * H + at.unit
     zeros = tl.zeros([BH, BN], acc)
     h = zeros.to(p_h.dtype.element_ty)
@@ -386,7 +397,7 @@ def forward(
                 c = tl.where(is_kept, c, 0.0)
             sums = split(tl.dot(w, h, sums, out_dtype=acc, input_precision=PRECISION), K, BH, BN)
             sums = with_candidate(sums, candidate.to(acc), MODE)
-            h, c, saved = step_forward(at, t, sums, h, c, p_y, p_cs, R, H, MODE, D)
+            h, c, saved = step_forward(at, t, sums, u, h, c, p_y, p_cs, R, H, MODE, D)
             if p_gates is not None:
                 p = p_gates + (at.d * R + row(at, t)) * (S * H) + column
                 tl.store(p, join(saved, S, BH, BN).to(p_gates.dtype.element_ty), mask=inside & (t < at.length))
@@ -404,7 +415,7 @@ def forward(
         if p_b is not None:
             a = add(a, cast(load(p_b + at.unit, G, H, at.is_unit), G, acc), G)
         sums = sums_of(x, a, MODE)
-        h, c, saved = step_forward(at, t, sums, h, c, p_y, p_cs, R, H, MODE, D)
+        h, c, saved = step_forward(at, t, sums, u, h, c, p_y, p_cs, R, H, MODE, D)
         if p_gates is not None:
             store(p_gates + (at.d * R + row(at, t)) * (S * H) + at.unit, saved, S, H, at.inside & valid)
 
@@ -416,13 +427,10 @@ def forward(
 @triton.jit(do_not_specialize=VARYING)
 def project_forward(
     p_m,  # [D, N, P]: what the cell made of this step. Of the projected state there are H units here, and P inputs
-    p_w,  # [H, P]: W_hr
-    p_w_reverse,
+    w_hr,  # [H, P]
     p_h,  # [D, N, H]: the state before on entry, after on return
     p_y,  # [R, D*H]
-    p_offsets,
-    p_lengths,
-    p_resets,
+    tables,
     step,
     T,
     N,
@@ -437,8 +445,9 @@ def project_forward(
 ):
     acc: tl.constexpr = tl.float64 if p_h.dtype.element_ty == tl.float64 else tl.float32
     H, P = aligned(H, ALIGN), aligned(P, ALIGN)
+    p_offsets, p_lengths, p_resets = tables
     at = Tile(*tile(tl.program_id(0), p_lengths, T, N, H, BH, BN), p_offsets, p_resets, T, N)
-    p_w = tl.where(at.d == 0, p_w, p_w_reverse)
+    p_w = tl.where(at.d == 0, w_hr[0], w_hr[1])
     (h,) = products(at, p_w, p_m, P, 0, P, 1, tl.zeros([BH, BN], acc), 1, PRECISION)
     h = h.to(p_h.dtype.element_ty)
     t = time(at, step, T)
@@ -493,43 +502,32 @@ def of_h(d, MODE: tl.constexpr):
 
 
 @triton.jit
-def step_backward(at, t, saved, values, is_kept, c, dh, dc, MODE: tl.constexpr):
-    """Step t, from c, dh and dc after it: the gradients at its sums, and what of dh and dc goes to the state before it
-    beside what goes through W_hh."""
+def step_backward(at, t, saved, u, values, is_kept, c, dh, dc, MODE: tl.constexpr):
+    """Step t, from c, dh and dc after it: the gradients at its sums, what it adds to those of the units' weights, and
+    what of dh and dc goes to the state before it beside what goes through W_hh."""
     acc: tl.constexpr = dh.dtype
     h, old_h, old_c, dy, dc_out = cast(values, 5, acc)
     if at.resets is not None:
         old_h = tl.where(is_kept, old_h, 0.0)
         old_c = tl.where(is_kept, old_c, 0.0)
-    d, direct, new_dc = cells.backward(MODE, saved, h, old_h, c, old_c, dh + dy, dc + dc_out)
+    d, of_units, direct, new_dc = cells.backward(MODE, saved, u, h, old_h, c, old_c, dh + dy, dc + dc_out)
     if at.resets is not None:
         direct = tl.where(is_kept, direct, 0.0)
         new_dc = tl.where(is_kept, new_dc, 0.0)
     valid = t < at.length
-    return d, tl.where(valid, direct, dh), tl.where(valid, new_dc, dc)
+    return d, of_units, tl.where(valid, direct, dh), tl.where(valid, new_dc, dc)
 
 
 @triton.jit(do_not_specialize=VARYING)
 def backward(
-    p_dy,  # [R, D*H]; or None
-    p_dcs,  # [R, D*H]: of c after every step; or None
-    p_gates,  # [D, R, S*H]
-    p_y,  # [R, D*H]
-    p_cs,  # [R, D*H]
-    p_h0,  # [D, N, H]; or None
-    p_c0,
-    p_w,  # [G*H, H]: W_hh; if h is projected, W_hr [P, H]
-    p_w_reverse,
-    p_through,  # [D, N, P]: the gradients that p_w takes back to h; stepwise, those at W_hh h of the step done before,
+    of,  # BackwardSteps; stepwise, dh is without what goes through w. If h is projected, dy and dh are None: nothing
+    # but that reaches it
+    w,  # [G*H, H]: W_hh of each direction; if h is projected, W_hr [P, H]
+    w_units,
+    p_through,  # [D, N, P]: the gradients that w takes back to h; stepwise, those at W_hh h of the step done before,
     # G*H of them, or if h is projected, those at W_hr m of this step; fused, None
     p_da,  # [D, N, G*H]: the gradients at W_hh h of this step; fused, None
-    p_dh,  # [D, N, H]: of the state after on entry, before on return; stepwise without what goes through p_w;
-    # None: h is projected, nothing else reaches it
-    p_dc,
-    p_dgates,  # [D, R, K*H]
-    p_offsets,  # of Tile
-    p_lengths,  # [N]; or None
-    p_resets,
+    tables,  # Tables
     step,
     T,
     N,
@@ -547,11 +545,15 @@ def backward(
     G: tl.constexpr = gates(MODE)
     S: tl.constexpr = saved_tiles(MODE)
     K: tl.constexpr = gradients(MODE)
+    U: tl.constexpr = unit_weights(MODE)
+    p_dy, p_dcs, p_gates, p_y, p_cs, p_h0, p_c0, p_dh, p_dc, p_dgates, _ = of
     acc: tl.constexpr = tl.float64 if p_dgates.dtype.element_ty == tl.float64 else tl.float32
     ONE_BY_ONE: tl.constexpr = PRECISION == "tf32x3" or acc == tl.float64  # products of a stack of these spill
     H, P = aligned(H, ALIGN), aligned(P, ALIGN)
+    p_offsets, p_lengths, p_resets = tables
     at = Tile(*tile(tl.program_id(0), p_lengths, T, N, H, BH, BN), p_offsets, p_resets, T, N)
-    p_w = tl.where(at.d == 0, p_w, p_w_reverse)
+    p_w = tl.where(at.d == 0, w[0], w[1])
+    u = load_unit_weights(at, w_units, H, MODE, acc)
     state = (at.d * N + at.n) * H + at.unit
     zeros = tl.zeros([BH, BN], acc)
     c, dh, dc = zeros, zeros, zeros
@@ -582,13 +584,15 @@ def backward(
             tiles = ()
             if S > 0:
                 tiles = split(saved.to(acc), S, BH, BN)
-            d, dh, dc = step_backward(at, t, tiles, values, is_kept, c, dh, dc, MODE)
+            d, of_units, dh, dc = step_backward(at, t, tiles, u, values, is_kept, c, dh, dc, MODE)
             stacked = join(d, K, BH, BN).to(p_dgates.dtype.element_ty)
             valid = t < at.length
             through = valid
             if p_resets is not None:
                 through = through & is_kept
-            tl.store(p_dgates + (at.d * R + row(at, t)) * (K * H) + column, stacked, mask=inside & valid)
+            p = p_dgates + (at.d * R + row(at, t)) * ((K + U) * H)
+            tl.store(p + column, stacked, mask=inside & valid)
+            store(p + K * H + at.unit, of_units, U, H, at.inside & valid)
             # An accumulator of their own: Triton for Blackwell fails at one that is carried from step to step.
             if ONE_BY_ONE:
                 da = where(at.inside & through, of_h(d, MODE), G)
@@ -612,8 +616,10 @@ def backward(
         if has_cell_state(MODE):
             c = after(at, t, p_cs, H, D)
         (through_w,) = products(at, p_w, p_through, P, 0, 1, H, zeros, 1, PRECISION)
-        d, dh, dc = step_backward(at, t, saved, values, is_kept, c, dh + through_w, dc, MODE)
-        store(p_dgates + place * (K * H) + at.unit, d, K, H, at.inside & valid)
+        d, of_units, dh, dc = step_backward(at, t, saved, u, values, is_kept, c, dh + through_w, dc, MODE)
+        p = p_dgates + place * ((K + U) * H) + at.unit
+        store(p, d, K, H, at.inside & valid)
+        store(p + K * H, of_units, U, H, at.inside & valid)
         through = valid
         if p_resets is not None:
             through = through & is_kept
@@ -628,15 +634,12 @@ def backward(
 @triton.jit(do_not_specialize=VARYING)
 def project_backward(
     p_dy,  # [R, D*H]; or None. Of the projected state there are H units here
-    p_w,  # [P, H]: W_hh
-    p_w_reverse,
+    w_hh,  # [P, H]
     p_through,  # [D, N, P]: the gradients at W_hh h of the step done before
-    p_dh,  # [D, N, H]: of the state after on entry, before on return, without what goes through p_w
+    p_dh,  # [D, N, H]: of the state after on entry, before on return, without what goes through w_hh
     p_dprojected,  # [D, N, H]: the gradient at W_hr m of this step
     p_dprojections,  # [D, R, H]: and of every step
-    p_offsets,
-    p_lengths,
-    p_resets,
+    tables,
     step,
     T,
     N,
@@ -651,8 +654,9 @@ def project_backward(
 ):
     acc: tl.constexpr = p_dh.dtype.element_ty
     H, P = aligned(H, ALIGN), aligned(P, ALIGN)
+    p_offsets, p_lengths, p_resets = tables
     at = Tile(*tile(tl.program_id(0), p_lengths, T, N, H, BH, BN), p_offsets, p_resets, T, N)
-    p_w = tl.where(at.d == 0, p_w, p_w_reverse)
+    p_w = tl.where(at.d == 0, w_hh[0], w_hh[1])
     t = time(at, step, T)
     valid = t < at.length
     place = row(at, t)
@@ -672,9 +676,7 @@ def states_before(
     p_y,  # [R, D*H]
     p_h0,  # [D, N, H]; or None
     p_out,  # [D, R, H]: the state that entered each step
-    p_offsets,
-    p_lengths,
-    p_resets,
+    tables,
     T,
     N,
     R,
@@ -687,6 +689,7 @@ def states_before(
     """A program is one step of a tile, in the grid's first dimension: the others end at 65,535."""
     H = aligned(H, ALIGN)
     tiles = tl.cdiv(N, BN)
+    p_offsets, p_lengths, p_resets = tables
     at = Tile(*tile(tl.program_id(0) % tiles, p_lengths, T, N, H, BH, BN), p_offsets, p_resets, T, N)
     t = tl.program_id(0) // tiles
     valid = t < at.length

@@ -11,6 +11,7 @@ import triton
 from torch import Tensor
 
 from .. import gpu
+from ..records import BackwardSteps, ForwardSteps, Inputs
 from . import kernels
 from .plan import Chip, Plan, plan
 
@@ -37,8 +38,8 @@ def reason(
 
 
 class Layer(gpu.Layer):
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
+    def __init__(self, inputs: Inputs) -> None:
+        super().__init__(inputs)
         self.plan = plan_on(self.x.device, self.mode, self.x.dtype, self.H, self.projected, self.form.N)
 
     @property
@@ -50,77 +51,62 @@ class Layer(gpu.Layer):
         found = [getattr(w, name) for w in self.directions]
         return found[0], found[-1]
 
-    def launch(self, kernel: Any, width: int, *pointers: Tensor | None, steps: int = 1, **rest: Any) -> None:
+    def launch(self, kernel: Any, width: int, *operands: Any, steps: int = 1, **rest: Any) -> None:
         """A kernel over all rows and directions, and ``width`` units."""
         form, how = self.form, self.plan
         grid = steps * triton.cdiv(form.N, how.rows), triton.cdiv(width, how.units), self.D
         align = math.gcd(self.H, self.P, 16)
         kernel[grid](
-            *pointers, p_offsets=form.offsets, p_lengths=form.lengths, p_resets=form.resets, T=form.T, N=form.N,
-            R=form.R, **rest, H=width, D=self.D, ALIGN=align, BH=how.units, BN=how.rows,
-            **how.options,
+            *operands, form.tables, T=form.T, N=form.N, R=form.R, **rest, H=width, D=self.D, ALIGN=align, BH=how.units,
+            BN=how.rows, **how.options,
         )  # fmt: skip
 
-    def launch_step(self, kernel: Any, width: int, inputs: int, *pointers: Tensor | None, step: int) -> None:
+    def launch_step(self, kernel: Any, width: int, inputs: int, *operands: Any, step: int) -> None:
         """A kernel of one step, with a product of ``inputs`` terms."""
-        self.launch(kernel, width, *pointers, step=step, P=inputs, PRECISION=self.plan.precision)
+        self.launch(kernel, width, *operands, step=step, P=inputs, PRECISION=self.plan.precision)
 
-    def launch_cells(self, kernel: Any, inputs: int, *pointers: Tensor | None, step: int = 0) -> None:
+    def launch_cells(self, kernel: Any, inputs: int, *operands: Any, step: int = 0) -> None:
         how = self.plan
         self.launch(
-            kernel, self.H, *pointers, step=step, P=inputs, MODE=self.mode, FUSED=how.fused, PRECISION=how.precision
+            kernel, self.H, *operands, step=step, P=inputs, MODE=self.mode, FUSED=how.fused, PRECISION=how.precision
         )
 
-    def forward_steps(
-        self, x_gates: Tensor, h: Tensor, c: Tensor | None, y: Tensor, cs: Tensor | None, gates: Tensor | None
-    ) -> None:
-        w_hh, w_hr, b_hh = (self.of_directions(name) for name in ("w_hh", "w_hr", "b_hh"))
+    def forward_steps(self, of: ForwardSteps) -> None:
+        weights = [self.of_directions(name) for name in ("w_hh", "b_hh", "w_units")]
+        h, y = of.h, of.y
         if self.plan.fused:
-            self.launch_cells(kernels.forward, self.H, x_gates, *w_hh, *b_hh, h, h, c, y, cs, gates)
+            self.launch_cells(kernels.forward, self.H, of, h, *weights)
             return
         T, P = self.form.T, self.P
         m = h.new_empty(self.D, self.form.N, self.H) if self.projected else torch.empty_like(h)
+        unprojected, w_hr = of._replace(y=None), self.of_directions("w_hr")
         for step in range(T):
             if self.projected:
-                self.launch_cells(kernels.forward, P, x_gates, *w_hh, *b_hh, h, m, c, None, cs, gates, step=step)
-                self.launch_step(kernels.project_forward, P, self.H, m, *w_hr, h, y, step=step)
+                self.launch_cells(kernels.forward, P, unprojected, m, *weights, step=step)
+                self.launch_step(kernels.project_forward, P, self.H, m, w_hr, h, y, step=step)
             else:  # programs read all of the old state, and write some of the new one
-                states = (h, m) if step % 2 == 0 else (m, h)
-                self.launch_cells(kernels.forward, P, x_gates, *w_hh, *b_hh, *states, c, y, cs, gates, step=step)
+                before, after = (h, m) if step % 2 == 0 else (m, h)
+                self.launch_cells(kernels.forward, P, of._replace(h=before), after, *weights, step=step)
         if T % 2 and not self.projected:
             h.copy_(m)
 
-    def backward_steps(
-        self,
-        dy: Tensor | None,
-        dcs: Tensor | None,
-        gates: Tensor,
-        y: Tensor,
-        cs: Tensor,
-        h0: Tensor | None,
-        c0: Tensor | None,
-        dh: Tensor,
-        dc: Tensor | None,
-        dgates: Tensor,
-        dprojections: Tensor | None,
-    ) -> None:
-        saved = gates, y, cs, h0, c0
-        w_hh, w_hr = self.of_directions("w_hh"), self.of_directions("w_hr")
+    def backward_steps(self, of: BackwardSteps) -> None:
+        w_hh, w_hr, w_units = (self.of_directions(name) for name in ("w_hh", "w_hr", "w_units"))
         if self.plan.fused:
-            self.launch_cells(kernels.backward, self.H, dy, dcs, *saved, *w_hh, None, None, dh, dc, dgates)
+            self.launch_cells(kernels.backward, self.H, of, w_hh, w_units, None, None)
             return
-        T, P, inputs = self.form.T, self.P, self.G * self.H
-        da = y.new_zeros(self.D, self.form.N, inputs)
-        other = torch.empty_like(dh, dtype=y.dtype) if self.projected else torch.empty_like(da)
+        T, P, inputs, dh = self.form.T, self.P, self.G * self.H, of.dh
+        da = of.y.new_zeros(self.D, self.form.N, inputs)
+        other = torch.empty_like(dh, dtype=of.y.dtype) if self.projected else torch.empty_like(da)
+        unprojected = of._replace(dy=None, dh=None)
         for step in reversed(range(T)):
             if self.projected:
-                self.launch_step(kernels.project_backward, P, inputs, dy, *w_hh, da, dh, other, dprojections, step=step)
-                self.launch_cells(kernels.backward, P, None, dcs, *saved, *w_hr, other, da, None, dc, dgates, step=step)
+                through = of.dy, w_hh, da, dh, other, of.dprojections
+                self.launch_step(kernels.project_backward, P, inputs, *through, step=step)
+                self.launch_cells(kernels.backward, P, unprojected, w_hr, w_units, other, da, step=step)
             else:
                 gradients = (da, other) if (T - 1 - step) % 2 == 0 else (other, da)
-                self.launch_cells(
-                    kernels.backward, inputs, dy, dcs, *saved, *w_hh, *gradients, dh, dc, dgates, step=step
-                )
+                self.launch_cells(kernels.backward, inputs, of, w_hh, w_units, *gradients, step=step)
         for d, w in enumerate(self.directions):
             dh[d] += (other if T % 2 and not self.projected else da)[d] @ w.w_hh
 
