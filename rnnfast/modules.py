@@ -18,7 +18,7 @@ from torch.types import Device
 
 from . import functional
 
-Sequences = TypeVar("Sequences", Tensor, PackedSequence)  # input and output
+Input = TypeVar("Input", Tensor, PackedSequence)  # and the output is of the same
 Hx = TypeVar("Hx")  # the states that a layer or cell takes
 Hidden = TypeVar("Hidden")  # and those that it returns
 
@@ -73,9 +73,10 @@ class _Recurrent(_Module, nn.RNNBase, Generic[Hx, Hidden]):
     """The forward that RNN, LSTM and GRU share."""
 
     recompute = False
-    _name: str
     _tensor = ""
-    _flat_weights: list[Any]  # Tensors, and None where one was deleted
+    if TYPE_CHECKING:  # TorchScript reads annotations, too
+        _name: str
+        _flat_weights: list[Any]  # Tensors, and None where one was deleted
 
     def __init__(self, mode: str, recompute: bool, *args: Any) -> None:
         nn.RNNBase.__init__(self, mode, *args)  # what convert makes has torch.nn.LSTM between, with another signature
@@ -91,24 +92,24 @@ class _Recurrent(_Module, nn.RNNBase, Generic[Hx, Hidden]):
     @overload
     def forward(
         self,
-        input: Sequences,
+        input: Input,
         hx: Hx | None = None,
         *,
         lengths: Tensor | None = None,
         resets: Tensor | None = None,
         return_states: Literal[False] = False,
-    ) -> tuple[Sequences, Hidden]: ...
+    ) -> tuple[Input, Hidden]: ...
 
     @overload
     def forward(
         self,
-        input: Sequences,
+        input: Input,
         hx: Hx | None = None,
         *,
         lengths: Tensor | None = None,
         resets: Tensor | None = None,
         return_states: Literal[True],
-    ) -> tuple[Sequences, Hidden, Hidden]: ...
+    ) -> tuple[Input, Hidden, Hidden]: ...
 
     @overload
     def forward(
@@ -423,8 +424,9 @@ _CELL_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 class _Cell(_Module, nn.RNNCellBase, Generic[Hx, Hidden]):
     """The forward that RNNCell, LSTMCell and GRUCell share."""
 
-    _name: str
-    _mode: str
+    if TYPE_CHECKING:
+        _name: str
+        _mode: str
 
     def forward(self, input: Tensor, hx: Hx | None = None) -> Hidden:
         """One step.
