@@ -5,7 +5,7 @@
 # make cuda      build rnnfast/_cuda.so, which needs nvcc, but neither a GPU nor a torch that can use one
 # make wheel-cuda  a wheel with both libraries, dist/rnnfast-*.whl; CUDA_ARCHS="80 90" names the GPUs that it is for
 # make gpu       test and measure on a GPU, in half an hour; ARGS="--minutes 9" goes to bench/gpu_day.py
-# make lint      check style
+# make lint      check style and types
 # make clean     remove what these made
 #
 # All of them work in .venv, which the first one makes: it needs Python 3.10 or newer, a C++ compiler and a network.
@@ -65,6 +65,7 @@ gpu: $(VENV)/installed
 lint: $(VENV)/linters
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(sources)
 
 clean:
@@ -78,8 +79,8 @@ $(VENV)/made:
 	$(PYTHON) -m venv $(VENV)
 	touch $@
 
-$(VENV)/linters: constraints.txt $(VENV)/made
-	$(PIP) ruff clang-format
+$(VENV)/linters: $(VENV)/torch
+	$(PIP) ruff clang-format mypy
 	touch $@
 
 # torch goes first, because the library is built against its headers and not in an isolated environment with another one.

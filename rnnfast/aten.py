@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,16 +18,17 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from . import onnx, reference
+from .backends import is_recorded
 from .cells import GATES
 from .records import Inputs, names_of
 
-_STACKS = {
+_STACKS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "RNN_TANH": torch._VF.rnn_tanh,
     "RNN_RELU": torch._VF.rnn_relu,
     "LSTM": torch._VF.lstm,
     "GRU": torch._VF.gru,
 }
-_CELLS = {
+_CELLS: dict[str, Callable[..., Any]] = {
     "RNN_TANH": torch._VF.rnn_tanh_cell,
     "RNN_RELU": torch._VF.rnn_relu_cell,
     "LSTM": torch._VF.lstm_cell,
@@ -59,27 +60,31 @@ def stack(
         return _padded(mode, x, h0, c0, weights, lengths, num_layers, bidirectional, training)
     states = _states(mode, x, h0, c0, weights, batch_sizes, num_layers * (1 + bidirectional))
     form, inputs = (mode, num_layers, bidirectional, batch_sizes, len(states)), (x, *states, *weights)
-    is_recorded = torch.jit.is_tracing() or torch.compiler.is_compiling()
-    if not is_recorded and all(isinstance(w, nn.Parameter) for w in weights):
+    is_traced = is_recorded() or torch.compiler.is_compiling()
+    if not is_traced and all(isinstance(w, nn.Parameter) for w in weights):
         _flatten(mode, weights, num_layers, bidirectional)
-    if is_recorded or not _is_differentiated(inputs):
-        y, h_n, *c_n = _call(*form, training, inputs)
+    if is_traced or not _is_differentiated(inputs):
+        y, h_n, *c_n = _call(inputs, training, *form)
     else:
-        y, h_n, *c_n = _Stack.apply(*form, *inputs)
-    return y, h_n, *(c_n or [x.new_empty(0)])
+        y, h_n, *c_n = _Stack.apply(*form, *inputs)  # type: ignore[no-untyped-call]
+    return y, h_n, c_n[0] if c_n else x.new_empty(0)
 
 
 def cell(mode: str, x: Tensor, h: Tensor | None, c: Tensor | None, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """h and, for an LSTM, c, else shape ``[0]``, after one step; x ``[N, I]``, h and c ``[N, H]``, None is zero."""
     h = x.new_zeros(x.size(0), weights[1].size(1)) if h is None else h
     if mode == "LSTM":
-        return _CELLS[mode](x, (h, torch.zeros_like(h) if c is None else c), *weights)
+        h, c = _CELLS[mode](x, (h, torch.zeros_like(h) if c is None else c), *weights)
+        return h, c
     return _CELLS[mode](x, h, *weights), x.new_empty(0)
 
 
-def _states(mode, x, h0, c0, weights, batch_sizes, count: int) -> list[Tensor]:
+def _states(
+    mode: str, x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor], batch_sizes: Tensor | None,
+    count: int,
+) -> list[Tensor]:  # fmt: skip
     """The initial state. A batch size that is read off a tensor stays one where a graph is recorded."""
-    batch = x.size(1) if batch_sizes is None else batch_sizes[0]
+    batch: Any = x.size(1) if batch_sizes is None else batch_sizes[0]
     widths = {"h": weights[1].size(1), "c": weights[0].size(0) // GATES[mode]}
     given = {"h": h0, "c": c0} if mode == "LSTM" else {"h": h0}
     return [x.new_zeros(count, batch, widths[name]) if t is None else t for name, t in given.items()]
@@ -112,17 +117,17 @@ def _flatten(mode: str, weights: Sequence[Tensor], num_layers: int, bidirectiona
             proj_size=out if count % 2 else 0, input_size=first.size(1), hidden_size=hidden, num_layers=num_layers,
             batch_first=False, bidirectional=bidirectional,
         )  # fmt: skip
-        nn.RNNBase.flatten_parameters(layer)
+        nn.RNNBase.flatten_parameters(layer)  # type: ignore[arg-type]  # it has all that this reads
 
 
 def _call(
+    inputs: Sequence[Tensor],
+    training: bool,
     mode: str,
     num_layers: int,
     bidirectional: bool,
     batch_sizes: Tensor | None,
     states: int,
-    training: bool,
-    inputs: Sequence[Tensor],
 ) -> tuple[Tensor, ...]:
     x, hx, weights = inputs[0], inputs[1 : 1 + states], list(inputs[1 + states :])
     biased = len(weights) // (num_layers * (1 + bidirectional)) >= 4
@@ -137,11 +142,14 @@ class _Stack(torch.autograd.Function):
     """torch's kernels can be derived once; a derivative of that goes through plain torch."""
 
     @staticmethod
-    def forward(ctx: Any, mode, num_layers, bidirectional, batch_sizes, states, *inputs):
+    def forward(
+        ctx: Any, mode: str, num_layers: int, bidirectional: bool, batch_sizes: Tensor | None, states: int,
+        *inputs: Tensor,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         leaves = [t.detach().requires_grad_(t.requires_grad) for t in inputs]
         ctx.form = mode, num_layers, bidirectional, batch_sizes, states
         with torch.enable_grad():
-            outputs = _call(*ctx.form, True, leaves)  # cuDNN keeps what a backward needs in training only
+            outputs = _call(leaves, True, *ctx.form)  # cuDNN keeps what a backward needs in training only
         ctx.graph = outputs, leaves
         ctx.save_for_backward(*inputs)
         ctx.set_materialize_grads(False)
@@ -152,7 +160,7 @@ class _Stack(torch.autograd.Function):
         leaves, twice = ctx.saved_tensors, torch.is_grad_enabled()
         keep = twice or torch._C._autograd._get_current_graph_task_keep_graph()
         if twice:
-            outputs = _reference(*ctx.form, leaves)
+            outputs = _reference(leaves, *ctx.form)
         else:
             outputs, leaves = ctx.graph
             if not keep:
@@ -169,7 +177,14 @@ class _Stack(torch.autograd.Function):
         return (None,) * 5 + tuple(next(found) if need else None for need in needs)
 
 
-def _reference(mode, num_layers, bidirectional, batch_sizes, states, inputs) -> tuple[Tensor, ...]:
+def _reference(
+    inputs: Sequence[Tensor],
+    mode: str,
+    num_layers: int,
+    bidirectional: bool,
+    batch_sizes: Tensor | None,
+    states: int,
+) -> tuple[Tensor, ...]:
     """What ``_call`` computes, in plain torch."""
     y, h0, c0, weights = inputs[0], inputs[1], inputs[2] if states == 2 else None, inputs[1 + states :]
     per_layer, directions, finals = len(weights) // num_layers, 1 + bidirectional, []
@@ -183,21 +198,26 @@ def _reference(mode, num_layers, bidirectional, batch_sizes, states, inputs) -> 
     return y, *(torch.cat(final) for final in zip(*finals))
 
 
-def _padded(mode, x, h0, c0, weights, lengths, num_layers, bidirectional, training) -> tuple[Tensor, Tensor, Tensor]:
+def _padded(
+    mode: str, x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor], lengths: Tensor,
+    num_layers: int, bidirectional: bool, training: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """By packing, which wants a step of every row: what a row without any makes of it is put right afterwards."""
     steps, rows, _ = x.shape
-    h0, *c0 = _states(mode, x, h0, c0, weights, None, num_layers * (1 + bidirectional))
+    initials = _states(mode, x, h0, c0, weights, None, num_layers * (1 + bidirectional))
     if steps == 0 or rows == 0:
-        return x.new_empty(steps, rows, h0.size(2) * (1 + bidirectional)), h0.clone(), *(c0 or [x.new_empty(0)])
+        h_n, c_n = initials[0].clone(), initials[1] if len(initials) > 1 else x.new_empty(0)
+        return x.new_empty(steps, rows, h_n.size(2) * (1 + bidirectional)), h_n, c_n
     packed = pack_padded_sequence(x, lengths.clamp(min=1).cpu(), enforce_sorted=False)
     order, inverse = packed.sorted_indices, packed.unsorted_indices
-    states = [state.index_select(1, order) for state in (h0, *c0)]
+    assert order is not None and inverse is not None  # as it is not taken for sorted
+    states = [state.index_select(1, order) for state in initials]
     y, *finals = stack(
-        mode, packed.data, states[0], states[1] if c0 else None, weights, num_layers=num_layers,
+        mode, packed.data, states[0], states[1] if len(states) > 1 else None, weights, num_layers=num_layers,
         bidirectional=bidirectional, training=training, batch_sizes=packed.batch_sizes,
     )  # fmt: skip
     y, _ = pad_packed_sequence(packed._replace(data=y), total_length=steps)
     y = torch.where((lengths > 0)[:, None], y, 0)
-    for i, initial in enumerate((h0, *c0)):
+    for i, initial in enumerate(initials):
         finals[i] = torch.where((lengths > 0)[:, None], finals[i].index_select(1, inverse), initial)
-    return y, *finals
+    return y, finals[0], finals[1]

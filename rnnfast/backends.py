@@ -55,7 +55,7 @@ def _load(name: str, compiler: str, detail: str) -> Availability:
     if not path.exists():
         return Availability(False, f"the native library is not built (no {compiler} at installation?)")
     try:
-        torch.ops.load_library(path)
+        torch.ops.load_library(path)  # type: ignore[no-untyped-call]
     except OSError as error:
         return Availability(False, f"the native library does not load: {error}")
     return Availability(True, detail)
@@ -133,7 +133,7 @@ def find_cuda(device: torch.device | None) -> Availability:
 
 
 # torch.compile cannot trace what these ask. torch.compiler.assume_constant_result would import the compiler.
-_cpu._dynamo_marked_constant = _cuda._dynamo_marked_constant = True
+_cpu._dynamo_marked_constant = _cuda._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 # Of those for one type of device the last that can is the one that serves; ROCm's type is also called cuda.
 BACKENDS = {
@@ -277,7 +277,7 @@ def choose_backend(
     reasons: list[str] = []
     for name in names:
         backend = BACKENDS[name]
-        if dtype not in backend.dtypes:
+        if backend.dtypes is not None and dtype not in backend.dtypes:
             continue
         found = backend.probe(device)
         if found.available and (hidden is None or backend.module is None):
@@ -290,7 +290,7 @@ def choose_backend(
     if forced is not None:
         raise RuntimeError(f"backend {forced!r} cannot serve this call: {reason}")
     # A loop in Python is slower than torch's kernels.
-    in_torch = in_torch and device.type != "meta" and dtype in BACKENDS["torch"].dtypes
+    in_torch = in_torch and device.type != "meta" and dtype in DTYPES
     return "torch" if in_torch else "reference", reason
 
 

@@ -32,6 +32,8 @@ class _PassesFor(type):
     Tools look modules up by their exact type, torch's own quantisation among them. Equal classes are equal keys.
     """
 
+    stands_for: type[nn.Module]
+
     def __eq__(cls, other: object) -> bool:
         return cls is other or vars(cls).get("stands_for") is other
 
@@ -40,12 +42,12 @@ class _PassesFor(type):
 
 
 @functools.cache
-def _passing_for(cls: type) -> type:
+def _passing_for(cls: type[nn.Module]) -> Any:
     """A subclass of torch's class, or of a subclass of it, with the forward of ours."""
     base = _torch_base(cls)
     bases = (_OURS[cls], cls) if cls is base else (cls, _passing_for(base))
 
-    def reduce(self: nn.Module, protocol: Any) -> tuple:
+    def reduce(self: nn.Module, protocol: Any) -> Any:
         reduced = super(new, self).__reduce_ex__(protocol)
         # What has no state is a way of the user's own to make the object.
         return reduced if len(reduced) < 3 else (_without_init, (cls,), *reduced[2:])
@@ -65,7 +67,7 @@ def _passing_for(cls: type) -> type:
 copyreg.pickle(_PassesFor, lambda cls: (_passing_for, (cls.stands_for,)))  # the class itself
 
 
-def _without_init(cls: type) -> nn.Module:
+def _without_init(cls: Any) -> Any:
     """A module to be filled from a pickle or a copy."""
     passing = _passing_for(cls)
     return passing.__new__(passing)
@@ -92,18 +94,17 @@ def convert(model: Model, *, compile: bool = False) -> Model:
     report = ConversionReport([], {})
     for name, module in model.named_modules():
         cls = _class_of(module)
-        base = _torch_base(cls)
-        if base is None or issubclass(cls, modules.OURS):
+        if issubclass(cls, modules.OURS) or not issubclass(cls, tuple(_OURS)):
             if compile and isinstance(cls, _PassesFor):
                 theirs = cls.stands_for
                 if theirs in _OURS:
                     _become(module, _OURS[theirs])
                     report.converted.append(name)
                 else:
-                    report.left_alone[name] = _subclass(theirs) + _why_not(theirs, _torch_base(theirs), compile)
+                    report.left_alone[name] = _subclass(theirs) + _why_not(theirs, compile)
             elif reason := _is_foreign(module):
                 report.left_alone[name] = reason
-        elif why := _why_not(cls, base, compile):
+        elif why := _why_not(cls, compile):
             report.left_alone[name] = _subclass(cls) + why
         else:
             try:
@@ -113,7 +114,7 @@ def convert(model: Model, *, compile: bool = False) -> Model:
                 continue
             _become(module, ours)
             report.converted.append(name)
-    model.rnnfast_report = report
+    model.rnnfast_report = report  # type: ignore[assignment]
     return model
 
 
@@ -138,35 +139,36 @@ def revert(model: Model) -> Model:
         _become(module, theirs)
         module.__dict__.pop("recompute", None)
         report.reverted.append(name)
-    model.rnnfast_report = report
+    model.rnnfast_report = report  # type: ignore[assignment]
     return model
 
 
-def _class_of(module: nn.Module) -> type:
+def _class_of(module: nn.Module) -> Any:  # mypy takes no class for the hashable key that a cache asks for
     """The module's class but for parametrizations, which live in a class of its own, made over the original one."""
     cls = type(module)
     return cls.__bases__[0] if parametrize.is_parametrized(module) else cls
 
 
-def _torch_base(cls: type) -> type | None:
-    return next((base for base in cls.__mro__ if base in _OURS), None)
+def _torch_base(cls: type[nn.Module]) -> Any:
+    return next(base for base in cls.__mro__ if base in _OURS)
 
 
-def _subclass(cls: type) -> str:
+def _subclass(cls: type[nn.Module]) -> str:
     return f"{cls.__qualname__} is a subclass of torch.nn.{_torch_base(cls).__name__}"
 
 
-def _why_not(cls: type, base: type, compile: bool) -> str:
+def _why_not(cls: type[nn.Module], compile: bool) -> str:
+    base = _torch_base(cls)
     if cls.forward is not base.forward or cls.__call__ is not base.__call__:
         return " with its own forward"
     return ", and compile is set" if compile and cls is not base else ""
 
 
-def _become(module: nn.Module, cls: type) -> None:
+def _become(module: nn.Module, cls: type[nn.Module]) -> None:
     if parametrize.is_parametrized(module):
         old = type(module)
         body = {key: value for key, value in vars(old).items() if key not in ("__dict__", "__weakref__")}
-        cls = type(cls)(old.__name__, (cls,), body)
+        cls = type(cls)(old.__name__, (cls,), body)  # type: ignore[misc]  # a call of its metaclass
     module.__class__ = cls
 
 

@@ -48,9 +48,10 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> Explanation:
         torch.nn recurrent module is named with the backend ``"torch.nn"``.
     """
     found = Explanation()
-    names = {module: name for name, module in model.named_modules() if isinstance(module, (nn.RNNBase, nn.RNNCellBase))}
+    recurrent = (nn.RNNBase, nn.RNNCellBase)
+    names: dict[nn.Module, str] = {m: name for name, m in model.named_modules() if isinstance(m, recurrent)}
 
-    def record(module: nn.Module, args: tuple, call_kwargs: dict) -> None:
+    def record(module: nn.Module, args: tuple[Any, ...], call_kwargs: dict[str, Any]) -> None:
         input = args[0] if args else call_kwargs["input"]
         data = input.data if isinstance(input, PackedSequence) else input
         extended = call_kwargs.get("resets") is not None or call_kwargs.get("return_states", False)
@@ -58,7 +59,7 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> Explanation:
 
     if not (inputs or kwargs):
         for module, name in names.items():
-            weight = module._flat_weights[0] if isinstance(module, nn.RNNBase) else module.weight_ih
+            weight: Any = module._flat_weights[0] if isinstance(module, nn.RNNBase) else module.weight_ih
             found.append(_choice(name, module, weight))
         return found
     hooks = [module.register_forward_pre_hook(record, with_kwargs=True) for module in names]

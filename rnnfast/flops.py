@@ -22,14 +22,15 @@ from .ops import of_records
 from .records import Inputs, OutputGradients, Saved
 
 
-def _is_unknown(lengths: Tensor | None) -> bool:
-    """Whether all rows count as full: the values of lengths are not to be had while a graph is made."""
-    return lengths is None or isinstance(lengths, FakeTensor) or lengths.device.type == "meta"
+def _known(lengths: Tensor | None) -> Tensor | None:
+    """None if all rows count as full: the values of lengths are not to be had while a graph is made."""
+    return None if isinstance(lengths, FakeTensor) or (lengths is not None and lengths.is_meta) else lengths
 
 
 def _rows(x: Tensor, lengths: Tensor | None) -> int:
     """R of the steps that are run."""
-    return x.shape[:-1].numel() if _is_unknown(lengths) else int(lengths.sum())
+    known = _known(lengths)
+    return x.shape[:-1].numel() if known is None else int(known.sum())
 
 
 def _products(inputs: Inputs) -> tuple[int, int, int]:
@@ -51,7 +52,8 @@ def _backward_flops(
     flops = D * R * (of_x * (need_dx + need_dw) + of_h * (1 + need_dw) + of_m * (1 + need_dw))
     if inputs.h0 is None:  # no gradient goes beyond the first step
         if batch_sizes is None:
-            first = D * (x.size(1) if _is_unknown(lengths) else int((lengths > 0).sum()))
+            known = _known(lengths)
+            first = D * (x.size(1) if known is None else int((known > 0).sum()))
         else:
             first = int(batch_sizes[0]) + (int(batch_sizes[-1]) if bidirectional else 0)
         flops -= first * of_h
@@ -74,6 +76,8 @@ class _OnImport(importlib.abc.MetaPathFinder):
         if name != _COUNTER:
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        if spec is None or spec.loader is None:
+            return spec
         load = spec.loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
@@ -81,7 +85,7 @@ class _OnImport(importlib.abc.MetaPathFinder):
             load(module)
             _register()
 
-        spec.loader.exec_module = exec_module
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]  # of this one loader
         return spec
 
 

@@ -6,7 +6,7 @@ Letters as in ``reference.py``, and L layers.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -83,8 +83,9 @@ def rnn(
         backend = "reference"  # ONNX has no operator with a projection, and torch's translation of it does not run
     by_torch = None
     if backend == "torch":
-        form = {"batch_sizes": batch_sizes, "lengths": lengths, "bidirectional": bidirectional, "training": training}
-        by_torch = functools.partial(aten.stack, mode, **form)
+        by_torch = functools.partial(
+            aten.stack, mode, batch_sizes=batch_sizes, lengths=lengths, bidirectional=bidirectional, training=training
+        )
         # A second derivative needs the masks of dropout, and an exporter an operator for each layer.
         if not (dropout and training) and not torch.compiler.is_exporting():
             return *by_torch(input, h0, c0, weights, num_layers=num_layers), None
@@ -101,18 +102,18 @@ def rnn(
         )
         if by_torch:
             y, h_n, c_n = by_torch(*of_layer)
-            c = None
         else:
             *operands, of_weights = of_layer
             inputs = Inputs(mode, *operands, batch_sizes, lengths, resets, bidirectional, names, of_weights)
             y, h_n, c_n, c = recurrence.layer(backend, inputs, keep_c=return_states, recompute=recompute)
+            cs.append(c)
         h_ns.append(h_n)
         c_ns.append(c_n)
         hs.append(y)
-        cs.append(c)
-    all_states = _join(torch.stack, hs) if return_states else None
-    if return_states and HAS_CELL_STATE[mode]:
-        all_states = all_states, _join(torch.stack, cs).to(input.dtype)
+    all_states: Tensor | tuple[Tensor, Tensor] | None = None
+    if return_states:
+        all_hs = _join(torch.stack, hs)
+        all_states = (all_hs, _join(torch.stack, cs).to(input.dtype)) if HAS_CELL_STATE[mode] else all_hs
     return y, _join(torch.cat, h_ns), _join(torch.cat, c_ns), all_states
 
 
@@ -152,20 +153,26 @@ def cell(mode: str, input: Tensor, hx: Sequence[Tensor] | None, weights: Sequenc
     return h_n.squeeze(0), c_n.squeeze(0) if HAS_CELL_STATE[mode] else c_n
 
 
-def _join(function, tensors: list[Tensor]) -> Tensor:
+def _join(function: Callable[[list[Tensor]], Tensor], tensors: list[Tensor]) -> Tensor:
     """``torch.cat`` or ``torch.stack``, without a copy for a single tensor."""
     if len(tensors) > 1:
         return function(tensors)
     return tensors[0] if function is torch.cat else tensors[0].unsqueeze(0)
 
 
-def _operands(input: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor]) -> tuple:
+def _operands(
+    input: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor]
+) -> tuple[Tensor, Tensor | None, Tensor | None, Sequence[Tensor]]:
     """What a backend computes with: cast under autocast, and of one device and dtype, or refused in torch's words."""
     device = input.device
     kind = device.type  # torch makes it anew each time, in a third of a microsecond
     if kind != "meta" and torch.is_autocast_enabled(kind):
-        operands = (input, h0, c0, *weights)
-        input, h0, c0, *weights = (None if t is None else t.to(autocast_dtype(kind, t.dtype)) for t in operands)
+
+        def cast(t: Tensor) -> Tensor:
+            return t.to(autocast_dtype(kind, t.dtype))
+
+        input, weights = cast(input), [cast(weight) for weight in weights]
+        h0, c0 = h0 if h0 is None else cast(h0), c0 if c0 is None else cast(c0)
     dtype = input.dtype
     for t in (h0, c0, *weights):
         if t is not None and (t.dtype != dtype or t.device != device):
@@ -197,7 +204,7 @@ def autocast_dtype(device: str, dtype: torch.dtype) -> torch.dtype:
     return torch.get_autocast_dtype(device) if dtype.is_floating_point and dtype != torch.float64 else dtype
 
 
-def _check_states(h0: Tensor, c0: Tensor | None, states: int, batch: int, w_hh: Tensor, hidden: int) -> None:
+def _check_states(h0: Tensor | None, c0: Tensor | None, states: int, batch: int, w_hh: Tensor, hidden: int) -> None:
     for state, width in ((h0, w_hh.size(1)), (c0, hidden)):
         if state is None:
             continue
@@ -230,7 +237,8 @@ def _check_lengths(input: Tensor, lengths: Tensor | None) -> Tensor | None:
     # A graph may run where this operator, which is Python's, is not; a layer on a CPU checks the values once more.
     if is_recorded() or (torch.compiler.is_exporting() and input.device.type == "cpu"):
         return lengths.to(input.device, torch.int64)
-    return torch.ops.rnnfast.checked_lengths(lengths, input.size(0)).to(input.device)
+    checked: Tensor = torch.ops.rnnfast.checked_lengths(lengths, input.size(0))
+    return checked.to(input.device)
 
 
 def _check_resets(input: Tensor, resets: Tensor | None) -> None:

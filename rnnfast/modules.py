@@ -8,22 +8,46 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx import _symbolic_trace
 from torch.nn.utils.rnn import PackedSequence
+from torch.types import Device
 
 from . import functional
 
+Input = TypeVar("Input", Tensor, PackedSequence)  # and the output is of the same
+Hx = TypeVar("Hx")  # the states that a layer or cell takes
+Hidden = TypeVar("Hidden")  # and those that it returns
 
-class _Leaf(nn.Module):
-    """A module that torch.fx records as one node, as it does those of torch.nn, and before any hook has run."""
+
+class _Module(nn.Module):
+    """What the layers and cells share: torch's tools, and states, which are tuples within whatever the cell.
+
+    torch.fx records one of them as one node, as it does the modules of torch.nn, and before any hook has run.
+    """
+
+    _has_cell_state = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if fx._symbolic_trace._is_fx_tracing_flag and (proxy := _proxy_among((*args, *kwargs.values()))) is not None:
-            return proxy.tracer.create_proxy("call_module", proxy.tracer.path_of_module(self), args, kwargs)
+        if _symbolic_trace._is_fx_tracing_flag and (proxy := _proxy_among((*args, *kwargs.values()))) is not None:
+            path = proxy.tracer.path_of_module(self)  # type: ignore[attr-defined]  # a Tracer's, to which modules belong
+            return proxy.tracer.create_proxy("call_module", path, args, kwargs)
         return nn.Module.__call__(self, *args, **kwargs)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return _scriptable(self)
+
+    def _to_states(self, hx: Any) -> Sequence[Tensor]:
+        """(h,) or (h, c) of what a caller gives."""
+        states: Sequence[Tensor] = hx if self._has_cell_state else (hx,)
+        return states
+
+    def _to_hidden(self, states: Sequence[Tensor]) -> Any:
+        """h or (h, c), as a caller has them."""
+        return states if self._has_cell_state else states[0]
 
 
 def _proxy_among(values: Sequence[Any]) -> fx.Proxy | None:
@@ -45,10 +69,14 @@ def _scriptable(module: nn.Module) -> nn.Module:
     return twin
 
 
-class _Recurrent(_Leaf, nn.RNNBase):
+class _Recurrent(_Module, nn.RNNBase, Generic[Hx, Hidden]):
     """The forward that RNN, LSTM and GRU share."""
 
     recompute = False
+    _tensor = ""
+    if TYPE_CHECKING:  # TorchScript reads annotations, too
+        _name: str
+        _flat_weights: list[Any]  # Tensors, and None where one was deleted
 
     def __init__(self, mode: str, recompute: bool, *args: Any) -> None:
         nn.RNNBase.__init__(self, mode, *args)  # what convert makes has torch.nn.LSTM between, with another signature
@@ -61,10 +89,43 @@ class _Recurrent(_Leaf, nn.RNNBase):
     def flatten_parameters(self) -> None:
         """Does nothing: weights are read where they lie, so they need no single chunk of memory."""
 
+    @overload
+    def forward(
+        self,
+        input: Input,
+        hx: Hx | None = None,
+        *,
+        lengths: Tensor | None = None,
+        resets: Tensor | None = None,
+        return_states: Literal[False] = False,
+    ) -> tuple[Input, Hidden]: ...
+
+    @overload
+    def forward(
+        self,
+        input: Input,
+        hx: Hx | None = None,
+        *,
+        lengths: Tensor | None = None,
+        resets: Tensor | None = None,
+        return_states: Literal[True],
+    ) -> tuple[Input, Hidden, Hidden]: ...
+
+    @overload
     def forward(
         self,
         input: Tensor | PackedSequence,
-        hx: Tensor | Sequence[Tensor] | None = None,
+        hx: Hx | None = None,
+        *,
+        lengths: Tensor | None = None,
+        resets: Tensor | None = None,
+        return_states: bool = False,
+    ) -> tuple[Any, ...]: ...
+
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: Hx | None = None,
         *more: Any,
         lengths: Tensor | None = None,
         resets: Tensor | None = None,
@@ -99,45 +160,77 @@ class _Recurrent(_Leaf, nn.RNNBase):
             if len(more) != 3 or not torch.onnx.is_in_onnx_export():
                 raise TypeError(f"forward() takes from 2 to 3 positional arguments but {3 + len(more)} were given")
             lengths, resets, return_states = more
-        for name, given in (("lengths", lengths), ("resets", resets)):
-            if given is not None and not isinstance(given, Tensor):
-                raise TypeError(f"{name} must be a Tensor, got {type(given).__name__}")
-        packed = isinstance(input, PackedSequence)
-        batch_sizes = unsorted_indices = None
-        if packed:
-            if lengths is not None or resets is not None:
-                name = "resets" if lengths is None else "lengths"
-                raise ValueError(f"{name} cannot be given together with a PackedSequence")
-            input, batch_sizes, sorted_indices, unsorted_indices = packed_input = input
-            if hx is not None:
-                if sorted_indices is not None:
-                    self._check_caller_order(hx, sorted_indices)
-                hx = self.permute_hidden(hx, sorted_indices)
-            self._check(input, hx, batch_sizes)
-            batched = time_major = True
+        if lengths is not None or resets is not None:
+            _check_are_tensors(lengths=lengths, resets=resets)
+        output: Tensor | PackedSequence
+        if isinstance(input, PackedSequence):
+            output, final, states = self._packed(input, hx, lengths, resets, return_states)
+            hidden = self.permute_hidden(self._to_hidden(final), input.unsorted_indices)
         else:
-            if input.dim() not in (2, 3):
-                raise ValueError(
-                    f"{self._name}: Expected input to be 2D or 3D, got {input.dim()}D{self._tensor} instead"
-                )
-            batched = input.dim() == 3
-            time_major = not (batched and self.batch_first)
-            if hx is not None:
-                hx = self._batched_hx(hx, batched)
-            if not batched:
-                input = input.unsqueeze(0 if self.batch_first else 1)
-                lengths = lengths if lengths is None else lengths.reshape(-1)
-                resets = resets if resets is None else resets.unsqueeze(1)
-            self._check(input, hx, None)
-            if self.batch_first:
-                input = input.transpose(0, 1)
-            if resets is not None and resets.dim() == 2 and not time_major:
-                resets = resets.transpose(0, 1)
+            output, final, states = self._padded(input, hx, lengths, resets, return_states)
+            hidden = self.permute_hidden(self._to_hidden(final), None)
+        return (output, hidden, self._to_hidden(states)) if return_states else (output, hidden)
 
-        output, h_n, c_n, states = functional.rnn(
+    if TYPE_CHECKING:  # a Module's is known to take and return anything
+        __call__ = forward
+
+    def _packed(
+        self, input: PackedSequence, hx: Any, lengths: Tensor | None, resets: Tensor | None, return_states: bool
+    ) -> tuple[PackedSequence, Sequence[Tensor], Sequence[Tensor]]:
+        """The output, the final states in its order, and those of every step."""
+        if lengths is not None or resets is not None:
+            name = "resets" if lengths is None else "lengths"
+            raise ValueError(f"{name} cannot be given together with a PackedSequence")
+        data, batch_sizes, sorted_indices, unsorted_indices = input
+        states = None
+        if hx is not None:
+            if sorted_indices is not None:
+                _check_caller_order(self._to_states(hx), sorted_indices)
+            states = self._to_states(self.permute_hidden(hx, sorted_indices))
+        self._check(data, states, batch_sizes)
+        output, final, all_states = self._rnn(data, states, return_states, batch_sizes=batch_sizes)
+        return PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices), final, all_states
+
+    def _padded(
+        self, input: Tensor, hx: Any, lengths: Tensor | None, resets: Tensor | None, return_states: bool
+    ) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
+        """The output, the final states, and those of every step, in the layout of the input."""
+        dims = input.dim()
+        if dims not in (2, 3):
+            raise ValueError(f"{self._name}: Expected input to be 2D or 3D, got {dims}D{self._tensor} instead")
+        batched = dims == 3
+        states = None if hx is None else self._batched(self._to_states(hx), batched)
+        if not batched:
+            input = input.unsqueeze(0 if self.batch_first else 1)
+            lengths = lengths if lengths is None else lengths.reshape(-1)
+            resets = resets if resets is None else resets.unsqueeze(1)
+        self._check(input, states, None)
+        if self.batch_first:
+            input = input.transpose(0, 1)
+            if batched and resets is not None and resets.dim() == 2:
+                resets = resets.transpose(0, 1)
+        output, final, states = self._rnn(input, states, return_states, lengths=lengths, resets=resets)
+        if not batched:
+            return output.squeeze(1), tuple(s.squeeze(1) for s in final), tuple(s.squeeze(2) for s in states)
+        if self.batch_first:
+            return output.transpose(0, 1), final, tuple(s.transpose(1, 2) for s in states)
+        return output, final, states
+
+    def _rnn(
+        self,
+        input: Tensor,
+        states: Sequence[Tensor] | None,
+        return_states: bool,
+        *,
+        batch_sizes: Tensor | None = None,
+        lengths: Tensor | None = None,
+        resets: Tensor | None = None,
+    ) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
+        """Of time-major input the output, the final states, and, if they are asked for, those of every step."""
+        output, h_n, c_n, all_states = functional.rnn(
             self.mode,
             input,
-            hx if hx is None or self.mode == "LSTM" else (hx,),
+            states,
             self._weights(),
             num_layers=self.num_layers,
             bidirectional=self.bidirectional,
@@ -149,26 +242,18 @@ class _Recurrent(_Leaf, nn.RNNBase):
             return_states=return_states,
             recompute=self.recompute,
         )
-        if packed:
-            output = PackedSequence(output, *packed_input[1:])
-        else:
-            output = _to_callers_layout(output, batched, time_major)
-            if not batched:
-                h_n, c_n = h_n.squeeze(1), c_n.squeeze(1) if self.mode == "LSTM" else c_n
-            if return_states:
-                of = states if self.mode == "LSTM" else (states,)
-                of = tuple(_to_callers_layout(s, batched, time_major, dim=1) for s in of)
-                states = of if self.mode == "LSTM" else of[0]
-        hidden = (h_n, c_n) if self.mode == "LSTM" else h_n
-        result = output, self.permute_hidden(hidden, unsorted_indices)
-        return (*result, states) if return_states else result
+        final = (h_n, c_n) if self._has_cell_state else (h_n,)
+        return output, final, self._to_states(all_states) if return_states else ()
 
     def _weights(self) -> list[Tensor]:
         """What torch.nn computes from: ``_flat_weights``, but for attributes that were replaced after it was made."""
         flat, names, parameters = self._flat_weights, self._flat_weights_names, self._parameters
-        if all(weight is not None and parameters.get(name) is weight for name, weight in zip(names, flat)):
+        for name, weight in zip(names, flat):
+            if weight is None or parameters.get(name) is not weight:
+                break
+        else:
             return flat
-        weights = [getattr(self, name, None) for name in names]
+        weights: list[Any] = [getattr(self, name, None) for name in names]
         refs = self._flat_weight_refs
         if any(w is not None and ref is not None and ref() is not w for w, ref in zip(weights, refs)):
             weights = [f if w is None else w for w, f in zip(weights, flat)]
@@ -179,43 +264,41 @@ class _Recurrent(_Leaf, nn.RNNBase):
                 raise TypeError(f"{name} must be a Tensor, not None")
         return weights
 
-    def __prepare_scriptable__(self) -> nn.Module:
-        return _scriptable(self)
-
     def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
         """torch's check. It reads the dtype of ``_flat_weights``, behind which functional_call swaps the weights."""
         if input.dtype != self._flat_weights[0].dtype:
             self._update_flat_weights()
         super().check_input(input, batch_sizes)
 
-    def _check(self, input: Tensor, hx: Any, batch_sizes: Tensor | None) -> None:
+    def _check(self, input: Tensor, states: Sequence[Tensor] | None, batch_sizes: Tensor | None) -> None:
         """torch's checks; of packed input with states they need the batch size, which compilation does not know."""
-        if hx is None or (batch_sizes is not None and torch.compiler.is_compiling()):
+        if states is None or (batch_sizes is not None and torch.compiler.is_compiling()):
             self.check_input(input, batch_sizes)
         else:
-            self.check_forward_args(input, hx, batch_sizes)
+            self.check_forward_args(input, self._to_hidden(states), batch_sizes)
 
-    def _check_caller_order(self, hx: Tensor | Sequence[Tensor], sorted_indices: Tensor) -> None:
-        for state in hx if self.mode == "LSTM" else (hx,):
-            if state.dim() == 3 and state.size(1) != sorted_indices.numel():
-                raise RuntimeError(f"Expected hidden batch size {sorted_indices.numel()}, got {list(state.shape)}")
-
-    def _batched_hx(self, hx: Tensor, batched: bool) -> Tensor:
-        """hx with a batch dimension, after torch's check of its dimensions."""
-        if hx.dim() != 2 + batched:
+    def _batched(self, states: Sequence[Tensor], batched: bool) -> Sequence[Tensor]:
+        """States with a batch dimension, after torch's check of their dimensions."""
+        (h,) = states
+        if h.dim() != 2 + batched:
             kind, dims = ("batched 3-D", 3) if batched else ("unbatched 2-D", 2)
-            raise RuntimeError(f"For {kind} input, hx should also be {dims}-D but got {hx.dim()}-D tensor")
-        return hx if batched else hx.unsqueeze(1)
+            raise RuntimeError(f"For {kind} input, hx should also be {dims}-D but got {h.dim()}-D tensor")
+        return states if batched else (h.unsqueeze(1),)
 
 
-def _to_callers_layout(sequence: Tensor, batched: bool, time_major: bool, dim: int = 0) -> Tensor:
-    """From ``[T, N, *]`` at ``dim`` to the layout of the caller's input."""
-    if not batched:
-        return sequence.squeeze(dim + 1)
-    return sequence if time_major else sequence.transpose(dim, dim + 1)
+def _check_are_tensors(**arguments: Any) -> None:
+    for name, given in arguments.items():
+        if given is not None and not isinstance(given, Tensor):
+            raise TypeError(f"{name} must be a Tensor, got {type(given).__name__}")
 
 
-class RNN(_Recurrent):
+def _check_caller_order(states: Sequence[Tensor], sorted_indices: Tensor) -> None:
+    for state in states:
+        if state.dim() == 3 and state.size(1) != sorted_indices.numel():
+            raise RuntimeError(f"Expected hidden batch size {sorted_indices.numel()}, got {list(state.shape)}")
+
+
+class RNN(_Recurrent[Tensor, Tensor]):
     """``torch.nn.RNN`` on fused kernels: the same arguments, parameters, state_dict and results.
 
     Maths, shapes and errors: the page of ``torch.nn.RNN``. :meth:`forward` takes ``lengths``, ``resets`` and
@@ -235,7 +318,7 @@ class RNN(_Recurrent):
         batch_first: bool = False,
         dropout: float = 0.0,
         bidirectional: bool = False,
-        device: Any = None,
+        device: Device = None,
         dtype: torch.dtype | None = None,
         *,
         recompute: bool = False,
@@ -249,7 +332,7 @@ class RNN(_Recurrent):
         super().__init__(f"RNN_{nonlinearity.upper()}", recompute, *sizes, device, dtype)
 
 
-class LSTM(_Recurrent):
+class LSTM(_Recurrent[Sequence[Tensor], tuple[Tensor, Tensor]]):
     """``torch.nn.LSTM`` on fused kernels: the same arguments, parameters, state_dict and results.
 
     Maths, shapes and errors: the page of ``torch.nn.LSTM``. :meth:`forward` takes ``lengths``, ``resets`` and
@@ -257,7 +340,7 @@ class LSTM(_Recurrent):
     which then computes the gates again.
     """
 
-    _name, _tensor = "LSTM", ""
+    _name, _has_cell_state = "LSTM", True
 
     def __init__(
         self,
@@ -269,7 +352,7 @@ class LSTM(_Recurrent):
         dropout: float = 0.0,
         bidirectional: bool = False,
         proj_size: int = 0,
-        device: Any = None,
+        device: Device = None,
         dtype: torch.dtype | None = None,
         *,
         recompute: bool = False,
@@ -279,28 +362,28 @@ class LSTM(_Recurrent):
 
     # torch.nn.LSTM's module interface, itself no base of ours: its methods serve as they are.
     get_expected_cell_size = nn.LSTM.get_expected_cell_size
-    check_forward_args = nn.LSTM.check_forward_args
-    permute_hidden = nn.LSTM.permute_hidden
+    check_forward_args = nn.LSTM.check_forward_args  # type: ignore[assignment]  # of two states, as torch overrides it
+    permute_hidden = nn.LSTM.permute_hidden  # type: ignore[assignment]
 
-    def _check(self, input: Tensor, hx: Any, batch_sizes: Tensor | None) -> None:
-        if hx is not None and len(hx) != 2:
+    def _check(self, input: Tensor, states: Sequence[Tensor] | None, batch_sizes: Tensor | None) -> None:
+        if states is not None and len(states) != 2:
             raise RuntimeError("lstm expects two hidden states")
         if batch_sizes is None:  # torch leaves a packed LSTM's checks to its operator, and so do we
-            super()._check(input, hx, batch_sizes)
-        if isinstance(hx, Tensor):
+            super()._check(input, states, batch_sizes)
+        if isinstance(states, Tensor):
             raise TypeError("lstm() received an invalid combination of arguments: hx must be a tuple of two Tensors")
 
-    def _batched_hx(self, hx: Sequence[Tensor], batched: bool) -> Sequence[Tensor]:
-        if hx[0].dim() != 2 + batched or hx[1].dim() != 2 + batched:
+    def _batched(self, states: Sequence[Tensor], batched: bool) -> Sequence[Tensor]:
+        h, c = states[0], states[1]
+        if h.dim() != 2 + batched or c.dim() != 2 + batched:
             kind, dims = ("batched 3-D", 3) if batched else ("unbatched 2-D", 2)
             raise RuntimeError(
-                f"For {kind} input, hx and cx should also be {dims}-D "
-                f"but got ({hx[0].dim()}-D, {hx[1].dim()}-D) tensors"
+                f"For {kind} input, hx and cx should also be {dims}-D but got ({h.dim()}-D, {c.dim()}-D) tensors"
             )
-        return hx if batched else (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
+        return states if batched else (h.unsqueeze(1), c.unsqueeze(1))
 
 
-class GRU(_Recurrent):
+class GRU(_Recurrent[Tensor, Tensor]):
     """``torch.nn.GRU`` on fused kernels: the same arguments, parameters, state_dict and results.
 
     Maths, shapes and errors: the page of ``torch.nn.GRU``. :meth:`forward` takes ``lengths``, ``resets`` and
@@ -308,7 +391,7 @@ class GRU(_Recurrent):
     which then computes the gates again.
     """
 
-    _name, _tensor = "GRU", ""
+    _name = "GRU"
 
     def __init__(
         self,
@@ -319,7 +402,7 @@ class GRU(_Recurrent):
         batch_first: bool = False,
         dropout: float = 0.0,
         bidirectional: bool = False,
-        device: Any = None,
+        device: Device = None,
         dtype: torch.dtype | None = None,
         *,
         recompute: bool = False,
@@ -338,10 +421,14 @@ def _refuse_projection(proj_size: int | None) -> None:
 _CELL_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
-class _Cell(_Leaf, nn.RNNCellBase):
+class _Cell(_Module, nn.RNNCellBase, Generic[Hx, Hidden]):
     """The forward that RNNCell, LSTMCell and GRUCell share."""
 
-    def forward(self, input: Tensor, hx: Any = None) -> Any:
+    if TYPE_CHECKING:
+        _name: str
+        _mode: str
+
+    def forward(self, input: Tensor, hx: Hx | None = None) -> Hidden:
         """One step.
 
         Args:
@@ -354,43 +441,49 @@ class _Cell(_Leaf, nn.RNNCellBase):
         Raises:
             ValueError, RuntimeError: a wrong number of dimensions, size or dtype, in torch's words.
         """
-        if input.dim() not in (1, 2):
-            raise ValueError(f"{self._name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
-        states = self._states(hx)
-        batched = input.dim() == 2
-        if not batched:
+        dims = input.dim()
+        if dims not in (1, 2):
+            raise ValueError(f"{self._name}: Expected input to be 1D or 2D, got {dims}D instead")
+        states = None if hx is None else self._checked(hx)
+        if dims == 1:
             input = input.unsqueeze(0)
-            states = states if states is None else [s.unsqueeze(0) for s in states]
+            states = None if states is None else [state.unsqueeze(0) for state in states]
+        h, c = functional.cell(self._mode, input, states, self._weights())
+        if dims == 1:
+            h, c = h.squeeze(0), c.squeeze(0)
+        hidden: Hidden = self._to_hidden((h, c))
+        return hidden
+
+    if TYPE_CHECKING:  # a Module's is known to take and return anything
+        __call__ = forward
+
+    def _weights(self) -> list[Tensor]:
         own = self._parameters  # what is not among them, as parametrized weights are not, is looked up by Module
-        weights = [own.get(name) if own.get(name) is not None else getattr(self, name) for name in _CELL_WEIGHTS]
+        weights: list[Any] = [
+            getattr(self, name) if (weight := own.get(name)) is None else weight for name in _CELL_WEIGHTS
+        ]
         if weights[2] is None or weights[3] is None:
             given = weights[2] if weights[3] is None else weights[3]
             if given is None:
                 del weights[2:]
             else:  # torch.nn takes one without the other
                 weights[2:] = (torch.zeros_like(given) if bias is None else bias for bias in weights[2:])
-        mode = self._mode
-        h, c = functional.cell(mode, input, states, weights)
-        if not batched:
-            h, c = h.squeeze(0), c.squeeze(0) if mode == "LSTM" else c
-        return (h, c) if mode == "LSTM" else h
+        return weights
 
-    def __prepare_scriptable__(self) -> nn.Module:
-        return _scriptable(self)
-
-    def _states(self, hx: Tensor | None) -> Sequence[Tensor] | None:
-        if hx is not None and hx.dim() not in (1, 2):
+    def _checked(self, hx: Any) -> Sequence[Tensor]:
+        """The states that a caller gives, with a right number of dimensions."""
+        if hx.dim() not in (1, 2):
             raise ValueError(f"{self._name}: Expected hidden to be 1D or 2D, got {hx.dim()}D instead")
-        return hx if hx is None else (hx,)
+        return (hx,)
 
 
-class RNNCell(_Cell, nn.RNNCell):
+class RNNCell(_Cell[Tensor, Tensor], nn.RNNCell):
     """``torch.nn.RNNCell`` on fused kernels: the same arguments, parameters, state_dict and results."""
 
     _name = "RNNCell"
 
     @property
-    def _mode(self) -> str:
+    def _mode(self) -> str:  # type: ignore[override]  # nobody sets it
         if self.nonlinearity == "tanh":
             return "RNN_TANH"
         if self.nonlinearity == "relu":
@@ -398,23 +491,23 @@ class RNNCell(_Cell, nn.RNNCell):
         raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
 
 
-class LSTMCell(_Cell, nn.LSTMCell):
+class LSTMCell(_Cell[Sequence[Tensor], tuple[Tensor, Tensor]], nn.LSTMCell):
     """``torch.nn.LSTMCell`` on fused kernels: the same arguments, parameters, state_dict and results."""
 
-    _name, _mode = "LSTMCell", "LSTM"
+    _name, _mode, _has_cell_state = "LSTMCell", "LSTM", True
 
-    def _states(self, hx: Sequence[Tensor] | None) -> Sequence[Tensor] | None:
-        for idx, state in enumerate(() if hx is None else hx):
+    def _checked(self, hx: Sequence[Tensor]) -> Sequence[Tensor]:
+        for idx, state in enumerate(hx):
             if state.dim() not in (1, 2):
                 raise ValueError(f"LSTMCell: Expected hx[{idx}] to be 1D or 2D, got {state.dim()}D instead")
         if isinstance(hx, Tensor):
             raise TypeError("lstm_cell(): argument 'hx' (position 2) must be tuple of Tensors, not Tensor")
-        if hx is not None and len(hx) != 2:
+        if len(hx) != 2:
             raise RuntimeError("lstm_cell expects two hidden states")
         return hx
 
 
-class GRUCell(_Cell, nn.GRUCell):
+class GRUCell(_Cell[Tensor, Tensor], nn.GRUCell):
     """``torch.nn.GRUCell`` on fused kernels: the same arguments, parameters, state_dict and results."""
 
     _name, _mode = "GRUCell", "GRU"

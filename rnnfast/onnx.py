@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,15 +42,14 @@ def layer(
 
     w = torch.stack([onnx_order(of.w_ih) for of in directions])
     r = torch.stack([onnx_order(of.w_hh) for of in directions])
-    b = None
-    if directions[0].b_ih is not None:
-        b = torch.stack([torch.cat([onnx_order(of.b_ih), onnx_order(of.b_hh)]) for of in directions])
-    attributes = {"hidden_size": H, "direction": "bidirectional" if bidirectional else "forward"}
+    biases = [(of.b_ih, of.b_hh) for of in directions]
+    b = [torch.cat([onnx_order(ih), onnx_order(hh)]) for ih, hh in biases if ih is not None and hh is not None]
+    attributes: dict[str, Any] = {"hidden_size": H, "direction": "bidirectional" if bidirectional else "forward"}
     if mode == "GRU":
         attributes["linear_before_reset"] = 1
     elif mode != "LSTM":
         attributes["activations"] = ["Tanh" if mode == "RNN_TANH" else "Relu"] * D
-    inputs = [x, w, r, b, None if lengths is None else lengths.to(torch.int32), h0]
+    inputs = [x, w, r, torch.stack(b) if b else None, None if lengths is None else lengths.to(torch.int32), h0]
     shapes = [(T, D, N, H), (D, N, H)]
     if mode == "LSTM":
         inputs.append(c0)
@@ -58,6 +58,7 @@ def layer(
         mode.partition("_")[0], inputs, attributes, dtypes=[x.dtype] * len(shapes), shapes=shapes, version=_VERSION
     )
     if lengths is not None and h0 is not None:  # the operator gives 0 for a row without steps
-        states = (h0, c0) if mode == "LSTM" else (h0,)
-        finals = [torch.where((lengths > 0)[:, None], final, given) for final, given in zip(finals, states)]
-    return y.transpose(1, 2).reshape(T, N, D * H), *finals, *([] if mode == "LSTM" else [x.new_empty(0)])
+        given = (h for h in (h0, c0) if h is not None)
+        finals = [torch.where((lengths > 0)[:, None], final, initial) for final, initial in zip(finals, given)]
+    h_n, c_n = finals if mode == "LSTM" else (*finals, x.new_empty(0))
+    return y.transpose(1, 2).reshape(T, N, D * H), h_n, c_n

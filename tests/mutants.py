@@ -303,8 +303,8 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         (
             "h_n of a packed sequence sorted twice",
             "test_modules.py -k packed",
-            "self.permute_hidden(hidden, unsorted_indices)",
-            "self.permute_hidden(hidden, sorted_indices if packed else None)",
+            "self.permute_hidden(self._to_hidden(final), input.unsorted_indices)",
+            "self.permute_hidden(self._to_hidden(final), input.sorted_indices)",
         ),
         (
             "flat weights are overlooked",
@@ -315,7 +315,7 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         (
             "resets are not batch first",
             "test_errors.py",
-            "if resets is not None and resets.dim() == 2 and not time_major:",
+            "if batched and resets is not None and resets.dim() == 2:",
             "if False:",
         ),
     ],

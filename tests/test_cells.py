@@ -189,8 +189,8 @@ def lstm_with_own_weights(x, a, s, w):
     f = cells.sigmoid(x.f + a.f)
     c = f * s.c + i * cells.tanh(x.g + a.g)
     o = cells.sigmoid(x.o + a.o + w.x * c)
-    m = cells.tanh(w.x * c)
-    return o * m, c
+    k = w.x * c
+    return o * cells.tanh(k), c
 
 
 OTHERS = [gru_of_the_paper, lstm_of_the_paper, lstm_with_own_weights]

@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 from emulation import build
 
 import rnnfast
@@ -113,6 +114,21 @@ def test_extensions_are_keyword_only(name: str) -> None:
     assert list(parameters) == ["self", "input", "hx", "more", "lengths", "resets", "return_states"]
     assert parameters["more"].kind is inspect.Parameter.VAR_POSITIONAL  # refused, but for an exporter of torch's
     assert [p.name for p in parameters.values() if p.kind is p.KEYWORD_ONLY] == ["lengths", "resets", "return_states"]
+
+
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell"])
+def test_constructors_name_their_parameters(name: str) -> None:
+    parameters = inspect.signature(getattr(rnnfast, name)).parameters.values()
+    theirs = getattr(torch.nn, name)
+    positional = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    if name.endswith("Cell"):
+        assert positional == list(inspect.signature(theirs).parameters.values())
+    else:  # torch.nn's say *args, **kwargs, and what they mean by that at the beginning of their documentation
+        documented = theirs.__doc__.partition("(")[2].partition(")")[0].replace(" ", "").split(",")
+        assert [p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in positional] == documented
+    keywords = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    refused = [] if name == "LSTM" else ["proj_size"]
+    assert keywords == ([] if name.endswith("Cell") else ["recompute", *refused])
 
 
 def test_version() -> None:
