@@ -263,6 +263,7 @@ def choose_backend(
         extended: whether the call has resets, or asks for the states of every step: torch's kernels know neither.
     """
     forced, forward_mode, recorded, compiled, transformed = circumstances
+    extended = extended or mode not in _OF_TORCH
     in_torch = not (extended or transformed or (compiled and not recorded))
     if forced == "reference":
         return "reference", "asked for by use_backend"
@@ -294,4 +295,5 @@ def choose_backend(
     return "torch" if in_torch else "reference", reason
 
 
-_NOT_IN_TORCH = "torch's kernels know neither resets nor the states of every step, nor torch.func, nor torch.compile"
+_OF_TORCH = ("RNN_TANH", "RNN_RELU", "LSTM", "GRU")
+_NOT_IN_TORCH = "torch's kernels know neither other cells, nor resets, nor the states of every step, nor torch.func, nor torch.compile"

@@ -777,7 +777,7 @@ def test_backend_torch_compiles(name: str, form: str) -> None:
 
 def test_backend_torch_refuses_what_torch_has_not() -> None:
     module, x = rnnfast.GRU(4, 5), torch.randn(7, 3, 4)
-    message = "backend 'torch' cannot serve this call: torch's kernels know neither resets nor the states of every step"
+    message = "backend 'torch' cannot serve this call: torch's kernels know neither other cells, nor resets"
     for kwargs in ({"resets": torch.zeros(7, 3, dtype=torch.bool)}, {"return_states": True}):
         with rnnfast.use_backend("torch"), pytest.raises(RuntimeError, match=message):
             module(x, **kwargs)
