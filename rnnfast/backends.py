@@ -296,4 +296,7 @@ def choose_backend(
 
 
 _OF_TORCH = ("RNN_TANH", "RNN_RELU", "LSTM", "GRU")
-_NOT_IN_TORCH = "torch's kernels know neither other cells, nor resets, nor the states of every step, nor torch.func, nor torch.compile"
+_NOT_IN_TORCH = (
+    "torch's kernels know neither other cells, nor resets, nor the states of every step, nor torch.func, "
+    "nor torch.compile"
+)

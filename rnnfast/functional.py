@@ -39,11 +39,12 @@ def rnn(
     """A stack of recurrent layers: the function behind :class:`rnnfast.RNN`, ``LSTM`` and ``GRU``.
 
     Args:
-        mode: ``"RNN_TANH"``, ``"RNN_RELU"``, ``"LSTM"`` or ``"GRU"``.
+        mode: ``"RNN_TANH"``, ``"RNN_RELU"``, ``"LSTM"`` or ``"GRU"``, or another cell of ``cells.py``.
         input: ``[T, N, I]``, or with ``batch_sizes`` the packed rows ``[R, I]``.
         hx: (h_0,) or, for an LSTM, (h_0, c_0), ``[L*D, N, P]`` and ``[L*D, N, H]``; None is zeros.
         weights: all weights in torch's flat order: layer by layer, direction by direction, weight_ih, weight_hh,
-            then bias_ih and bias_hh if there are biases, then weight_hr if there is a projection.
+            then bias_ih and bias_hh if there are biases, then weight_hr if there is a projection, then those of the
+            units' own if the cell has some.
         dropout, training: between layers, in training only, with torch's generator.
         batch_sizes: int64 ``[T]`` on the CPU, of a PackedSequence.
         lengths: integer tensor ``[N]`` within 0..T, in any order. Output beyond a row's end is 0.
@@ -66,10 +67,12 @@ def rnn(
     if input.size(-1) != weights[0].size(1):
         raise _products_differ(input.numel() // max(input.size(-1), 1), input.size(-1), weights[0])
     directions = 1 + bidirectional
-    per_layer, beyond = divmod(len(weights), num_layers)
+    per_direction, beyond = divmod(len(weights), num_layers * directions)
     if beyond:
-        raise RuntimeError(f"rnnfast: got {len(weights)} weights for {num_layers} layers")
-    names = names_of(mode, per_layer // directions)
+        raise RuntimeError(
+            f"rnnfast: got {len(weights)} weights for {num_layers} layer(s) of {directions} direction(s)"
+        )
+    per_layer, names = per_direction * directions, names_of(mode, per_direction)
     if hx is not None and not (batch_sizes is not None and torch.compiler.is_compiling()):
         batch = input.size(1) if batch_sizes is None else int(batch_sizes[0])
         _check_states(h0, c0, num_layers * directions, batch, weights[1], weights[1].size(0) // GATES[mode])
