@@ -120,8 +120,47 @@ struct Gru {
   }
 };
 
+struct PeepholeLstm {
+  static constexpr const char* kMode = "PEEPHOLE_LSTM";
+  static constexpr int kGates = 4, kSaved = 4, kGrads = 4, kUnitWeights = 3, kColumns = 7;
+  static constexpr bool kHasCell = true, kHasDirect = false, kProjects = true;
+  static constexpr bool kReadsH = false, kNeedsH = false, kNeedsOldH = false;
+
+  static constexpr RNNFAST_INLINE int hidden(int gate) { return gate; }
+
+  template <class F>
+  static RNNFAST_INLINE void forward(const F* x, const F* a, const F* w, F& h, F& c, F* s) {
+    F i = s[0] = sigmoid(x[0] + a[0] + w[0] * c);
+    F f = s[1] = sigmoid(x[1] + a[1] + w[1] * c);
+    F g = s[2] = tanh(x[2] + a[2]);
+    c = f * c + i * g;
+    F o = s[3] = sigmoid(x[3] + a[3] + w[2] * c);
+    h = o * tanh(c);
+  }
+  template <class F>
+  static RNNFAST_INLINE F backward(const F* s, const F* w, F, F, F c, F old_c, F dh, F& dc, F* d) {
+    F i = s[0], f = s[1], g = s[2], o = s[3];
+    F tanh_c = tanh(c);
+    F do_ = d[3] = dh * tanh_c * o * (1 - o);
+    dc = dc + dh * o * (1 - tanh_c * tanh_c) + do_ * w[2];
+    F di = d[0] = dc * g * i * (1 - i);
+    F df = d[1] = dc * old_c * f * (1 - f);
+    d[2] = dc * i * (1 - g * g);
+    d[4] = di * old_c;
+    d[5] = df * old_c;
+    d[6] = do_ * c;
+    dc = dc * f + df * w[1] + di * w[0];
+    return F(0);
+  }
+
+  template <class F>
+  static RNNFAST_INLINE F output(const F* s, F c) {
+    return s[3] * tanh(c);
+  }
+};
+
 // Calls CELL with the name of each.
-#define RNNFAST_CELLS(CELL) CELL(RnnTanh) CELL(RnnRelu) CELL(Lstm) CELL(Gru)
+#define RNNFAST_CELLS(CELL) CELL(RnnTanh) CELL(RnnRelu) CELL(Lstm) CELL(Gru) CELL(PeepholeLstm)
 
 #define RNNFAST_KIND(Cell) k##Cell,
 enum CellKind { RNNFAST_CELLS(RNNFAST_KIND) kCellKinds };

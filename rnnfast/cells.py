@@ -494,7 +494,19 @@ def gru(x, a, s):
     return n + z * (s.h - n)
 
 
-CELLS: dict[str, Cell] = {declared.mode: declared for declared in (rnn_tanh, rnn_relu, lstm, gru)}
+# Gers and Schmidhuber, "Recurrent Nets that Time and Count", 2000: the gates see their unit's cell state through
+# "peepholes", the output gate the new one.
+@cell(gates="i f g o", states="h c", weights="i f o")
+def peephole_lstm(x, a, s, w):
+    i = sigmoid(x.i + a.i + w.i * s.c)
+    f = sigmoid(x.f + a.f + w.f * s.c)
+    g = tanh(x.g + a.g)
+    c = f * s.c + i * g
+    o = sigmoid(x.o + a.o + w.o * c)
+    return o * tanh(c), c
+
+
+CELLS: dict[str, Cell] = {declared.mode: declared for declared in (rnn_tanh, rnn_relu, lstm, gru, peephole_lstm)}
 
 
 # Of each cell, by torch's name of it: how many columns of H its gates have, what a forward keeps for the backward, and

@@ -107,9 +107,11 @@ def test_gradients_of_any_cell(first: Any, second: Any) -> None:
 def test_what_is_saved() -> None:
     """What the backward cannot make of the states: a gate's value, and of the GRU what the reset gate multiplies."""
     saved = {mode: [value.name for value in of.saved] for mode, of in CELLS.items()}
-    assert saved == {"RNN_TANH": [], "RNN_RELU": [], "LSTM": list("ifgo"), "GRU": list("rznq")}
-    assert cells.READS == {"RNN_TANH": ("h",), "RNN_RELU": ("h",), "LSTM": (), "GRU": ("old_h",)}
-    assert [mode for mode, of in CELLS.items() if of.projects] == ["LSTM"]
+    assert saved == {"RNN_TANH": [], "RNN_RELU": [], "LSTM": list("ifgo"), "GRU": list("rznq")} | {
+        "PEEPHOLE_LSTM": list("ifgo")
+    }
+    assert cells.READS == {"RNN_TANH": ("h",), "RNN_RELU": ("h",), "LSTM": (), "GRU": ("old_h",), "PEEPHOLE_LSTM": ()}
+    assert [mode for mode, of in CELLS.items() if of.projects] == ["LSTM", "PEEPHOLE_LSTM"]
 
 
 def test_output_of_what_was_saved() -> None:

@@ -24,8 +24,10 @@ def forward(MODE: tl.constexpr, sums, w, h, c):
         return rnn_relu_forward(sums, w, h, c)
     elif MODE == "LSTM":
         return lstm_forward(sums, w, h, c)
-    else:
+    elif MODE == "GRU":
         return gru_forward(sums, w, h, c)
+    else:
+        return peephole_lstm_forward(sums, w, h, c)
 
 
 @triton.jit
@@ -36,8 +38,10 @@ def backward(MODE: tl.constexpr, s, w, h, old_h, c, old_c, dh, dc):
         return rnn_relu_backward(s, w, h, old_h, c, old_c, dh, dc)
     elif MODE == "LSTM":
         return lstm_backward(s, w, h, old_h, c, old_c, dh, dc)
-    else:
+    elif MODE == "GRU":
         return gru_backward(s, w, h, old_h, c, old_c, dh, dc)
+    else:
+        return peephole_lstm_backward(s, w, h, old_h, c, old_c, dh, dc)
 
 
 @triton.jit
@@ -105,3 +109,26 @@ def gru_backward(s, w, h, old_h, c, old_c, dh, dc):
     dz = dh * (old_h - n) * z * (1 - z)
     dq = dn * r
     return (dr, dz, dn, dq), (), dh * z, dc
+
+
+@triton.jit
+def peephole_lstm_forward(sums, w, h, c):
+    i = sigmoid(sums[0] + w[0] * c)
+    f = sigmoid(sums[1] + w[1] * c)
+    g = tanh(sums[2])
+    c = f * c + i * g
+    o = sigmoid(sums[3] + w[2] * c)
+    h = o * tanh(c)
+    return h, c, (i, f, g, o)
+
+
+@triton.jit
+def peephole_lstm_backward(s, w, h, old_h, c, old_c, dh, dc):
+    i, f, g, o = s[0], s[1], s[2], s[3]
+    tanh_c = tanh(c)
+    do_ = dh * tanh_c * o * (1 - o)
+    dc = dc + dh * o * (1 - tanh_c * tanh_c) + do_ * w[2]
+    di = dc * g * i * (1 - i)
+    df = dc * old_c * f * (1 - f)
+    dg = dc * i * (1 - g * g)
+    return (di, df, dg, do_), (di * old_c, df * old_c, do_ * c), tl.zeros_like(dh), dc * f + df * w[1] + di * w[0]
