@@ -153,14 +153,14 @@ def main() -> int:
     found = [v for target in args.target for v in variants(target, args.largest) if args.k in " ".join(v[:5])]
     print(f"Triton {triton.__version__}")
     print(
-        f"{'target':<8}{'kernel':<17}{'cell':<9}{'dtype':<6}{'form':<8}{'units x rows':>13} {'':<9}{'warps':>6}"
+        f"{'target':<8}{'kernel':<17}{'cell':<14}{'dtype':<6}{'form':<8}{'units x rows':>13} {'':<9}{'warps':>6}"
         f"{'registers':>10}{'spilled':>8}{'shared KB':>10}{'compile s':>10}"
     )
     bad = 0
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         for v, r in zip(found, pool.map(compile, found)):
             print(
-                f"{v.target:<8}{v.kernel:<17}{v.mode:<9}{v.dtype:<6}{v.form:<8}{v.how.units:>8} x {v.how.rows:<2} "
+                f"{v.target:<8}{v.kernel:<17}{v.mode:<14}{v.dtype:<6}{v.form:<8}{v.how.units:>8} x {v.how.rows:<2} "
                 f"{'fused' if v.how.fused else 'stepwise':<9}{v.how.options['num_warps']:>6}{r.registers:>10}"
                 f"{r.spilled:>8}{r.shared / KB:>10.1f}{r.seconds:>10.1f}", flush=True,
             )  # fmt: skip

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..cells import GRADIENTS
+from ..cells import GRADIENTS, UNIT_WEIGHTS
 
 _KB = 1024
 
@@ -71,6 +71,8 @@ def plan(mode: str, dtype: torch.dtype, hidden: int, batch: int, projected: bool
         reason = "a projection makes another product a step"
     elif dtype == torch.float64 and (units > 32 or chip.is_amd):
         reason = "float64 has no fast products: above 32 units they spill"
+    elif UNIT_WEIGHTS[mode] and chip.is_rdna:
+        reason = "with weights of the units' own the registers spill"
     elif size > chip.room:
         reason = (
             f"W_hh, padded to {units} units, is {size // _KB} KB a direction, more than the {chip.room // _KB} of room"
@@ -86,6 +88,8 @@ def plan(mode: str, dtype: torch.dtype, hidden: int, batch: int, projected: bool
         # memory, with which other recurrences had wrong results, and which nobody has tried with these.
         many = batch > 8 * chip.processors and dtype.itemsize == 2 and not chip.is_blackwell
         if chip.generation == 8 and GRADIENTS[mode] * units > 256:  # without Hopper's products these spill, too
+            many = False
+        if UNIT_WEIGHTS[mode]:  # so do those with tiles for the gradients of such weights
             many = False
         reason = f"fused: W_hh, padded to {units} units, is {size // _KB} KB a direction and stays on a multiprocessor"
         return Plan(True, units, 16 if chip.is_amd or many else 8, options, precision, reason)
