@@ -191,9 +191,9 @@ def _reference(
     form = batch_sizes, None, None, bidirectional, names_of(mode, per_layer // directions)
     for k in range(num_layers):
         of_layer = slice(k * directions, (k + 1) * directions)
-        states_of = h0[of_layer], c0 if c0 is None else c0[of_layer]
+        h, c = h0[of_layer], c0 if c0 is None else c0[of_layer]
         of_weights = weights[k * per_layer : (k + 1) * per_layer]
-        y, *final, _ = reference.layer(Inputs(mode, y, *states_of, *form, of_weights))
+        y, *final, _ = reference.layer(Inputs(mode, y, h, c, *form, of_weights))
         finals.append(final[:states])
     return y, *(torch.cat(final) for final in zip(*finals))
 

@@ -55,7 +55,7 @@ def _load(name: str, compiler: str, detail: str) -> Availability:
     if not path.exists():
         return Availability(False, f"the native library is not built (no {compiler} at installation?)")
     try:
-        torch.ops.load_library(path)  # type: ignore[no-untyped-call]
+        torch.ops.load_library(path)
     except OSError as error:
         return Availability(False, f"the native library does not load: {error}")
     return Availability(True, detail)

@@ -54,7 +54,7 @@ def _refuse(text: str) -> NoReturn:
     raise RuntimeError(f"rnnfast: {text}")
 
 
-def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+def _check(name: str, tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
     if tensor is None:  # a schema without `?` lets it pass
         _refuse(f"{name} is missing")
     if tensor.shape != shape:
@@ -133,7 +133,7 @@ def check_layer(inputs: Inputs, dtypes: Sequence[torch.dtype] | None = None) -> 
         _refuse(f"weight_ih has to be [{G} * hidden_size, input_size]")
     GH = w_ih.shape[0]
     H = P = GH // G
-    if projected:
+    if w_hr is not None:
         if w_hr.dim() != 2:
             _refuse("weight_hr has to be [proj_size, hidden_size]")
         P = w_hr.shape[0]

@@ -21,7 +21,8 @@ import itertools
 import keyword
 import sys
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from types import FrameType
+from typing import Any, NamedTuple, TypeVar
 
 
 class Value:
@@ -148,7 +149,7 @@ sqrt = functools.partial(_primitive, "sqrt")
 absolute = functools.partial(_primitive, "abs")
 minimum = functools.partial(_primitive, "minimum")
 maximum = functools.partial(_primitive, "maximum")
-where = functools.partial(_primitive, "where")
+where: Callable[..., Any] = functools.partial(_primitive, "where")
 
 
 class Named:
@@ -166,7 +167,8 @@ class _Watched(Named):
     """Values by name, and the frame of the function that read one last."""
 
     def __init__(self, what: str, names: Sequence[str], values: Sequence[Any]) -> None:
-        self._what, self._values, self._reader = what, dict(zip(names, values)), None
+        self._what, self._values = what, dict(zip(names, values))
+        self._reader: FrameType | None = None
 
     def __getattr__(self, name: str) -> Any:
         if name not in self._values:
@@ -174,6 +176,8 @@ class _Watched(Named):
         self._reader = sys._getframe(1)
         return self._values[name]
 
+
+_Names = TypeVar("_Names", bound=Named)
 
 # What printed cells have for themselves, and what their languages do.
 _RESERVED = {"x", "a", "s", "w", "d", "F", "sums", "tl", "triton", "direct", *keyword.kwlist}
@@ -228,7 +232,7 @@ class Cell:
         weights of the units' own."""
         return self._step(Named, x, a, states, weights)[0]
 
-    def _step(self, named: type[Named], *values: Sequence[Any]) -> tuple[tuple[Any, ...], list[Named]]:
+    def _step(self, named: type[_Names], *values: Sequence[Any]) -> tuple[tuple[Any, ...], list[_Names]]:
         names = self.gates, self.gates, self.states, self.weights
         given = [named(f"cell {self.name}: {which}", *of) for which, *of in zip("xasw", names, values)]
         after = self.function(*given[: 4 if self.weights else 3])
@@ -255,7 +259,7 @@ class Cell:
                 raise TypeError(f"{self}: {state} after the step is no value of its own")
             value.name = state
         taken = self._names_of_states
-        for reader in {of._reader for of in given} - {None}:
+        for reader in filter(None, {of._reader for of in given}):
             for name, value in reader.f_locals.items():  # of the function, which has returned
                 if isinstance(value, Value) and (value.name == "" or value in inputs["x"] + inputs["a"]):
                     value.name = unlike(name, taken)

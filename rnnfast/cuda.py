@@ -17,9 +17,10 @@ def reason(
 ) -> str:
     """Of the forward; the backward has a choice of its own."""
     index = torch.cuda.current_device() if device.type == "cuda" and device.index is None else device.index or 0
-    return torch.ops.rnnfast.cuda_plan(
+    found: str = torch.ops.rnnfast.cuda_plan(
         mode, dtype, batch, hidden, bidirectional, projected, gpu.allows_tf32(), False, index
     )
+    return found
 
 
 _forward_steps = torch.ops.rnnfast.cuda_forward_steps.default

@@ -106,8 +106,7 @@ def rnn(
         if by_torch:
             y, h_n, c_n = by_torch(*of_layer)
         else:
-            *operands, of_weights = of_layer
-            inputs = Inputs(mode, *operands, batch_sizes, lengths, resets, bidirectional, names, of_weights)
+            inputs = Inputs(mode, *of_layer[:3], batch_sizes, lengths, resets, bidirectional, names, of_layer[3])
             y, h_n, c_n, c = recurrence.layer(backend, inputs, keep_c=return_states, recompute=recompute)
             cs.append(c)
         h_ns.append(h_n)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import abc
 import contextlib
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,11 +59,10 @@ def _tables(batch_sizes: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():  # memory of the graph
         return _make_tables(batch_sizes, device)
     where = device, stream_of(device)
-    sizes, tables = _last_tables.get(where, (None, None))
-    if sizes is None or not torch.equal(sizes, batch_sizes):
-        tables = _make_tables(batch_sizes, device)
-        _last_tables[where] = batch_sizes.clone(), tables
-    return tables
+    last = _last_tables.get(where)
+    if last is None or not torch.equal(last[0], batch_sizes):
+        last = _last_tables[where] = batch_sizes.clone(), _make_tables(batch_sizes, device)
+    return last[1]
 
 
 def _make_tables(batch_sizes: Tensor, device: torch.device) -> Tensor:
@@ -73,12 +72,13 @@ def _make_tables(batch_sizes: Tensor, device: torch.device) -> Tensor:
     return tables.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tables
 
 
-_rnn_switches = torch.backends.cudnn.rnn  # to find it takes longer than to read it
+_rnn_switches: Any = torch.backends.cudnn.rnn  # to find it takes longer than to read it
 
 
 def allows_tf32() -> bool:
     """Whether the float32 products of the recurrence may be made of TF32: torch's switch for recurrent layers."""
-    return _rnn_switches.fp32_precision == "tf32"
+    precision: str = _rnn_switches.fp32_precision
+    return precision == "tf32"
 
 
 def stream_of(device: torch.device) -> int:
@@ -149,7 +149,7 @@ _library_multiply = torch.ops.rnnfast.cuda_multiply.default
 _below_autograd = torch._C._AutoDispatchBelowADInplaceOrView
 
 
-def _on(device: torch.device) -> contextlib.AbstractContextManager:
+def _on(device: torch.device) -> contextlib.AbstractContextManager[None]:
     """On the device, with operators that neither record nor cast. Mostly all of it holds already, and is only asked."""
     is_elsewhere = device.type == "cuda" and torch.cuda.current_device() != device.index
     if is_elsewhere or torch.is_grad_enabled() or torch.is_autocast_enabled(device.type):
@@ -175,8 +175,8 @@ def forward(backend: type[Layer], inputs: Inputs, keep_c: bool, keep_gates: bool
         cs = k.new_rows(R, D * k.H, dtype=k.acc) if has_cell and keep_c else None
         gates = k.new_rows(D, R, S * k.H) if S and keep_gates else None
         if R:
-            in_place = gates is not None and S == k.G and not k.projected and k.gates_replace_x
-            x_gates = gates if in_place else x.new_empty(D, R, k.G * k.H)
+            in_place = S == k.G and not k.projected and k.gates_replace_x
+            x_gates = gates if in_place and gates is not None else x.new_empty(D, R, k.G * k.H)
             x_rows = x.reshape(R, x.shape[-1])
             for w, out in zip(k.directions, x_gates.unbind()):
                 k.multiply(x_rows, w.w_ih.t(), out, add=w.b_ih)
@@ -200,11 +200,16 @@ def backward(
     with _on(x.device):
         k = backend(inputs)
         has_cell, R = HAS_CELL_STATE[k.mode], k.form.R
-        rows = lambda t, width: None if t is None else t.reshape(R, k.D * width).contiguous()
-        dy, y, cs = rows(grads.dy, k.P), rows(saved.y, k.P), rows(saved.c, k.H) if has_cell else saved.c
-        dcs = rows(grads.dc, k.H) if has_cell else None  # of an absent c it has shape [0]
-        h0, c0, gates = (None if t is None else t.contiguous() for t in (inputs.h0, inputs.c0, saved.gates))
-        dh_n, dc_n = grads.dh_n, grads.dc_n
+
+        def rows(t: Tensor, width: int) -> Tensor:
+            return t.reshape(R, k.D * width).contiguous()
+
+        y, cs = rows(saved.y, k.P), rows(saved.c, k.H) if has_cell else saved.c
+        dy = None if grads.dy is None else rows(grads.dy, k.P)
+        dcs = rows(grads.dc, k.H) if has_cell and grads.dc is not None else None  # of an absent c it has shape [0]
+        h0, c0 = (None if t is None else t.contiguous() for t in (inputs.h0, inputs.c0))
+        gates, dh_n, dc_n = saved.gates.contiguous(), grads.dh_n, grads.dc_n
+        dc: Tensor | None
         if has_cell and not k.projected and all(t is None for t in (h0, c0, dh_n, dc_n)):
             dh, dc = x.new_zeros((2, k.D, k.form.N, k.H), dtype=k.acc).unbind()  # one launch: neither is returned
         else:
@@ -217,7 +222,7 @@ def backward(
         return InputGradients(
             _input_gradient(k, dgates) if need_dx else x.new_empty(0),
             x.new_empty(0) if h0 is None else dh.to(x.dtype),
-            x.new_empty(0) if c0 is None else dc.to(x.dtype),
+            x.new_empty(0) if c0 is None or dc is None else dc.to(x.dtype),
             _weight_gradients(k, of) if need_dw else [],
         )
 
@@ -256,10 +261,11 @@ def _weight_gradients(k: Layer, of: BackwardSteps) -> list[Tensor]:
         if w.b_ih is not None:
             of_a = torch.cat([_part(sums, at * H, count * H) for _, at, count in ranges])
             grads = grads._replace(b_ih=_part(sums, 0, k.G * H), b_hh=of_a)
-        if w.w_hr is not None:
+        if w.w_hr is not None and of.dprojections is not None:
             saved = of.gates[d].to(k.acc).view(R, SAVED_GATES[k.mode], H).unbind(1)
             m = CELLS[k.mode].output(saved, [of.cs.view(R, k.D, H)[:, d]])
-            grads = grads._replace(w_hr=torch.empty_like(w.w_hr))
-            k.multiply(of.dprojections[d].t(), m.to(x.dtype), grads.w_hr)
+            dw_hr = torch.empty_like(w.w_hr)
+            k.multiply(of.dprojections[d].t(), m.to(x.dtype), dw_hr)
+            grads = grads._replace(w_hr=dw_hr)
         found += [grad for grad in grads if grad is not None]
     return found

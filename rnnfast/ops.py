@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,9 +26,10 @@ _CONTIGUOUS = torch.contiguous_format
 _OF_BACKWARD = (OutputGradients, Saved)
 
 
-def of_records(function: Callable[..., Any], *more: type[tuple[Any, ...]]) -> Callable[..., Any]:
+def of_records(function: Callable[..., Any], *more: type[NamedTuple]) -> Callable[..., Any]:
     """A function of Inputs, more records and other arguments, as torch calls it: with their fields one by one."""
-    counts = [(record, len(record._fields)) for record in (Inputs, *more)]
+    more = (Inputs, *more)
+    counts = [(record, len(record._fields)) for record in more]
 
     def run(*args: Any, **options: Any) -> Any:
         made, first = [], 0
@@ -50,6 +51,7 @@ def _forward_fake(inputs: Inputs, keep_c: bool, keep_gates: bool, *, saves_gates
     directions = 1 + bidirectional
     gate_rows, out = weights[1].shape
     hidden = gate_rows // GATES[mode]
+    batch: int | torch.SymInt
     if batch_sizes is None:
         batch = x.shape[1]
     elif h0 is not None:
@@ -134,7 +136,7 @@ def _checked_lengths(lengths: Tensor, steps: int) -> Tensor:
     return lengths.to(torch.int64, copy=True).clamp_(0, steps)
 
 
-def _run(backend: str, direction: str, *args: Any) -> tuple[Any, ...]:
+def _run(backend: str, direction: str, *args: Any) -> Any:
     """A kernel in the module of a backend."""
     return getattr(BACKENDS[backend].load(), direction)(*args)
 

@@ -69,7 +69,7 @@ class Inputs(NamedTuple):
     @classmethod
     def of_flat(cls, values: Sequence[Any]) -> Inputs:
         last = len(cls._fields) - 1
-        return cls(*values[:last], values[last:])
+        return cls._make([*values[:last], values[last:]])
 
     def directions(self) -> list[Weights]:
         names, weights = self.names.split(), self.weights
@@ -176,7 +176,7 @@ _TYPES = {"str": "str", "bool": "bool", "int": "int", "Tensor": "Tensor", "Seque
 def _fields(record: type[NamedTuple], letters: Any) -> list[str]:
     found = []
     for name, annotation in record.__annotations__.items():
-        kind, _, none = getattr(annotation, "__forward_arg__", annotation).partition(" | ")
+        kind, _, none = str(getattr(annotation, "__forward_arg__", annotation)).partition(" | ")
         of_torch = f"Tensor({next(letters)}!)" if kind == "Written" else _TYPES[kind]
         found.append(f"{of_torch}{'?' if none else ''} {name}")
     return found

@@ -25,7 +25,7 @@ _is_exporting = torch.compiler.is_exporting  # asked for at every call
 _is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
-def _loop_over_batch(function: type, info, in_dims: tuple, args: tuple):
+def _loop_over_batch(function: Any, info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> Any:
     """The vmap of an autograd Function, sample by sample: no sum crosses samples, so each gets its own gradients."""
     samples = [
         function.apply(*(a if dim is None else a.select(dim, i) for a, dim in zip(args, in_dims)))
@@ -48,12 +48,12 @@ def _saved(ctx: Any) -> list[Any]:
     return values
 
 
-def _one_by_one(backward: Callable) -> Callable:
+def _one_by_one(backward: Callable[..., Any]) -> Callable[..., Any]:
     """A backward that also takes a batch of gradients, as ``is_grads_batched`` makes it with the vmap of before
     torch.func: it runs once for each."""
 
     @functools.wraps(backward)
-    def run(ctx: Any, *grads: Tensor | None) -> Any:
+    def run(ctx: Any, *grads: Any) -> Any:
         if torch.compiler.is_compiling() or not any(g is not None and _is_legacy_batched(g) for g in grads):
             return backward(ctx, *grads)
         # The level of the innermost vmap is to be had by entering another, and its operators apply within it only.
@@ -75,31 +75,31 @@ def _one_by_one(backward: Callable) -> Callable:
 
 class _Layer(torch.autograd.Function):
     @staticmethod
-    def forward(backend, recompute, *inputs):
+    def forward(backend: str, recompute: bool, *inputs: Any) -> Any:
         return OPERATORS[backend, "forward"](*Inputs.of_flat(inputs), True, not recompute)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.backend, ctx.recompute, *inputs = inputs
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.backend, ctx.recompute = inputs[:2]
         y, _, _, c, gates = output
         ctx.mark_non_differentiable(gates)
         ctx.set_materialize_grads(False)
-        _save(ctx, (y, c, gates, *inputs))
+        _save(ctx, (y, c, gates, *inputs[2:]))
 
     @staticmethod
     @_one_by_one
-    def backward(ctx, *grads):
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
         needs = Inputs.of_flat(ctx.needs_input_grad[2:])
         return None, None, *_layer_backward(ctx, OutputGradients(*grads[:4]), needs).flat()
 
     @staticmethod
-    def vmap(info, in_dims, *args):
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
         return _loop_over_batch(_Layer, info, in_dims, args)
 
 
-def _layer_backward(ctx, grads: OutputGradients, needs: Inputs) -> Inputs:
+def _layer_backward(ctx: Any, grads: OutputGradients, needs: Inputs) -> Inputs:
     """By input of a layer its gradient, or None where none is needed, of what ``_Layer.setup_context`` has kept."""
-    none = Inputs(*[None] * (len(Inputs._fields) - 1), [None] * len(needs.weights))
+    none = Inputs._make([*[None] * (len(Inputs._fields) - 1), [None] * len(needs.weights)])
     if all(grad is None for grad in grads):
         return none
     y, c, gates, *inputs = _saved(ctx)
@@ -111,14 +111,14 @@ def _layer_backward(ctx, grads: OutputGradients, needs: Inputs) -> Inputs:
         c = c if is_kept else again
     # Only a derivative of this backward needs a Function; torch.compile wants none where there is no derivative.
     twice = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
-    dx, dh0, dc0, *dweights = (_LayerBackward.apply if twice else _LayerBackward.forward)(
-        ctx.backend, needs.x, any(needs.weights), *grads, y, c, gates, *inputs
-    )
+    apply: Any = _LayerBackward.apply if twice else _LayerBackward.forward
+    dx, dh0, dc0, *dweights = apply(ctx.backend, needs.x, any(needs.weights), *grads, y, c, gates, *inputs)
+    dweights = [grad if need else None for grad, need in zip(dweights, needs.weights)]
     return none._replace(
-        x=dx if needs.x else None,
-        h0=dh0 if needs.h0 else None,
-        c0=dc0 if needs.c0 else None,
-        weights=[grad if need else None for grad, need in zip(dweights, needs.weights)] or none.weights,
+        x=dx if needs.x else none.x,
+        h0=dh0 if needs.h0 else none.h0,
+        c0=dc0 if needs.c0 else none.c0,
+        weights=dweights or none.weights,
     )
 
 
@@ -126,45 +126,49 @@ class _LayerBackward(torch.autograd.Function):
     """Its own derivatives go through plain torch: x and the weights determine y, c and the gates, which get none."""
 
     @staticmethod
-    def forward(backend, need_dx, need_dw, dy, dh_n, dc_n, dc, y, c, gates, *inputs):
+    def forward(
+        backend: str, need_dx: bool, need_dw: bool, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None,
+        dc: Tensor | None, y: Tensor, c: Tensor, gates: Tensor, *inputs: Any,
+    ) -> Any:  # fmt: skip
         dx, dh0, dc0, dweights = OPERATORS[backend, "backward"](
             *Inputs.of_flat(inputs), dy, dh_n, dc_n, dc, y, c, gates, need_dx, need_dw
         )
         return dx, dh0, dc0, *dweights
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.set_materialize_grads(False)
         _save(ctx, (*inputs[3:7], *inputs[10:]))
 
     @staticmethod
     @_one_by_one
-    def backward(ctx, *grads):
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
         values = _saved(ctx)
         inputs = Inputs.of_flat(values[4:])
         derived = inputs.x, inputs.h0, inputs.c0, *inputs.weights
         # An output that was not asked for has shape [0]; whatever gradient comes for it says nothing.
-        live = [i for i, (g, t) in enumerate(zip(grads, derived)) if None not in (g, t) and g.shape == t.shape]
+        pairs = enumerate(zip(grads, derived))
+        live = [i for i, (g, t) in pairs if g is not None and t is not None and g.shape == t.shape]
         if not live:
             return (None,) * len(ctx.needs_input_grad)
 
         given = [i for i, v in enumerate(values) if isinstance(v, Tensor) and (v.is_floating_point() or v.is_complex())]
 
-        def first_order(*of: Tensor) -> tuple[Tensor, ...]:
+        def first_order(*of: Tensor) -> tuple[Tensor | None, ...]:
             at = list(values)
             for i, value in zip(given, of):
                 at[i] = value
             firsts = reference.layer_backward(Inputs.of_flat(at[4:]), OutputGradients(*at[:4]))
             return tuple(firsts[i] for i in live)
 
-        _, vjp = torch.func.vjp(first_order, *(values[i] for i in given))
+        vjp = torch.func.vjp(first_order, *(values[i] for i in given))[1]
         seconds: list[Tensor | None] = [None] * len(values)
         for i, second in zip(given, vjp(tuple(grads[i] for i in live))):
             seconds[i] = second
         return None, None, None, *seconds[:4], None, None, None, *seconds[4:]
 
     @staticmethod
-    def vmap(info, in_dims, *args):
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
         return _loop_over_batch(_LayerBackward, info, in_dims, args)
 
 
@@ -172,12 +176,11 @@ class _LayerBackward(torch.autograd.Function):
 # can be trained. It keeps no gates, as if to recompute.
 
 
-def _setup_layer(ctx: Any, inputs: tuple, output: tuple, *, backend: str) -> None:
-    *inputs, _, _ = inputs
-    _Layer.setup_context(ctx, (backend, True, *Inputs(*inputs).flat()), output)
+def _setup_layer(ctx: Any, inputs: tuple[Any, ...], output: Any, *, backend: str) -> None:
+    _Layer.setup_context(ctx, (backend, True, *Inputs(*inputs[:-2]).flat()), output)
 
 
-def _backward_of_layer(ctx: Any, *grads: Tensor | None) -> tuple:
+def _backward_of_layer(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     *needs, _, _ = ctx.needs_input_grad
     return *_layer_backward(ctx, OutputGradients(*grads[:4]), Inputs(*needs)), None, None
 
@@ -207,16 +210,18 @@ def layer(
     """
     if backend == "reference" and (forward_ad._current_level >= 0 or is_recorded()):
         return reference.layer(inputs)
-    if _is_exporting():
-        return OPERATORS[backend, "layer"](*inputs, keep_c, False)[:4]
-    if torch._C._are_functorch_transforms_active():
-        return _transformed(backend, *inputs.flat())[:4]
     _, x, h0, c0, *_, weights = inputs
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, h0, c0, *weights)):
+    if _is_exporting():
+        y, h_n, c_n, c, _ = OPERATORS[backend, "layer"](*inputs, keep_c, False)
+    elif torch._C._are_functorch_transforms_active():
+        y, h_n, c_n, c, _ = _transformed(backend, *inputs.flat())
+    elif torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, h0, c0, *weights)):
         recompute = recompute and SAVED_GATES[inputs.mode] > 0 and BACKENDS[backend].saves_gates
-        apply = _Layer.apply if torch.compiler.is_compiling() else _apply
-        return apply(backend, recompute, *inputs.flat())[:4]
-    return OPERATORS[backend, "forward"](*inputs, keep_c, False)[:4]
+        apply: Any = _Layer.apply if torch.compiler.is_compiling() else _apply
+        y, h_n, c_n, c, _ = apply(backend, recompute, *inputs.flat())
+    else:
+        y, h_n, c_n, c, _ = OPERATORS[backend, "forward"](*inputs, keep_c, False)
+    return y, h_n, c_n, c
 
 
 # What Function.apply does where nothing is transformed, without its look at the signature, which takes 15 microseconds.
@@ -232,11 +237,12 @@ def _transformed(backend: str, *inputs: Any) -> tuple[Tensor, ...]:
     if torch._C._are_functorch_transforms_active():
         interpreter = retrieve_current_functorch_interpreter()
     if interpreter is None or interpreter.key() != functorch.TransformType.Functionalize:
-        return _Layer.apply(backend, False, *inputs)
+        found: tuple[Tensor, ...] = _Layer.apply(backend, False, *inputs)  # type: ignore[no-untyped-call]
+        return found
     values = []
     for value in inputs:
         if isinstance(value, Tensor) and functorch.is_functionaltensor(value):
-            torch._sync(value)
+            torch._sync(value)  # type: ignore[attr-defined, no-untyped-call]
             value = functorch._unwrap_functional_tensor(value, False)
         values.append(value)
     with interpreter.lower():

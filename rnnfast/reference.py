@@ -42,10 +42,12 @@ def cell(
     return h, others[0] if others else None
 
 
-def _arguments(of: Cell, x: Tensor, a: Tensor, h: Tensor, c: Tensor | None, w_units: Tensor | None) -> list[Any]:
+def _arguments(
+    of: Cell, x: Tensor, a: Tensor, h: Tensor, c: Tensor | None, w_units: Tensor | None
+) -> tuple[Any, Any, Any, Any]:
     """A cell's x, a, states and weights, each by name."""
     weights = () if w_units is None else w_units.chunk(len(of.weights))
-    return [x.chunk(len(of.gates), 1), a.chunk(len(of.gates), 1), (h, c)[: len(of.states)], weights]
+    return x.chunk(len(of.gates), 1), a.chunk(len(of.gates), 1), (h, c)[: len(of.states)], weights
 
 
 def cell_backward(
@@ -62,9 +64,9 @@ def cell_backward(
     adds to that of its w_units, ``[N, U*H]``."""
     check_mode(mode)
     of = CELLS[mode]
-    *values, weights = _arguments(of, x, a, h, c, w_units)
+    values = _arguments(of, x, a, h, c, w_units)
     count = len(of.states)
-    d_x, d_a, before, d_w = of.backward(*values, (dh, dc)[:count], weights)
+    d_x, d_a, before, d_w = of.backward(*values[:3], (dh, dc)[:count], values[3])
     of_weights = torch.cat(d_w, 1) if d_w else None
     return torch.cat(d_x, 1), torch.cat(d_a, 1), *before, *[None] * (2 - count), of_weights
 
@@ -74,7 +76,7 @@ class _Steps(NamedTuple):
 
     entered: list[tuple[Tensor, Tensor | None]]
     y: list[Tensor]
-    c: list[Tensor | None]
+    c: list[Tensor]  # none where the cell has none
     h_n: Tensor
     c_n: Tensor | None
 
@@ -106,7 +108,7 @@ class _Sequence(NamedTuple):
 
 def _run(mode: str, x_gates: Tensor, h: Tensor, c: Tensor | None, w: Weights, sequence: _Sequence) -> _Steps:
     steps = x_gates.shape[0]
-    run = _Steps([(h, c)] * steps, [h] * steps, [c] * steps, h, c)
+    run = _Steps([(h, c)] * steps, [h] * steps, [] if c is None else [c] * steps, h, c)
     for t in sequence.steps(steps):
         h = sequence.cut(t, h)
         c = c if c is None else sequence.cut(t, c)
@@ -116,7 +118,7 @@ def _run(mode: str, x_gates: Tensor, h: Tensor, c: Tensor | None, w: Weights, se
         h_t = h_t.to(h.dtype)
         h_t = h_t if w.w_hr is None else F.linear(h_t, w.w_hr)
         run.y[t], h = sequence.where_valid(t, h_t), sequence.where_valid(t, h_t, h)
-        if c is not None:
+        if c_t is not None:
             run.c[t], c = sequence.where_valid(t, c_t), sequence.where_valid(t, c_t, c)
     return run._replace(h_n=h, c_n=c)
 
@@ -143,16 +145,17 @@ def layer(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     mode, x = inputs.mode, inputs.x
     check_mode(mode)
     if inputs.batch_sizes is not None:
-        pad, pack, padded = _padded(inputs)
+        pad, pack, padded = _padded(inputs, inputs.batch_sizes)
         y, h_n, c_n, c = layer(padded)
         return pack(y), h_n, c_n, pack(c) if HAS_CELL_STATE[mode] else c
     runs = [run for *_, run in _directions(inputs)]
     y = torch.cat([_stack(run.y, run.h_n) for run in runs], 2)
     h_n = torch.stack([run.h_n for run in runs])
-    if not HAS_CELL_STATE[mode]:
+    c_ns = [run.c_n for run in runs if run.c_n is not None]
+    if not c_ns:
         return y, h_n, x.new_zeros(0), x.new_zeros(0, dtype=torch.promote_types(x.dtype, torch.float32))
-    c = torch.cat([_stack(run.c, run.c_n) for run in runs], 2)
-    return y, h_n, torch.stack([run.c_n for run in runs]).to(x.dtype), c
+    c = torch.cat([_stack(run.c, like) for run, like in zip(runs, c_ns)], 2)
+    return y, h_n, torch.stack(c_ns).to(x.dtype), c
 
 
 def layer_backward(inputs: Inputs, grads: OutputGradients) -> tuple[Tensor | None, ...]:
@@ -160,10 +163,11 @@ def layer_backward(inputs: Inputs, grads: OutputGradients) -> tuple[Tensor | Non
     mode = inputs.mode
     check_mode(mode)
     if inputs.batch_sizes is not None:
-        pad, pack, padded = _padded(inputs)
+        pad, pack, padded = _padded(inputs, inputs.batch_sizes)
         dy, dh_n, dc_n, dc = grads
         dy, dc = (None if d is None else pad(d) for d in (dy, dc if HAS_CELL_STATE[mode] else None))
         dx, *others = layer_backward(padded, OutputGradients(dy, dh_n, dc_n, dc))
+        assert dx is not None  # as there is an x
         return pack(dx), *others
     # torch's gradient of a complex function is that of the conjugate: the same formulas at conjugate values.
     inputs = Inputs.of_flat([t.conj() if isinstance(t, Tensor) and t.is_complex() else t for t in inputs.flat()])
@@ -181,7 +185,7 @@ def layer_backward(inputs: Inputs, grads: OutputGradients) -> tuple[Tensor | Non
             total = dh if dy is None else dh + dy[t].chunk(1 + bidirectional, 1)[d]
             d_h[t] = total = sequence.where_valid(t, total, torch.zeros_like(total))
             dc_total = dc_t
-            if c is not None:
+            if dc_t is not None:
                 dc_total = dc_t if dc is None else dc_t + dc[t].chunk(1 + bidirectional, 1)[d]
                 dc_total = sequence.where_valid(t, dc_total)
             if w.w_hr is not None:
@@ -194,18 +198,19 @@ def layer_backward(inputs: Inputs, grads: OutputGradients) -> tuple[Tensor | Non
             through_gates = d_a[t] @ w.w_hh
             dh_prev = through_gates if dh_prev is None else through_gates + dh_prev.to(x.dtype)
             dh = sequence.where_valid(t, sequence.cut(t, dh_prev), dh)
-            if c is not None:
-                dc_t = sequence.where_valid(t, sequence.cut(t, dc_prev), dc_t)
+            dc_t = None if dc_prev is None else sequence.where_valid(t, sequence.cut(t, dc_prev), dc_t)
         if steps:
-            d_x, d_a, d_h, m, d_w = (torch.stack(list_).flatten(0, 1) for list_ in (d_x, d_a, d_h, m, d_w))
+            of_x, of_a, of_h, of_m, of_w = (torch.stack(rows).flatten(0, 1) for rows in (d_x, d_a, d_h, m, d_w))
             h_prev = torch.stack([h for h, _ in run.entered]).flatten(0, 1)
-            dx = dx + (d_x @ w.w_ih).view_as(x)
-            of = Weights(d_x.T @ x.flatten(0, 1), d_a.T @ h_prev, d_x.sum(0), d_a.sum(0), d_h.T @ m, d_w.sum(0))
+            dx = dx + (of_x @ w.w_ih).view_as(x)
+            of = Weights(
+                of_x.T @ x.flatten(0, 1), of_a.T @ h_prev, of_x.sum(0), of_a.sum(0), of_h.T @ of_m, of_w.sum(0)
+            )
+            dweights += [grad for grad, weight in zip(of, w) if weight is not None]
         else:
-            of = Weights(*(t if t is None else torch.zeros_like(t) for t in w))
+            dweights += [torch.zeros_like(weight) for weight in w if weight is not None]
         dh0.append(dh)
-        dc0.append(dc_t)
-        dweights += [grad for grad, weight in zip(of, w) if weight is not None]
+        dc0 += [] if dc_t is None else [dc_t]
     return (
         dx,
         None if h0 is None else torch.stack(dh0),
@@ -218,9 +223,11 @@ def _stack(steps: list[Tensor], like: Tensor) -> Tensor:
     return torch.stack(steps) if steps else like.new_zeros(0, *like.shape)
 
 
-def _padded(inputs: Inputs) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor], Inputs]:
+def _padded(
+    inputs: Inputs, batch_sizes: Tensor
+) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor], Inputs]:
     """A packed sequence as a padded one with lengths: how to pad its rows, how to pack them again, and the inputs."""
-    sizes = inputs.batch_sizes.tolist()
+    sizes = batch_sizes.tolist()
 
     def pad(packed: Tensor) -> Tensor:
         return torch.stack([F.pad(rows, (0, 0, 0, sizes[0] - len(rows))) for rows in packed.split(sizes)])
@@ -228,5 +235,5 @@ def _padded(inputs: Inputs) -> tuple[Callable[[Tensor], Tensor], Callable[[Tenso
     def pack(padded: Tensor) -> Tensor:
         return torch.cat([rows[:size] for rows, size in zip(padded, sizes)])
 
-    lengths = (inputs.batch_sizes[:, None] > torch.arange(sizes[0])).sum(0).to(inputs.x.device)
+    lengths = (batch_sizes[:, None] > torch.arange(sizes[0])).sum(0).to(inputs.x.device)
     return pad, pack, inputs._replace(x=pad(inputs.x), batch_sizes=None, lengths=lengths)

@@ -415,8 +415,8 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         (
             "h_0 and c_0 swapped in backward",
             NUMBERS,
-            "dx, dh0, dc0, *dweights = (_LayerBackward",
-            "dx, dc0, dh0, *dweights = (_LayerBackward",
+            "dx, dh0, dc0, *dweights = apply(",
+            "dx, dc0, dh0, *dweights = apply(",
         ),
         (
             "recompute keeps the gates",

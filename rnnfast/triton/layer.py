@@ -23,7 +23,8 @@ def _chip(device: torch.device) -> Chip:
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip is not None:
         return Chip(64 * 1024, properties.multi_processor_count, warp_size=properties.warp_size)
-    return Chip(properties.shared_memory_per_block_optin, properties.multi_processor_count, properties.major)
+    shared_memory = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]  # the stubs lack it
+    return Chip(shared_memory, properties.multi_processor_count, properties.major)
 
 
 def plan_on(device: torch.device, mode: str, dtype: torch.dtype, hidden: int, projected: bool, batch: int = 1) -> Plan:
@@ -35,6 +36,9 @@ def reason(
     device: torch.device, mode: str, dtype: torch.dtype, hidden: int, batch: int, bidirectional: bool, projected: bool
 ) -> str:
     return plan_on(device, mode, dtype, hidden, projected, batch).reason
+
+
+_ABSENT: Any = None  # for a field that a kernel leaves alone
 
 
 class Layer(gpu.Layer):
@@ -79,7 +83,7 @@ class Layer(gpu.Layer):
             return
         T, P = self.form.T, self.P
         m = h.new_empty(self.D, self.form.N, self.H) if self.projected else torch.empty_like(h)
-        unprojected, w_hr = of._replace(y=None), self.of_directions("w_hr")
+        unprojected, w_hr = of._replace(y=_ABSENT), self.of_directions("w_hr")
         for step in range(T):
             if self.projected:
                 self.launch_cells(kernels.forward, P, unprojected, m, *weights, step=step)
@@ -98,7 +102,7 @@ class Layer(gpu.Layer):
         T, P, inputs, dh = self.form.T, self.P, self.G * self.H, of.dh
         da = of.y.new_zeros(self.D, self.form.N, inputs)
         other = torch.empty_like(dh, dtype=of.y.dtype) if self.projected else torch.empty_like(da)
-        unprojected = of._replace(dy=None, dh=None)
+        unprojected = of._replace(dy=_ABSENT, dh=_ABSENT)
         for step in reversed(range(T)):
             if self.projected:
                 through = of.dy, w_hh, da, dh, other, of.dprojections
