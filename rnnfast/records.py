@@ -40,12 +40,15 @@ NAMES = {
 }
 
 
+_BY_COUNT = {mode: {size: names for names, size in of_mode.items()} for mode, of_mode in NAMES.items()}
+
+
 def names_of(mode: str, count: int) -> str:
     """The names of so many weights of one direction in torch's flat order, where their number alone tells."""
-    for names, size in NAMES[mode].items():
-        if size == count:
-            return names
-    raise RuntimeError(f"rnnfast: no {mode} has {count} weights in a direction")
+    names = _BY_COUNT[mode].get(count)
+    if names is None:
+        raise RuntimeError(f"rnnfast: no {mode} has {count} weights in a direction")
+    return names
 
 
 class Inputs(NamedTuple):
