@@ -49,6 +49,7 @@ OPERATORS = "test_cuda.py test_errors.py test_border.py"
 REGIMES = "test_cuda.py -k 'order or chip'"
 FINITE = "test_cuda.py test_errors.py -k 'finite and {}'"
 CELL = "test_cells.py"
+UNITS = "test_peephole.py -k {}"
 # What is caught means little if these fail without a mistake.
 SMOKE = "test_recurrence.py test_triton.py -k 'opcheck or plan'"
 
@@ -56,12 +57,18 @@ SMOKE = "test_recurrence.py test_triton.py -k 'opcheck or plan'"
 TABLE: dict[str, list[tuple[str, str, str, str]]] = {
     "csrc/cells.h": [
         ("forget gate of another product", NUMBERS, "sigmoid(x[1] + a[1]);\n    F g", "sigmoid(x[1] + a[0]);\n    F g"),
-        ("LSTM backward swaps i and f", NUMBERS, "F i = s[0], f = s[1], g", "F i = s[1], f = s[0], g"),
+        (
+            "LSTM backward swaps i and f",
+            NUMBERS,
+            "F i = s[0], f = s[1], g = s[2], o = s[3];\n    F tanh_c = tanh(c);\n    dc",
+            "F i = s[1], f = s[0], g = s[2], o = s[3];\n    F tanh_c = tanh(c);\n    dc",
+        ),
         ("GRU z the other way round", NUMBERS, "h = n + z * (h - n);", "h = h + z * (n - h);"),
         ("GRU reset of x, too", NUMBERS, "tanh(x[2] + r * q)", "tanh(r * (x[2] + q))"),
         ("GRU dn for dn r", NUMBERS, "d[3] = dn * r;", "d[3] = dn;"),
     ],
     "csrc/cpu/forward.h": [
+        ("own weights of another unit", UNITS, "w_units + k * u.H + unit", "w_units + k * u.H"),
         ("b_ih for b_hh", NUMBERS, "f.weights[d].b_hh)", "f.weights[d].b_ih)"),
         ("GRU reads h of the step before", NUMBERS, "old_h(g.h[s & 1])", "old_h(g.h[(s + 1) & 1])"),
         ("reset leaves c", RESETS, "memset(g.c +", "if (false) memset(g.c +"),
@@ -93,6 +100,7 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         ),
     ],
     "csrc/cpu/weight_gradients.h": [
+        ("own weights' gradients of the gates", UNITS, "(Pass::kGrads + k) * padded", "k * padded"),
         ("no b_hh gradient", NUMBERS, "f.dw[d].w_hh, f.dw[d].b_hh}", "f.dw[d].w_hh, nullptr}"),
         ("dW of the last stretch of rows", THREADS, "q ? sum : kZeros<Sum>, q ? kSide : 0, sum", "kZeros<Sum>, 0, sum"),
     ],
@@ -215,6 +223,7 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         ("infinity times a rest", FINITE, "if_finite(d0), if_finite(d1)", "d0, d1"),
     ],
     "csrc/cuda/real.cuh": [
+        ("own weights of another unit", UNITS, "weights[k * H + unit + u]", "weights[k * H + u]"),
         ("relu's gradient at 0", NUMBERS, "h.value <= 0 ? 0 : dh.value", "h.value < 0 ? 0 : dh.value"),
     ],
     "csrc/cuda/stepwise.cu": [
@@ -257,9 +266,20 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         ("gates of a for those of x", CELL, "if of.gate == name and of.of_a", "if of.gate == name"),
     ],
     "rnnfast/triton/cells.py": [
-        ("df of the new c", NUMBERS, "df = dc * old_c *", "df = dc * c *"),
+        (
+            "df of the new c",
+            NUMBERS,
+            "(1 - tanh_c * tanh_c)\n    di = dc * g * i * (1 - i)\n    df = dc * old_c *",
+            "(1 - tanh_c * tanh_c)\n    di = dc * g * i * (1 - i)\n    df = dc * c *",
+        ),
     ],
     "rnnfast/triton/kernels.py": [
+        (
+            "own weights without their gradients' place",
+            UNITS,
+            "store(p + K * H + at.unit, of_units",
+            "store(p + at.unit, of_units",
+        ),
         ("reverse rows start at T", LENGTHS, "s, steps - 1 - s)", "s, at.T - 1 - s)"),
         ("border beyond a row's end", RESETS, "mask=border < at.length", "mask=border < tl.where(at.is_row, at.T, 0)"),
         ("NaN of padded units", FINITE, "tl.where(at.inside, new_h, 0.0).to(h.dtype)", "new_h.to(h.dtype)"),
@@ -275,6 +295,12 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         ("float32 is TF32", "test_triton.py", '"tf32" if tf32 else "tf32x3"', '"tf32"'),
     ],
     "rnnfast/gpu.py": [
+        (
+            "own weights' gradients of the gates",
+            UNITS,
+            "sums[GRADIENTS[k.mode] * H :]",
+            "sums[: UNIT_WEIGHTS[k.mode] * H]",
+        ),
         ("a packed row is a step shorter", NUMBERS, "torch.arange(1, len(ends) + 1)", "torch.arange(len(ends))"),
         ("b_hh for b_ih", NUMBERS, "add=w.b_ih)", "add=w.b_hh)"),
         ("GRU dW_hh of dn", NUMBERS, "_part(at_h, at * H,", "_part(at_h, gate * H,"),
