@@ -22,7 +22,7 @@ constexpr int matrix_registers() {
   if (std::is_same<Exchange, Local<1>>::value) return M > 1 ? 96 : 104;
   if (std::is_same<Exchange, Cluster>::value && kBlocks == 4) return M > 1 ? 64 : 96;
   if (std::is_same<Exchange, Cluster>::value && kBlocks == 2 && sizeof(typename Math::Stored) == 4) return 96;
-  return 128;
+  return Cell::kUnitWeights > 0 ? 96 : 128;  // such weights are in registers, too
 }
 
 // The pairs that a warp keeps in registers of a matrix of M tiles.
