@@ -31,7 +31,7 @@ void read_names(Dimensions& n, const std::string& mode, const std::string& names
     n.place[name] = given ? n.weights++ : -1;
     if (given) rest = at + length;
   }
-  RNNFAST_CHECK(*rest == '\0' && n.has(kInputWeight) && n.has(kHiddenWeight) &&
+  RNNFAST_CHECK(rest == names.c_str() + names.size() && n.has(kInputWeight) && n.has(kHiddenWeight) &&
                     n.has(kInputBias) == n.has(kHiddenBias) && (!n.has(kProjection) || facts.projects) &&
                     n.has(kWeightOfUnits) == (facts.unit_weights > 0),
                 "no ", mode, " has weights '", names, "'");
@@ -105,7 +105,7 @@ Dimensions check_layer(const Inputs& inputs) {
 
   read_names(n, mode, names);
   RNNFAST_CHECK(int64_t(weights.size()) == n.D * n.weights, "got ", weights.size(), " weights, expected ", n.weights,
-                " for each of ", n.D, " direction(s)");
+                " for each of ", n.D, " direction(s), ", names);
   const Tensor& w_ih = *n.weight(weights, 0, kInputWeight);
   const Tensor* w_hr = n.weight(weights, 0, kProjection);
   RNNFAST_CHECK(w_ih.dim() == 2 && w_ih.size(0) % n.G == 0, "weight_ih has to be [", n.G,

@@ -114,8 +114,8 @@ def _flatten(mode: str, weights: Sequence[Tensor], num_layers: int, bidirectiona
         out, hidden = weights[1].size(1), weights[0].size(0) // GATES[mode]
         layer = SimpleNamespace(
             _flat_weights=list(weights), _flat_weights_names=weights, mode=mode, bias="b_ih" in names,
-            proj_size=out if "w_hr" in names else 0, input_size=first.size(1), hidden_size=hidden, num_layers=num_layers,
-            batch_first=False, bidirectional=bidirectional,
+            proj_size=out if "w_hr" in names else 0, input_size=first.size(1), hidden_size=hidden,
+            num_layers=num_layers, batch_first=False, bidirectional=bidirectional,
         )  # fmt: skip
         nn.RNNBase.flatten_parameters(layer)  # type: ignore[arg-type]  # it has all that this reads
 

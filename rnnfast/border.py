@@ -126,7 +126,7 @@ def check_layer(inputs: Inputs, dtypes: Sequence[torch.dtype] | None = None) -> 
         _refuse(f"no {mode} has weights '{names}'")
     count, projected = NAMES[mode][names], "w_hr" in names
     if len(weights) != D * count:
-        _refuse(f"got {len(weights)} weights, expected {count} for each of {D} direction(s)")
+        _refuse(f"got {len(weights)} weights, expected {count} for each of {D} direction(s), {names}")
     directions = inputs.directions()
     w_ih, w_hr = directions[0].w_ih, directions[0].w_hr
     if w_ih.dim() != 2 or w_ih.shape[0] % G:

@@ -270,7 +270,7 @@ class Cell:
 
     @property
     def _names_of_states(self) -> set[str]:
-        return {f"{of}{state}" for of in ("", "old_", "d") for state in self.states} | _RESERVED
+        return {f"{of}{state}" for of in ("", "old_", "d") for state in (*self.states, "h", "c")} | _RESERVED
 
     @functools.cached_property
     def sums(self) -> list[Value | None]:
@@ -407,7 +407,7 @@ class Cell:
         gradients = [_tensor(evaluate(of.value, known), like) for of, like in zip(self.gradients, likes)]
         states = [None if state is None else evaluate(state, known) for state in self.before]
         of_a = [gradients[self.hidden(gate)] for gate in range(len(self.gates))]
-        of_weights = [_tensor(evaluate(of, known), before[0]) for of in self.weight_gradients]
+        of_weights = [_tensor(evaluate(of, known), x[0]) for of in self.weight_gradients]
         return gradients[: len(self.gates)], of_a, states, of_weights
 
 

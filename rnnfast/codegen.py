@@ -1,6 +1,6 @@
 """The kernels' cells, printed from those declared in ``cells.py``.
 
-``python -m rnnfast.codegen`` writes csrc/cells.h and rnnfast/triton/cells.py anew.
+``python -m rnnfast.codegen`` writes csrc/cells.h and rnnfast/triton/cells.py anew, and csrc/schemas.h from records.py.
 """
 
 from __future__ import annotations
@@ -35,6 +35,9 @@ class Printer:
     def __init__(self, known: Mapping[Value, str], hints: Mapping[Value, str] | None = None) -> None:
         self.known, self.hints, self.reads = dict(known), hints or {}, set[Value]()
         self.incoming: set[str] = set()
+        # Of a backward: by gradient what it is of, and the names of the forward's values.
+        self.gradients_of: dict[Value, Value] = {}
+        self.forward: dict[Value, str] = {}
 
     def text(self, value: Any) -> str:
         return self._text(value)[0]
@@ -89,6 +92,9 @@ class Printer:
         """As tanh_c of tanh(c)."""
         if len(value.args) == 1 and value.args[0] in self.known:
             return f"{value.op}_{self.known[value.args[0]]}"
+        if value in self.gradients_of:
+            of = type(self)(self.forward).text(self.gradients_of[value])
+            raise NotImplementedError(f"{of} needs a name, for its gradient is read twice")
         raise NotImplementedError(f"what is read twice needs a name: {self.text(value)}")
 
 
@@ -126,6 +132,8 @@ def _backward(cell: Cell, printer: type[Printer]) -> tuple[Printer, list[Stateme
     hints = {gradient: f"d{value.name}" for value, gradient in cell.adjoints.items() if value.name}
     made = printer(known, hints)
     made.incoming = {value.name for value in cell.incoming}
+    made.gradients_of = {gradient: value for value, gradient in cell.adjoints.items()}
+    made.forward = {value: value.name for value in reachable(cell.after) if value.name}
     returned = [v for v in [*cell.weight_gradients, *cell.before] if isinstance(v, Value)]
     return made, made.statements([g.value for g in cell.gradients], returned)
 
@@ -143,8 +151,12 @@ def _check(cell: Cell) -> None:
     for holds, what in (
         (cell.states in (["h"], ["h", "c"]), f"no room for states {' '.join(cell.states)}"),
         (all(isinstance(gradient.value, Value) for gradient in cell.gradients), "no room for gates that are not read"),
+        (all(isinstance(value, Value) for value in cell.weight_gradients), "no room for weights that are not read"),
         (cell.apart in ([], [gates - 1]), "x and a apart in the last gate only"),
-        (gradients in (1, 4) and saved in (0, gradients), f"no stacks of {gradients} gradients and {saved} saved"),
+        (
+            gradients in (1, 4) and saved in (0, gradients),
+            f"stacks of one gradient or of four, and none or as many saved: not {gradients} and {saved}",
+        ),
     ):
         if not holds:
             raise NotImplementedError(f"{cell}: the kernels have {what}")

@@ -43,8 +43,8 @@ def rnn(
         input: ``[T, N, I]``, or with ``batch_sizes`` the packed rows ``[R, I]``.
         hx: (h_0,) or, for an LSTM, (h_0, c_0), ``[L*D, N, P]`` and ``[L*D, N, H]``; None is zeros.
         weights: all weights in torch's flat order: layer by layer, direction by direction, weight_ih, weight_hh,
-            then bias_ih and bias_hh if there are biases, then weight_hr if there is a projection, then those of the
-            units' own if the cell has some.
+            then bias_ih and bias_hh if there are biases, then weight_hr if there is a projection, then, if the
+            cell has weights of the units' own, those as one vector ``[U*H]``, in the order in which it declares them.
         dropout, training: between layers, in training only, with torch's generator.
         batch_sizes: int64 ``[T]`` on the CPU, of a PackedSequence.
         lengths: integer tensor ``[N]`` within 0..T, in any order. Output beyond a row's end is 0.
@@ -126,7 +126,7 @@ def cell(mode: str, input: Tensor, hx: Sequence[Tensor] | None, weights: Sequenc
         mode: as for :func:`rnn`.
         input: ``[N, I]``.
         hx: (h,) or, for an LSTM, (h, c), each ``[N, H]``; None is zeros.
-        weights: weight_ih, weight_hh and, if there are biases, bias_ih and bias_hh.
+        weights: weight_ih, weight_hh and, if there are biases, bias_ih and bias_hh; then as for :func:`rnn`.
 
     Returns:
         h and c after the step, ``[N, H]``; c has shape ``[0]`` but for an LSTM.

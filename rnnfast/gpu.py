@@ -257,7 +257,8 @@ def _weight_gradients(k: Layer, of: BackwardSteps) -> list[Tensor]:
         if w.b_ih is not None or w.w_units is not None:
             sums = at_h.sum(1)
         if w.w_units is not None:
-            grads = grads._replace(w_units=sums[GRADIENTS[k.mode] * H :])
+            # not a part of the sums that other gradients have
+            grads = grads._replace(w_units=sums[GRADIENTS[k.mode] * H :].clone())
         if w.b_ih is not None:
             of_a = torch.cat([_part(sums, at * H, count * H) for _, at, count in ranges])
             grads = grads._replace(b_ih=_part(sums, 0, k.G * H), b_hh=of_a)

@@ -1,7 +1,8 @@
 """What crosses the border of a layer's operators: records, whose fields are the operators' arguments and results.
 
 An operator takes the fields one by one; within the package the records travel whole. The schemas are printed from them,
-for Python here and for the libraries by ``codegen.py``. Letters as in ``reference.py``.
+for Python here and for the libraries by ``codegen.py``. Letters as in ``reference.py``; S columns of H are saved of a
+step, K are the gradients that it makes at the gates, and U the weights of each unit's own.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .cells import CELLS
 
-if TYPE_CHECKING:  # the installation prints schemas where torch may be missing
+if TYPE_CHECKING:  # nothing is computed here
     from torch import Tensor
 
     Written = Tensor  # an argument that the operator writes to

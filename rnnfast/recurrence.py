@@ -97,11 +97,13 @@ class _Layer(torch.autograd.Function):
         return _loop_over_batch(_Layer, info, in_dims, args)
 
 
-def _layer_backward(ctx: Any, grads: OutputGradients, needs: Inputs) -> Inputs:
-    """By input of a layer its gradient, or None where none is needed, of what ``_Layer.setup_context`` has kept."""
-    none = Inputs._make([*[None] * (len(Inputs._fields) - 1), [None] * len(needs.weights)])
+_NO_GRADIENTS: Any = Inputs._make([None] * len(Inputs._fields))
+
+
+def _layer_backward(ctx: Any, grads: OutputGradients, needs: Inputs) -> Any:
+    """Inputs with the gradient of each, or None where none is needed, of what ``_Layer.setup_context`` has kept."""
     if all(grad is None for grad in grads):
-        return none
+        return _NO_GRADIENTS._replace(weights=[None] * len(needs.weights))
     y, c, gates, *inputs = _saved(ctx)
     if ctx.recompute:
         layer_inputs = Inputs.of_flat(inputs)
@@ -114,11 +116,11 @@ def _layer_backward(ctx: Any, grads: OutputGradients, needs: Inputs) -> Inputs:
     apply: Any = _LayerBackward.apply if twice else _LayerBackward.forward
     dx, dh0, dc0, *dweights = apply(ctx.backend, needs.x, any(needs.weights), *grads, y, c, gates, *inputs)
     dweights = [grad if need else None for grad, need in zip(dweights, needs.weights)]
-    return none._replace(
-        x=dx if needs.x else none.x,
-        h0=dh0 if needs.h0 else none.h0,
-        c0=dc0 if needs.c0 else none.c0,
-        weights=dweights or none.weights,
+    return _NO_GRADIENTS._replace(
+        x=dx if needs.x else None,
+        h0=dh0 if needs.h0 else None,
+        c0=dc0 if needs.c0 else None,
+        weights=dweights or [None] * len(needs.weights),
     )
 
 

@@ -6,6 +6,7 @@ file's own. It has to be refused with nothing changed, or to give the reference'
 
 from __future__ import annotations
 
+import itertools
 import random
 import sys
 from collections import Counter
@@ -16,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-GATES = {"RNN_TANH": 1, "RNN_RELU": 1, "LSTM": 4, "GRU": 3}
+GATES = {"RNN_TANH": 1, "RNN_RELU": 1, "LSTM": 4, "GRU": 3, "PEEPHOLE_LSTM": 4}
+LSTMS = {"LSTM": 0, "PEEPHOLE_LSTM": 3}  # which have c and may have a projection, and their weights of the units' own
+MODES = [*((mode, False) for mode in GATES), *((mode, True) for mode in LSTMS)]
 FUSED = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 DTYPES = {"reference": (*FUSED, torch.complex64), "cpu": FUSED, "triton": FUSED, "cuda": FUSED}
 LAYERS = [f"{name}_{way}" for name in DTYPES for way in ("forward", "backward")]
@@ -57,7 +60,7 @@ def maybe(rng: random.Random, value: Any) -> Any:
 
 
 def saved_gates(backend: str, mode: str) -> int:
-    return 4 if backend != "reference" and mode in ("LSTM", "GRU") else 0
+    return 4 if backend != "reference" and GATES[mode] > 1 else 0
 
 
 def saved_by_forward(backend: str, call: Arguments) -> Arguments:
@@ -70,7 +73,7 @@ def saved_by_forward(backend: str, call: Arguments) -> Arguments:
 
 def valid_layer(rng: random.Random, operator: str) -> Arguments:
     backend, _, way = operator.partition("_")
-    mode, projected = rng.choice([*((mode, False) for mode in GATES), ("LSTM", True)])
+    mode, projected = rng.choice(MODES)
     form = rng.choice(("rectangular", "packed", "lengths", "resets", "both"))
     # torch has no relu of a complex number.
     dtype, D = rng.choice(FUSED if mode == "RNN_RELU" else DTYPES[backend]), rng.choice((1, 2))
@@ -89,9 +92,10 @@ def valid_layer(rng: random.Random, operator: str) -> Arguments:
     if form in ("resets", "both"):
         resets = torch.rand(T, N) < 0.4
     has_bias = rng.random() < 0.7
-    names = "w_ih w_hh" + " b_ih b_hh" * has_bias + " w_hr" * projected
+    names = "w_ih w_hh" + " b_ih b_hh" * has_bias + " w_hr" * projected + " w_units" * bool(LSTMS.get(mode))
     shapes = {"w_ih": (G * H, I), "w_hh": (G * H, P), "b_ih": (G * H,), "b_hh": (G * H,), "w_hr": (P, H)}
-    is_lstm = mode == "LSTM"
+    shapes["w_units"] = (LSTMS.get(mode, 0) * H,)
+    is_lstm = mode in LSTMS
     call = {
         "mode": mode,
         "x": make(*rows, I),
@@ -117,7 +121,7 @@ def valid_layer(rng: random.Random, operator: str) -> Arguments:
 
 
 def valid_steps(rng: random.Random, operator: str) -> Arguments:
-    mode, projected = rng.choice([*((mode, False) for mode in GATES), ("LSTM", True)])
+    mode, projected = rng.choice(MODES)
     dtype, D, G = rng.choice(FUSED), rng.choice((1, 2)), GATES[mode]
     T, N, H, P = (max(size, 1) for size in sizes(rng, 4))
     P = P if projected else H
@@ -132,7 +136,7 @@ def valid_steps(rng: random.Random, operator: str) -> Arguments:
     else:
         lengths = maybe(rng, lengths)
         resets = maybe(rng, torch.randint(0, 2, (T, N), dtype=torch.uint8))
-    is_lstm = mode == "LSTM"
+    is_lstm = mode in LSTMS
     of_cell = lambda *shape, dtype=acc: new(*shape, dtype=dtype) if is_lstm else None
     call = {
         "mode": mode,
@@ -140,7 +144,7 @@ def valid_steps(rng: random.Random, operator: str) -> Arguments:
         "w_hh": [new(G * H, P) for _ in range(D)],
         "b_hh": [new(G * H) for _ in range(D)] if rng.random() < 0.7 else [],
         "w_hr": [new(P, H) for _ in range(D)] if projected else [],
-        "w_units": [],
+        "w_units": [new(3 * H) for _ in range(D)] if LSTMS.get(mode) else [],
         "h": new(D, N, P),
         "c": of_cell(D, N, H),
         "y": new(R, D * P),
@@ -152,7 +156,7 @@ def valid_steps(rng: random.Random, operator: str) -> Arguments:
         "c0": maybe(rng, of_cell(D, N, H, dtype=dtype)),
         "dh": new(D, N, P, dtype=acc),
         "dc": of_cell(D, N, H),
-        "dgates": new(D, R, max(S, 1) * H),
+        "dgates": new(D, R, (max(S, 1) + LSTMS.get(mode, 0)) * H),
         "dprojections": new(D, R, P) if projected else None,
         "out": new(D, R, P),
         "offsets": offsets,
@@ -298,8 +302,19 @@ def value_changed(name: str, low: int, high: int) -> Callable[..., bool]:
 
 
 BIG = 2**62
-NAMES = tuple("w_ih w_hh" + biases + projection for biases in ("", " b_ih b_hh") for projection in ("", " w_hr"))
-NO_NAMES = ("", "w_ih", "w_ih w_hh b_ih", "w_hh w_ih", "w_ih  w_hh", " w_ih w_hh", "w_ih w_hh w_ih", "w_ih w_hh x")
+PARTS = itertools.product(("", " b_ih b_hh"), ("", " w_hr"), ("", " w_units"))
+NAMES = tuple("w_ih w_hh" + "".join(parts) for parts in PARTS)
+NO_NAMES = (
+    "",
+    "w_ih",
+    "w_ih w_hh b_ih",
+    "w_hh w_ih",
+    "w_ih  w_hh",
+    " w_ih w_hh",
+    "w_ih w_hh w_ih",
+    "w_ih w_hh x",
+    "w_ih w_hh\0",
+)
 NO_MODES = ("TANH", "", "lstm", "LSTM ", "RNN", "\0")
 COUNTS = (-(2**63), -BIG, -(2**31), -1, 2**31 - 1, 2**31, 2**40, BIG, 2**63 - 1)
 
@@ -381,7 +396,7 @@ def more(weights: list) -> list | None:
 
 def cell_state(rng: random.Random, call: Arguments) -> Tensor | None:
     x, w = call["x"], call["weights"]
-    if call["mode"] == "LSTM" or not isinstance(x, Tensor) or x.dim() != 3 or not w:
+    if call["mode"] in LSTMS or not isinstance(x, Tensor) or x.dim() != 3 or not w:
         return None
     return torch.zeros(1 + call["bidirectional"], x.shape[1], len(w[0]) // GATES.get(call["mode"], 1), dtype=x.dtype)
 
@@ -398,9 +413,11 @@ def increasing(rng: random.Random, call: Arguments) -> Tensor | None:
 def endless(rng: random.Random, call: Arguments) -> bool:
     x = call["x"]
     new = lambda *shape: torch.empty(shape, dtype=x.dtype if isinstance(x, Tensor) else None)
-    of_direction = [new(BIG, 0), new(BIG, 0), *([new(0, BIG // 4)] if call["mode"] == "LSTM" else [])]
+    of_direction = [new(BIG, 0), new(BIG, 0), *([new(0, BIG // 4)] if call["mode"] in LSTMS else [])]
+    call["names"] = "w_ih w_hh" + " w_hr" * (len(of_direction) > 2)
+    if LSTMS.get(call["mode"]):
+        of_direction, call["names"] = [*of_direction, new(0)], call["names"] + " w_units"
     call["weights"] = of_direction * (1 + bool(call["bidirectional"]))
-    call["names"] = NAMES[len(of_direction) - 2]
     return True
 
 
@@ -456,23 +473,27 @@ def check_layer(call: Arguments, operator: str) -> None:
         need(all(a >= b for a, b in zip(of_steps, of_steps[1:])))
         N = of_steps[0]
     names = call["names"]
-    need(names in NAMES and ("w_hr" not in names or mode == "LSTM"))
+    need(names in NAMES and ("w_hr" not in names or mode in LSTMS))
+    need(("w_units" in names) == bool(LSTMS.get(mode)))
     each = len(names.split())
     need(len(weights) == D * each)
-    need(weights[0].dim() == 2 and len(weights[0]) % G == 0 and weights[each - 1].dim() > 0)
+    need(weights[0].dim() == 2 and len(weights[0]) % G == 0)
+    w_hr = weights[names.split().index("w_hr")] if "w_hr" in names else None
+    need(w_hr is None or w_hr.dim() > 0)
     H = len(weights[0]) // G
-    P = len(weights[each - 1]) if "w_hr" in names else H
+    P = H if w_hr is None else len(w_hr)
     need(H < 2**31)
-    shapes = [(G * H, I), (G * H, P), *[(G * H,)] * 2 * (each > 3), *[(P, H)] * ("w_hr" in names)] * D
+    shapes = [(G * H, I), (G * H, P), *[(G * H,)] * 2 * ("b_ih" in names), *[(P, H)] * ("w_hr" in names)]
+    shapes = [*shapes, *[(LSTMS.get(mode, 0) * H,)] * ("w_units" in names)] * D
     for weight, shape in zip(weights, shapes):
         need_tensor(weight, shape, x.dtype)
     need_tensor(call["h0"], (D, N, P), x.dtype)
     need_tensor(call["c0"], (D, N, H), x.dtype)
-    need(call["c0"] is None or mode == "LSTM")
+    need(call["c0"] is None or mode in LSTMS)
     if way == "forward":
         return
     acc = torch.promote_types(x.dtype, torch.float32)
-    of_c, of_c_n = ((*rows, D * H), (D, N, H)) if mode == "LSTM" else ((0,), (0,))
+    of_c, of_c_n = ((*rows, D * H), (D, N, H)) if mode in LSTMS else ((0,), (0,))
     R, saved = x[..., :1].numel() if I else torch.Size(rows).numel(), saved_gates(backend, mode)
     need_tensor(call["y"], (*rows, D * P), x.dtype, optional=False)
     need_tensor(call["c"], of_c, acc, optional=False)
@@ -500,13 +521,14 @@ def check_steps(call: Arguments, operator: str) -> None:
         expected = {"out": ((D, R, P), dtype), "y": ((R, D * P), dtype), "h0": ((D, N, P), dtype)}
     else:
         need(call["mode"] in GATES and all(isinstance(w, Tensor) for n in ("w_hh", "w_hr") for w in call[n]))
-        D, N, G, is_lstm = len(call["w_hh"]), state.shape[1], GATES[call["mode"]], call["mode"] == "LSTM"
+        D, N, G, is_lstm = len(call["w_hh"]), state.shape[1], GATES[call["mode"]], call["mode"] in LSTMS
         need(D in (1, 2) and call["w_hh"][0].dim() == 2 and len(call["w_hh"][0]) % G == 0 and N > 0 and R > 0)
         H, S = len(call["w_hh"][0]) // G, 4 if G > 1 else 0
         need(H < 2**20 and (len(call["w_hr"]) == D and is_lstm if call["w_hr"] else P == H))
         need(len(call["b_hh"]) in (0, D) and all(isinstance(b, Tensor) for b in call["b_hh"]))
-        need(call["w_units"] == [])
-        for name, shape in (("w_hh", (G * H, P)), ("b_hh", (G * H,)), ("w_hr", (P, H))):
+        units = LSTMS.get(call["mode"], 0)
+        need(len(call["w_units"]) == (D if units else 0) and all(isinstance(w, Tensor) for w in call["w_units"]))
+        for name, shape in (("w_hh", (G * H, P)), ("b_hh", (G * H,)), ("w_hr", (P, H)), ("w_units", (units * H,))):
             for weight in call[name]:
                 need_tensor(weight, shape, dtype)
                 need(weight.is_contiguous())
@@ -519,7 +541,7 @@ def check_steps(call: Arguments, operator: str) -> None:
         else:
             expected |= {"dy": ((R, D * P), dtype), "dcs": of_cell(R, D * H), "h0": ((D, N, P), dtype)}
             expected |= {"c0": of_cell(D, N, H, dtype=dtype), "dh": ((D, N, P), acc), "dc": of_cell(D, N, H)}
-            expected |= {"dgates": ((D, R, max(S, 1) * H), dtype)}
+            expected |= {"dgates": ((D, R, (max(S, 1) + units) * H), dtype)}
             expected |= {"dprojections": ((D, R, P) if call["w_hr"] else (0,), dtype)}
             needed += ["gates", "cs"] + ["dprojections"] * bool(call["w_hr"])
         need(all(call[name] is not None for name in needed))

@@ -13,7 +13,7 @@ import border_calls
 import pytest
 import torch
 from backends import BACKENDS, EMULATION, use
-from border_calls import GATES, agree
+from border_calls import GATES, LSTMS, agree
 from emulation import build
 from helpers import assert_same, error_of, flatten, pair, states, values_and_grads
 from torch import Tensor
@@ -106,6 +106,7 @@ def weights_of(mode: str, inputs: int, hidden: int, proj: int | None, dtype: tor
     """Of both directions."""
     rows, out = GATES[mode] * hidden, hidden if proj is None else proj
     shapes = [(rows, inputs), (rows, out), (rows,), (rows,), *([] if proj is None else [(proj, hidden)])]
+    shapes += [(LSTMS.get(mode, 0) * hidden,)] * bool(LSTMS.get(mode))
     return [torch.randn(shape, dtype=dtype) for shape in shapes * 2]
 
 
@@ -133,10 +134,10 @@ def test_zero_in_an_operator(kind: str, cell: str, form: str) -> None:
             lengths = torch.tensor([T, min(T, 1)][:N], dtype=torch.int64)
         elif form == "resets":
             resets = torch.rand(T, N) < 0.5
-        is_lstm = mode == "LSTM"
+        is_lstm = mode in LSTMS
         hx = torch.randn(2, N, out), torch.randn(2, N, H) if is_lstm else None
-        names = names_of(mode, len(weights) // 2)
-        inputs = Inputs(mode, x, *hx, batch_sizes, lengths, resets, True, names, weights)
+        of_weights = names_of(mode, len(weights) // 2)
+        inputs = Inputs(mode, x, *hx, batch_sizes, lengths, resets, True, of_weights, weights)
         with use(kind):
             name = kind.partition("-")[0]
             actual, expected = (computed(of, inputs) for of in (name, "reference"))

@@ -106,12 +106,12 @@ def test_gradients_of_any_cell(first: Any, second: Any) -> None:
 
 def test_what_is_saved() -> None:
     """What the backward cannot make of the states: a gate's value, and of the GRU what the reset gate multiplies."""
-    saved = {mode: [value.name for value in of.saved] for mode, of in CELLS.items()}
-    assert saved == {"RNN_TANH": [], "RNN_RELU": [], "LSTM": list("ifgo"), "GRU": list("rznq")} | {
-        "PEEPHOLE_LSTM": list("ifgo")
-    }
-    assert cells.READS == {"RNN_TANH": ("h",), "RNN_RELU": ("h",), "LSTM": (), "GRU": ("old_h",), "PEEPHOLE_LSTM": ()}
-    assert [mode for mode, of in CELLS.items() if of.projects] == ["LSTM", "PEEPHOLE_LSTM"]
+    of_torch = {mode: CELLS[mode] for mode in ("RNN_TANH", "RNN_RELU", "LSTM", "GRU")}
+    saved = {mode: [value.name for value in of.saved] for mode, of in of_torch.items()}
+    assert saved == {"RNN_TANH": [], "RNN_RELU": [], "LSTM": list("ifgo"), "GRU": list("rznq")}
+    reads = {mode: cells.READS[mode] for mode in of_torch}
+    assert reads == {"RNN_TANH": ("h",), "RNN_RELU": ("h",), "LSTM": (), "GRU": ("old_h",)}
+    assert [mode for mode, of in of_torch.items() if of.projects] == ["LSTM"]
 
 
 def test_output_of_what_was_saved() -> None:
@@ -185,7 +185,13 @@ def lstm_of_the_paper(x, a, s):
     return cells.sigmoid(x.o + a.o) * cells.tanh(new), new
 
 
-@cell(gates="i f g o", states="h c", weights="d x unread")
+@cell(gates="g", weights="v")
+def rnn_with_a_candidate(x, a, s, w):
+    c = cells.tanh(x.g + a.g)
+    return s.h + w.v * (c - s.h)
+
+
+@cell(gates="i f g o", states="h c", weights="d x")
 def lstm_with_own_weights(x, a, s, w):
     i = cells.sigmoid(x.i + a.i + w.d * s.c)
     f = cells.sigmoid(x.f + a.f)
@@ -195,7 +201,30 @@ def lstm_with_own_weights(x, a, s, w):
     return o * cells.tanh(k), c
 
 
-OTHERS = [gru_of_the_paper, lstm_of_the_paper, lstm_with_own_weights]
+OTHERS = [gru_of_the_paper, lstm_of_the_paper, rnn_with_a_candidate, lstm_with_own_weights]
+
+
+def test_names_of_variables_are_no_parameters() -> None:
+    text = codegen._cpp_cell(rnn_with_a_candidate)
+    assert "F c_ = " in text and "F c = " not in text
+
+
+def test_refuses_to_print() -> None:
+    @cell(gates="i f g o", states="h c", weights="d")
+    def decaying_lstm(x, a, s, w):
+        c = cells.sigmoid(x.f + a.f) * s.c * w.d + cells.sigmoid(x.i + a.i) * cells.tanh(x.g + a.g)
+        return cells.sigmoid(x.o + a.o) * cells.tanh(c), c
+
+    @cell(gates="i f g o", states="h c", weights="d unread")
+    def unread(x, a, s, w):
+        return cells.lstm.function(x, a, s)
+
+    for of, message in (
+        (decaying_lstm, "needs a name, for its gradient is read twice"),
+        (unread, "no room for weights"),
+    ):
+        with pytest.raises(NotImplementedError, match=message):
+            codegen._cpp_cell(of)
 
 
 @pytest.mark.parametrize("of", OTHERS, ids=lambda of: of.name)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from backends import BACKENDS
 from torch import Tensor
 
 import rnnfast
 from rnnfast import functional
+from rnnfast.records import Inputs
 
 DOUBLE = torch.float64
 MODE = "PEEPHOLE_LSTM"
@@ -107,6 +109,36 @@ def test_with_a_projection(backend: str, form: str) -> None:
     assert_as_the_paper(form, DOUBLE, proj=3)
 
 
+# Steps, rows and units: of full vectors and of parts, more rows than are added up at once, and few enough for products
+# that pack nothing.
+SIZED = {"wide": (3, 5, 40), "long": (33, 5, 9), "few-rows": (2, 1, 24)}
+TOLERATED = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}  # of the largest value
+
+
+@pytest.mark.few(2, "backend", "dtype", "size")
+@pytest.mark.runs(lambda dtype, size: (dtype, *SIZED[size][1:], True))
+@pytest.mark.parametrize("size", SIZED)
+@pytest.mark.parametrize("dtype", TOLERATED, ids=str)
+def test_sizes_and_dtypes(backend: str, dtype: torch.dtype, size: str) -> None:
+    steps, rows, hidden = SIZED[size]
+    of_direction = [(4 * hidden, I), (4 * hidden, hidden), (4 * hidden,), (4 * hidden,), (3 * hidden,)]
+    shapes = [(steps, rows, I), (2, rows, hidden), (2, rows, hidden), *of_direction * 2]
+    given = [(torch.randn(shape) * (shape[-1] ** -0.5 if k > 2 else 1)).to(dtype) for k, shape in enumerate(shapes)]
+
+    def computed(dtype: torch.dtype) -> list[Tensor]:
+        leaves = [t.to(dtype).requires_grad_() for t in given]
+        outputs = functional.rnn(MODE, leaves[0], leaves[1:3], leaves[3:], bidirectional=True)[:3]
+        generator = torch.Generator().manual_seed(1)
+        gradients = [torch.randn(t.shape, generator=generator).to(given[0].dtype).to(dtype) for t in outputs]
+        return [*outputs, *torch.autograd.grad(outputs, leaves, gradients)]
+
+    with rnnfast.use_backend("reference"):
+        expected = computed(DOUBLE)
+    for actual, exact in zip(computed(dtype), expected, strict=True):
+        assert actual.dtype == dtype
+        assert (actual.double() - exact).abs().max() <= TOLERATED[dtype] * exact.abs().max()
+
+
 @pytest.mark.runs(DOUBLE)
 def test_recomputed(backend: str) -> None:
     assert_as_the_paper("lengths", DOUBLE, recompute=True)
@@ -137,3 +169,14 @@ def test_weights_are_asked_for() -> None:
     )
     with other_cell, rnnfast.use_backend("torch"):
         functional.rnn(MODE, x, hx, weights, bidirectional=True)
+
+
+@pytest.mark.parametrize("name", sorted({backend.partition("-")[0] for backend in BACKENDS}))
+def test_opcheck(name: str) -> None:
+    x, hx, weights = make(DOUBLE)
+    inputs = Inputs(MODE, x, *hx, None, LENGTHS, None, True, "w_ih w_hh b_ih b_hh w_units", weights)
+    inputs = Inputs.of_flat([t.detach() if isinstance(t, Tensor) else t for t in inputs.flat()])
+    forward, backward = (getattr(torch.ops.rnnfast, f"{name}_{way}").default for way in ("forward", "backward"))
+    y, _, _, c, gates = forward(*inputs, True, True)
+    torch.library.opcheck(forward, (*inputs, True, True))
+    torch.library.opcheck(backward, (*inputs, torch.randn_like(y), None, None, None, y, c, gates, True, True))

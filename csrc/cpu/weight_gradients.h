@@ -48,7 +48,7 @@ class WeightGradients {
     }
     multiply(products, 2 * f.D);
     if (projected) multiply(projections, f.D);
-    if (Cell::kUnitWeights) sum_of_units();
+    if constexpr (Cell::kUnitWeights > 0) sum_of_units();
   }
 
  private:
