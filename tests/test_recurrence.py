@@ -27,7 +27,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 import rnnfast
 from rnnfast import reference
 from rnnfast.backends import INSTRUCTION_SETS
-from rnnfast.cells import GATES
+from rnnfast.cells import GATES, UNIT_WEIGHTS
 from rnnfast.records import Inputs, names_of
 
 DOUBLE = torch.float64
@@ -463,7 +463,7 @@ def test_opcheck(name: str, cell: str, form: str, dtype: torch.dtype) -> None:
 def test_no_input_features(backend: str, mode: str) -> None:
     """The biases alone: weight_ih has no columns, yet every gradient is there."""
     rows = GATES[mode] * 5
-    shapes = ((rows, 0), (rows, 5), (rows,), (rows,))
+    shapes = ((rows, 0), (rows, 5), (rows,), (rows,), *[(UNIT_WEIGHTS[mode] * 5,)] * (UNIT_WEIGHTS[mode] > 0))
     weights = [torch.randn(shape, dtype=DOUBLE, requires_grad=True) for shape in shapes]
 
     def gradients() -> tuple[Tensor, ...]:
