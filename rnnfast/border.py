@@ -68,6 +68,8 @@ def _check(name: str, tensor: Tensor | None, shape: tuple[int, ...], dtype: torc
 
 def check_devices(x: Tensor, tensors: Iterable[Tensor | None], batch_sizes: Tensor | None) -> None:
     """Of tensors on several devices torch picks the operator's kernel by one of them: a fake's, if one is on meta."""
+    if x is None:
+        _refuse("x is missing")
     device = x.device
     for tensor in tensors:
         if tensor is not None and tensor.device != device:
