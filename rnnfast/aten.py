@@ -130,7 +130,7 @@ def _call(
     states: int,
 ) -> tuple[Tensor, ...]:
     x, hx, weights = inputs[0], inputs[1 : 1 + states], list(inputs[1 + states :])
-    biased = len(weights) // (num_layers * (1 + bidirectional)) >= 4
+    biased = "b_ih" in names_of(mode, len(weights) // (num_layers * (1 + bidirectional)))
     form = (hx if mode == "LSTM" else hx[0], weights, biased, num_layers, 0.0, training, bidirectional)
     # The operands are cast already; of the meta device there is no autocast.
     uncast = contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)

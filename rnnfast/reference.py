@@ -178,7 +178,8 @@ def layer_backward(inputs: Inputs, grads: OutputGradients) -> tuple[Tensor | Non
         steps, acc = x.shape[0], x_gates.dtype
         dh = torch.zeros_like(run.h_n) if dh_n is None else dh_n[d]
         dc_t = run.c_n if run.c_n is None else torch.zeros_like(run.c_n) if dc_n is None else dc_n[d].to(acc)
-        d_x, d_a, d_h, m, d_w = ([dh] * steps for _ in range(5))
+        d_x, d_a, d_h, m = ([dh] * steps for _ in range(4))
+        d_w: list[Tensor] = []
         for t in sequence.steps(steps, backward=True):
             h, c = run.entered[t]
             a = F.linear(h, w.w_hh, w.b_hh).to(acc)
@@ -194,18 +195,18 @@ def layer_backward(inputs: Inputs, grads: OutputGradients) -> tuple[Tensor | Non
             dx_t, da_t, dh_prev, dc_prev, dw_t = cell_backward(
                 mode, x_gates[t], a, h.to(acc), c, total.to(acc), dc_total, w.w_units
             )
-            d_x[t], d_a[t], d_w[t] = dx_t.to(x.dtype), da_t.to(x.dtype), d_w[t] if dw_t is None else dw_t.to(x.dtype)
+            d_x[t], d_a[t] = dx_t.to(x.dtype), da_t.to(x.dtype)
+            d_w += [] if dw_t is None else [dw_t.to(x.dtype)]
             through_gates = d_a[t] @ w.w_hh
             dh_prev = through_gates if dh_prev is None else through_gates + dh_prev.to(x.dtype)
             dh = sequence.where_valid(t, sequence.cut(t, dh_prev), dh)
             dc_t = None if dc_prev is None else sequence.where_valid(t, sequence.cut(t, dc_prev), dc_t)
         if steps:
-            of_x, of_a, of_h, of_m, of_w = (torch.stack(rows).flatten(0, 1) for rows in (d_x, d_a, d_h, m, d_w))
+            of_x, of_a, of_h, of_m = (torch.stack(rows).flatten(0, 1) for rows in (d_x, d_a, d_h, m))
             h_prev = torch.stack([h for h, _ in run.entered]).flatten(0, 1)
             dx = dx + (of_x @ w.w_ih).view_as(x)
-            of = Weights(
-                of_x.T @ x.flatten(0, 1), of_a.T @ h_prev, of_x.sum(0), of_a.sum(0), of_h.T @ of_m, of_w.sum(0)
-            )
+            of_w = torch.cat(d_w).sum(0) if d_w else None
+            of = Weights(of_x.T @ x.flatten(0, 1), of_a.T @ h_prev, of_x.sum(0), of_a.sum(0), of_h.T @ of_m, of_w)
             dweights += [grad for grad, weight in zip(of, w) if weight is not None]
         else:
             dweights += [torch.zeros_like(weight) for weight in w if weight is not None]
