@@ -1,6 +1,7 @@
 // The GPU operators: the recurrence of one layer, between the products over the whole sequence, which are torch's.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <map>
@@ -302,6 +303,7 @@ void run(const Call& c, const Plan& plan, Arguments& arguments, const Tensor& li
   const Geometry& g = plan.geometry;
   arguments.sequence = c.sequence, arguments.geometry = g;
   arguments.H = c.H, arguments.D = c.D;
+  std::copy_n(c.w_units, 2, arguments.w_units);
   std::optional<Tensor> words;
   if (plan.regime == kChip) {  // zero is no step's number
     const int64_t bytes = plan.groups * kSets * g.set_bytes / Grid::kData * sizeof(uint64_t);
@@ -416,6 +418,7 @@ void over(int64_t elements, const Call& c, void (*kernel)(Arguments), const Argu
 void set(StepArguments& step, const Call& c) {
   step.sequence = c.sequence;
   step.H = c.H, step.P = c.P, step.D = c.D;
+  std::copy_n(c.w_units, 2, step.w_units);
 }
 
 void forward_stepwise(const Call& c, ForwardStep f, const StepWeights& weights, const ForwardSteps& in) {
@@ -495,14 +498,11 @@ void forward_steps(StableIValue* values, uint64_t arguments, uint64_t results) {
   if (plan.regime == kStepwise) {
     ForwardStep f{};
     f.x = p_x, f.b[0] = call.b_hh[0], f.b[1] = call.b_hh[1], f.c = p_c, f.cs = p_cs, f.gates = p_gates;
-    f.w_units[0] = call.w_units[0], f.w_units[1] = call.w_units[1];
     return forward_stepwise(call, f, all.weights, in);
   }
   ForwardArguments f{};
   f.x = p_x, f.c = static_cast<float*>(p_c), f.y = p_y, f.cs = static_cast<float*>(p_cs), f.gates = p_gates;
-  for (int64_t d = 0; d < D; d++) {
-    f.w[d] = all.weights.w_hh[d].data_ptr(), f.b[d] = call.b_hh[d], f.w_units[d] = call.w_units[d];
-  }
+  for (int64_t d = 0; d < D; d++) f.w[d] = all.weights.w_hh[d].data_ptr(), f.b[d] = call.b_hh[d];
   // A block may be done with a single step before another has read the initial state.
   const Tensor h0 = plan.regime == kChip ? torch::stable::clone(in.h) : in.h;
   f.h0 = h0.data_ptr(), f.h_n = p_h;
@@ -538,14 +538,14 @@ void backward_steps(StableIValue* values, uint64_t arguments, uint64_t results) 
   if (plan.regime == kStepwise) {
     BackwardStep f{};
     f.dy = p_dy, f.dcs = p_dcs, f.gates = p_gates, f.y = p_y, f.cs = p_cs, f.h0 = p_h0, f.c0 = p_c0;
-    f.dc = p_dc, f.dgates = p_dgates, f.w_units[0] = call.w_units[0], f.w_units[1] = call.w_units[1];
+    f.dc = p_dc, f.dgates = p_dgates;
     return backward_stepwise(call, f, all.weights, in);
   }
   BackwardArguments f{};
   f.dy = p_dy, f.dcs = static_cast<const float*>(p_dcs), f.gates = p_gates, f.y = p_y;
   f.cs = static_cast<const float*>(p_cs), f.h0 = p_h0, f.c0 = p_c0;
   f.dh = static_cast<float*>(p_dh), f.dc = static_cast<float*>(p_dc), f.dgates = p_dgates;
-  for (int64_t d = 0; d < D; d++) f.w[d] = all.weights.w_hh[d].data_ptr(), f.w_units[d] = call.w_units[d];
+  for (int64_t d = 0; d < D; d++) f.w[d] = all.weights.w_hh[d].data_ptr();
   f.wide = is_wide(call, {p_dy, p_gates, p_y, p_dgates}, p_cs);
   run(call, plan, f, in.dgates);
 }

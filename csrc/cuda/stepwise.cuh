@@ -15,18 +15,18 @@ struct StepArguments {
   Sequence sequence;
   int64_t step;  // 0..T-1 in the order of the direction
   int64_t H, P, D;
+  const void* w_units[2];  // [kUnitWeights*H] of each direction; or null
 };
 
 struct ForwardStep : StepArguments {
-  const void* x;           // [D, R, G*H]: W_ih x + b_ih
-  const void* a;           // [D, N, G*H]: W_hh h
-  const void* b[2];        // [G*H]: b_hh; or null
-  const void* w_units[2];  // [kUnitWeights*H] of each direction; or null
-  void* h;                 // [D, N, H]: before on entry, after on return; if h is projected, only what is to be
-  void* c;                 // [D, N, H]: before on entry, after on return
-  void* y;                 // [R, D*H]; null if h is projected
-  void* cs;                // [R, D*H]: c after every step; or null
-  void* gates;             // [D, R, S*H]; or null. An LSTM's may be x
+  const void* x;     // [D, R, G*H]: W_ih x + b_ih
+  const void* a;     // [D, N, G*H]: W_hh h
+  const void* b[2];  // [G*H]: b_hh; or null
+  void* h;           // [D, N, H]: before on entry, after on return; if h is projected, only what is to be
+  void* c;           // [D, N, H]: before on entry, after on return
+  void* y;           // [R, D*H]; null if h is projected
+  void* cs;          // [R, D*H]: c after every step; or null
+  void* gates;       // [D, R, S*H]; or null. An LSTM's may be x
 };
 
 struct BackwardStep : StepArguments {
@@ -42,7 +42,6 @@ struct BackwardStep : StepArguments {
   void* dc;             // [D, N, H]: of the state after on entry, before on return
   void* da;             // [D, N, G*H]: the gradients at W_hh h
   void* dgates;         // [D, R, kColumns*H]
-  const void* w_units[2];  // [kUnitWeights*H] of each direction; or null
 };
 
 struct ProjectForward : StepArguments {
