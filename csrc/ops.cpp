@@ -17,26 +17,6 @@ std::string describe(const Shape& shape) {
   return text + "]";
 }
 
-// Finds each weight's place: in the order of WeightName, with a space between two; both biases or none, a projection
-// where the cell allows it, and weights of the units' own where it has them.
-void read_names(Dimensions& n, const std::string& mode, const std::string& names) {
-  static constexpr const char* kNames[kWeightNames] = {"w_ih", "w_hh", "b_ih", "b_hh", "w_hr", "w_units"};
-  const CellFacts& facts = kCells[n.cell];
-  const char* rest = names.c_str();
-  for (int name = 0; name < kWeightNames; name++) {
-    const size_t length = std::strlen(kNames[name]);
-    const char* at = rest + (n.weights && *rest == ' ');
-    const bool given = std::strncmp(at, kNames[name], length) == 0 && (at[length] == ' ' || at[length] == '\0') &&
-                       (at > rest || !n.weights);
-    n.place[name] = given ? n.weights++ : -1;
-    if (given) rest = at + length;
-  }
-  RNNFAST_CHECK(rest == names.c_str() + names.size() && n.has(kInputWeight) && n.has(kHiddenWeight) &&
-                    n.has(kInputBias) == n.has(kHiddenBias) && (!n.has(kProjection) || facts.projects) &&
-                    n.has(kWeightOfUnits) == (facts.unit_weights > 0),
-                "no ", mode, " has weights '", names, "'");
-}
-
 }  // namespace
 
 CellKind parse_cell(const std::string& mode) {
@@ -62,8 +42,7 @@ void check_tensor(const char* name, const Tensor& tensor, const Shape& shape, Sc
                 ", expected ", torch::headeronly::toString(dtype));
 }
 
-Dimensions check_layer(const Inputs& inputs) {
-  const auto& [mode, x, h0, c0, batch_sizes, lengths, resets, bidirectional, names, weights] = inputs;
+Dimensions read_cell(const std::string& mode, const Tensor& x, bool bidirectional) {
   Dimensions n{};
   n.cell = parse_cell(mode);
   RNNFAST_CHECK(x.defined(), "x is missing");
@@ -72,8 +51,62 @@ Dimensions check_layer(const Inputs& inputs) {
   n.D = bidirectional ? 2 : 1;
   const CellFacts& facts = kCells[n.cell];
   n.G = facts.gates, n.saved_gates = facts.saved, n.has_cell = facts.has_cell;
-  n.packed = batch_sizes.has_value();
+  return n;
+}
 
+void check_sizes(const Dimensions& n) {
+  RNNFAST_CHECK(std::max({n.T, n.N, n.I}) < kMostSize, "x has 2^31 or more steps, rows or features");
+}
+
+// Finds each weight's place: in the order of WeightName, with a space between two; both biases or none, a projection
+// where the cell allows it, and weights of the units' own where it has them.
+void read_names(Dimensions& n, const std::string& mode, const std::string& names, int64_t weights) {
+  static constexpr const char* kNames[kWeightNames] = {"w_ih", "w_hh", "b_ih", "b_hh", "w_hr", "w_units"};
+  const CellFacts& facts = kCells[n.cell];
+  const char* rest = names.c_str();
+  for (int name = 0; name < kWeightNames; name++) {
+    const size_t length = std::strlen(kNames[name]);
+    const char* at = rest + (n.weights && *rest == ' ');
+    const bool given = std::strncmp(at, kNames[name], length) == 0 && (at[length] == ' ' || at[length] == '\0') &&
+                       (at > rest || !n.weights);
+    n.place[name] = given ? n.weights++ : -1;
+    if (given) rest = at + length;
+  }
+  RNNFAST_CHECK(rest == names.c_str() + names.size() && n.has(kInputWeight) && n.has(kHiddenWeight) &&
+                    n.has(kInputBias) == n.has(kHiddenBias) && (!n.has(kProjection) || facts.projects) &&
+                    n.has(kWeightOfUnits) == (facts.unit_weights > 0),
+                "no ", mode, " has weights '", names, "'");
+  RNNFAST_CHECK(weights == n.D * n.weights, "got ", weights, " weights, expected ", n.weights, " for each of ", n.D,
+                " direction(s), ", names);
+}
+
+void check_weights(Dimensions& n, const Tensor* weights) {
+  const Tensor& w_ih = *n.weight(weights, 0, kInputWeight);
+  const Tensor* w_hr = n.weight(weights, 0, kProjection);
+  RNNFAST_CHECK(w_ih.dim() == 2 && w_ih.size(0) % n.G == 0, "weight_ih has to be [", n.G,
+                " * hidden_size, input_size]");
+  n.H = w_ih.size(0) / n.G;
+  RNNFAST_CHECK(!w_hr || w_hr->dim() == 2, "weight_hr has to be [proj_size, hidden_size]");
+  n.P = w_hr ? w_hr->size(0) : n.H;
+  RNNFAST_CHECK(std::max(n.H, n.P) < kMostSize, "the layer has 2^31 or more units");
+  const std::tuple<WeightName, const char*, Shape> shapes[] = {
+      {kInputWeight, "weight_ih", {n.G * n.H, n.I}},
+      {kHiddenWeight, "weight_hh", {n.G * n.H, n.P}},
+      {kInputBias, "bias_ih", {n.G * n.H}},
+      {kHiddenBias, "bias_hh", {n.G * n.H}},
+      {kProjection, "weight_hr", {n.P, n.H}},
+      {kWeightOfUnits, "weight_units", {kCells[n.cell].unit_weights * n.H}}};
+  for (int64_t d = 0; d < n.D; d++) {
+    for (const auto& [name, called, shape] : shapes) {
+      if (const Tensor* weight = n.weight(weights, d, name)) check_tensor(called, *weight, shape, n.dtype);
+    }
+  }
+}
+
+Dimensions check_layer(const Inputs& inputs) {
+  const auto& [mode, x, h0, c0, batch_sizes, lengths, resets, bidirectional, names, weights] = inputs;
+  Dimensions n = read_cell(mode, x, bidirectional);
+  n.packed = batch_sizes.has_value();
   RNNFAST_CHECK(x.dim() == (n.packed ? 2 : 3), "x has ", x.dim(), " dimensions, expected ", n.packed ? 2 : 3);
   n.I = x.size(x.dim() - 1);
   if (n.packed) {
@@ -101,28 +134,9 @@ Dimensions check_layer(const Inputs& inputs) {
     check_tensor("resets", resets, {n.T, n.N}, ScalarType::Bool);
   }
 
-  RNNFAST_CHECK(std::max({n.T, n.N, n.I}) < kMostSize, "x has 2^31 or more steps, rows or features");
-
-  read_names(n, mode, names);
-  RNNFAST_CHECK(int64_t(weights.size()) == n.D * n.weights, "got ", weights.size(), " weights, expected ", n.weights,
-                " for each of ", n.D, " direction(s), ", names);
-  const Tensor& w_ih = *n.weight(weights, 0, kInputWeight);
-  const Tensor* w_hr = n.weight(weights, 0, kProjection);
-  RNNFAST_CHECK(w_ih.dim() == 2 && w_ih.size(0) % n.G == 0, "weight_ih has to be [", n.G,
-                " * hidden_size, input_size]");
-  n.H = w_ih.size(0) / n.G;
-  RNNFAST_CHECK(!w_hr || w_hr->dim() == 2, "weight_hr has to be [proj_size, hidden_size]");
-  n.P = w_hr ? w_hr->size(0) : n.H;
-  RNNFAST_CHECK(std::max(n.H, n.P) < kMostSize, "the layer has 2^31 or more units");
-  const std::tuple<WeightName, const char*, Shape> shapes[] = {
-      {kInputWeight, "weight_ih", {n.G * n.H, n.I}}, {kHiddenWeight, "weight_hh", {n.G * n.H, n.P}},
-      {kInputBias, "bias_ih", {n.G * n.H}},          {kHiddenBias, "bias_hh", {n.G * n.H}},
-      {kProjection, "weight_hr", {n.P, n.H}},        {kWeightOfUnits, "weight_units", {facts.unit_weights * n.H}}};
-  for (int64_t d = 0; d < n.D; d++) {
-    for (const auto& [name, called, shape] : shapes) {
-      if (const Tensor* weight = n.weight(weights, d, name)) check_tensor(called, *weight, shape, n.dtype);
-    }
-  }
+  check_sizes(n);
+  read_names(n, mode, names, weights.size());
+  check_weights(n, weights.data());
   check_tensor("h0", h0, n.state(n.P), n.dtype);
   check_tensor("c0", c0, n.state(n.H), n.dtype);
   RNNFAST_CHECK(!c0 || n.has_cell, "no ", mode, " has a cell state");

@@ -67,7 +67,7 @@ struct Dimensions {
 
   bool has(WeightName name) const { return place[name] >= 0; }
   // One of direction d's; null where it is absent.
-  const Tensor* weight(const std::vector<Tensor>& all, int64_t d, WeightName name) const {
+  const Tensor* weight(const Tensor* all, int64_t d, WeightName name) const {
     return has(name) ? &all[d * weights + place[name]] : nullptr;
   }
   // The shape of a tensor that has a row for every row of x.
@@ -82,6 +82,13 @@ ScalarType accumulated(ScalarType dtype);
 
 // Checks the arguments of a layer's forward, and returns what they say.
 Dimensions check_layer(const Inputs& inputs);
+
+// The parts of this check, in their order: the cell and dtype; T, N and I, once they are known; the weights' names and
+// number; their shapes, which say H and P.
+Dimensions read_cell(const std::string& mode, const Tensor& x, bool bidirectional);
+void check_sizes(const Dimensions& n);
+void read_names(Dimensions& n, const std::string& mode, const std::string& names, int64_t weights);
+void check_weights(Dimensions& n, const Tensor* weights);
 
 void check_tensor(const char* name, const Tensor& tensor, const Shape& shape, ScalarType dtype);
 

@@ -14,4 +14,12 @@ constexpr const char* kBackwardSchema =
     "Tensor y, Tensor c, Tensor gates, bool need_dx, bool need_dw) -> (Tensor dx, Tensor dh0, Tensor dc0, "
     "Tensor[] dweights)";
 
+constexpr const char* kPlainStackSchema =
+    "cpu_plain_stack(str mode, Tensor x, Tensor? h0, Tensor? c0, str names, Tensor[] weights, int "
+    "num_layers, bool bidirectional, bool batch_first) -> (Tensor[] outputs)";
+
+constexpr const char* kPlainCellSchema =
+    "cpu_plain_cell(str mode, Tensor x, Tensor? h0, Tensor? c0, str names, Tensor[] weights) -> (Tensor[] "
+    "outputs)";
+
 }  // namespace rnnfast

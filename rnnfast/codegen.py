@@ -380,13 +380,20 @@ constexpr const char* kForwardSchema =
 constexpr const char* kBackwardSchema =
 %s;
 
+constexpr const char* kPlainStackSchema =
+%s;
+
+constexpr const char* kPlainCellSchema =
+%s;
+
 }  // namespace rnnfast
 """
 
 
 def schemas() -> str:
     """``csrc/schemas.h``."""
-    return SCHEMAS.lstrip() % tuple(map(_cpp_text, (records.FORWARD, records.BACKWARD)))
+    printed = records.FORWARD, records.BACKWARD, records.PLAIN_STACK, records.PLAIN_CELL
+    return SCHEMAS.lstrip() % tuple(map(_cpp_text, printed))
 
 
 def _cpp_text(text: str) -> str:

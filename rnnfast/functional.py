@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import aten, recurrence
-from .backends import choose_backend, circumstances, is_recorded
+from . import aten, ops, recurrence
+from .backends import BACKENDS, Circumstances, choose_backend, circumstances, is_recorded
 from .border import DTYPE_NAMES
 from .cells import GATES, HAS_CELL_STATE
-from .records import Inputs, names_of
+from .records import BY_COUNT, Inputs, names_of
 from .reference import check_mode
 
 
@@ -153,6 +153,60 @@ def cell(mode: str, input: Tensor, hx: Sequence[Tensor] | None, weights: Sequenc
     form = None, None, None, False, names_of(mode, len(weights))
     _, h_n, c_n, _ = recurrence.layer(backend, Inputs(mode, input.unsqueeze(0), h0, c0, *form, weights))
     return h_n.squeeze(0), c_n.squeeze(0) if HAS_CELL_STATE[mode] else c_n
+
+
+_is_compiling, _is_autocast = torch.compiler.is_compiling, torch.is_autocast_enabled  # asked for at every call
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_PLAIN_CIRCUMSTANCES = Circumstances(), Circumstances(forced="cpu")
+_PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
+_HAS_PLAIN = BACKENDS["cpu"].probe(None).available
+
+
+def plain_rnn(
+    mode: str,
+    input: Tensor,
+    hx: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    num_layers: int,
+    bidirectional: bool,
+    batch_first: bool,
+) -> Sequence[Tensor]:
+    """Inference of a stack on a CPU in a single call of the library: output, h_n and, for an LSTM, c_n.
+
+    Nothing if more is asked for than these numbers, or if anything is wrong: :func:`rnn` serves such a call, or says
+    what is wrong with it. Arguments as there, but that the input may be batch first or unbatched, and hx accordingly.
+    """
+    if not _is_plain(input, hx, weights):
+        return ()
+    names = BY_COUNT[mode].get(len(weights) // (num_layers * (1 + bidirectional)), "")
+    h0, c0 = (*hx, None, None)[:2]
+    found: Sequence[Tensor] = ops.PLAIN_STACK(
+        mode, input, h0, c0, names, weights, num_layers, bidirectional, batch_first
+    )
+    return found
+
+
+def plain_cell(mode: str, input: Tensor, hx: Sequence[Tensor], weights: Sequence[Tensor]) -> Sequence[Tensor]:
+    """As :func:`plain_rnn`, one step of a cell, ``[N, I]`` or ``[I]``: h and, for an LSTM, c. Else see :func:`cell`."""
+    if not _is_plain(input, hx, weights):
+        return ()
+    h0, c0 = (*hx, None, None)[:2]
+    found: Sequence[Tensor] = ops.PLAIN_CELL(mode, input, h0, c0, BY_COUNT[mode].get(len(weights), ""), weights)
+    return found
+
+
+def _is_plain(input: Tensor, hx: Sequence[Tensor], weights: Sequence[Tensor]) -> bool:
+    """Whether a call is nobody's matter but the caller's: no derivative, graph or mode, no other kind of Tensor."""
+    if _is_compiling() or not _HAS_PLAIN or type(input) is not Tensor or not input.is_cpu:
+        return False
+    tensors = (input, *hx, *weights)
+    return (
+        circumstances() in _PLAIN_CIRCUMSTANCES
+        and not _is_autocast("cpu")
+        and not _dispatch_modes()
+        and _PLAIN_TYPES.issuperset(map(type, tensors))
+        and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+    )
 
 
 def _join(function: Callable[[list[Tensor]], Tensor], tensors: list[Tensor]) -> Tensor:

@@ -45,6 +45,14 @@ class _Module(nn.Module):
         states: Sequence[Tensor] = hx if self._has_cell_state else (hx,)
         return states
 
+    def _plain_states(self, hx: Any) -> Sequence[Tensor] | None:
+        """As _to_states, () if there are none, and None if they are of a wrong kind."""
+        if hx is None:
+            return ()
+        if not self._has_cell_state:
+            return (hx,)
+        return hx if isinstance(hx, (tuple, list)) and len(hx) == 2 else None
+
     def _to_hidden(self, states: Sequence[Tensor]) -> Any:
         """h or (h, c), as a caller has them."""
         return states if self._has_cell_state else states[0]
@@ -162,6 +170,8 @@ class _Recurrent(_Module, nn.RNNBase, Generic[Hx, Hidden]):
             lengths, resets, return_states = more
         if lengths is not None or resets is not None:
             _check_are_tensors(lengths=lengths, resets=resets)
+        elif not return_states and (plain := self._plain(input, hx)):
+            return plain[0], self._to_hidden(tuple(plain[1:]))
         output: Tensor | PackedSequence
         if isinstance(input, PackedSequence):
             output, final, states = self._packed(input, hx, lengths, resets, return_states)
@@ -173,6 +183,14 @@ class _Recurrent(_Module, nn.RNNBase, Generic[Hx, Hidden]):
 
     if TYPE_CHECKING:  # a Module's is known to take and return anything
         __call__ = forward
+
+    def _plain(self, input: Any, hx: Any) -> Sequence[Tensor]:
+        """The output and the final states, if a single call of the CPU library serves."""
+        states = self._plain_states(hx)
+        if states is None or (self.dropout and self.training):
+            return ()
+        form = self.num_layers, self.bidirectional, self.batch_first
+        return functional.plain_rnn(self.mode, input, states, self._weights(), *form)
 
     def _packed(
         self, input: PackedSequence, hx: Any, lengths: Tensor | None, resets: Tensor | None, return_states: bool
@@ -441,6 +459,9 @@ class _Cell(_Module, nn.RNNCellBase, Generic[Hx, Hidden]):
         Raises:
             ValueError, RuntimeError: a wrong number of dimensions, size or dtype, in torch's words.
         """
+        plain_states, weights = self._plain_states(hx), self._weights()
+        if plain_states is not None and (plain := functional.plain_cell(self._mode, input, plain_states, weights)):
+            return self._to_hidden(tuple(plain))  # type: ignore[no-any-return]
         dims = input.dim()
         if dims not in (1, 2):
             raise ValueError(f"{self._name}: Expected input to be 1D or 2D, got {dims}D instead")
@@ -448,11 +469,10 @@ class _Cell(_Module, nn.RNNCellBase, Generic[Hx, Hidden]):
         if dims == 1:
             input = input.unsqueeze(0)
             states = None if states is None else [state.unsqueeze(0) for state in states]
-        h, c = functional.cell(self._mode, input, states, self._weights())
+        h, c = functional.cell(self._mode, input, states, weights)
         if dims == 1:
             h, c = h.squeeze(0), c.squeeze(0)
-        hidden: Hidden = self._to_hidden((h, c))
-        return hidden
+        return self._to_hidden((h, c))  # type: ignore[no-any-return]
 
     if TYPE_CHECKING:  # a Module's is known to take and return anything
         __call__ = forward

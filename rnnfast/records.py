@@ -41,12 +41,13 @@ NAMES = {
 }
 
 
-_BY_COUNT = {mode: {size: names for names, size in of_mode.items()} for mode, of_mode in NAMES.items()}
+# The names by how many they are.
+BY_COUNT = {mode: {size: names for names, size in of_mode.items()} for mode, of_mode in NAMES.items()}
 
 
 def names_of(mode: str, count: int) -> str:
     """The names of so many weights of one direction in torch's flat order, where their number alone tells."""
-    names = _BY_COUNT[mode].get(count)
+    names = BY_COUNT[mode].get(count)
     if names is None:
         raise RuntimeError(f"rnnfast: no {mode} has {count} weights in a direction")
     return names
@@ -115,6 +116,22 @@ class InputGradients(NamedTuple):
     dh0: Tensor
     dc0: Tensor
     dweights: Sequence[Tensor]
+
+
+class PlainInputs(NamedTuple):
+    """What the CPU library computes a whole stack from, or one step of a cell, where nothing but the result is asked
+    for."""
+
+    mode: str
+    x: Tensor  # [T, N, I], [N, T, I] or [T, I]; a cell's [N, I] or [I]
+    h0: Tensor | None  # [L*D, N, P] or [L*D, P]; a cell's [N, H] or [H]
+    c0: Tensor | None  # [L*D, N, H] or [L*D, H]; a cell's [N, H] or [H]
+    names: str  # of the weights of one direction
+    weights: Sequence[Tensor]  # layer by layer, direction by direction
+
+
+class PlainOutputs(NamedTuple):
+    outputs: Sequence[Tensor]  # output, h_n and, if there is a cell state, c_n; of a cell h and c; or none
 
 
 # Of the CUDA library, which has the recurrence between the products over the whole sequence. Everything lies on the
@@ -196,6 +213,10 @@ def schema(name: str, *arguments: Any, results: type[NamedTuple] | None = None) 
 
 FORWARD = schema("", Inputs, "bool keep_c", "bool keep_gates", results=Outputs)
 BACKWARD = schema("", Inputs, OutputGradients, Saved, "bool need_dx", "bool need_dw", results=InputGradients)
+PLAIN_STACK = schema(
+    "cpu_plain_stack", PlainInputs, "int num_layers", "bool bidirectional", "bool batch_first", results=PlainOutputs
+)
+PLAIN_CELL = schema("cpu_plain_cell", PlainInputs, results=PlainOutputs)
 # Gates may be x_gates itself. For calls under no_grad only.
 CUDA = (
     schema("cuda_forward_steps", "str mode", StepWeights, ForwardSteps, Tables, Switches),

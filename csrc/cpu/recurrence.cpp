@@ -1,130 +1,23 @@
-// The CPU operators: checks and translates their arguments, allocates the results, and calls the kernels.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-
-#include <algorithm>
+// The CPU operators of a layer: checks and translates their arguments, allocates the results, and calls the kernels.
 #include <cstring>
-#include <numeric>
 
-#include "../ops.h"
 #include "../schemas.h"
+#include "arguments.h"
 #include "instruction_sets.h"
+#include "plain.h"
 
 namespace rnnfast {
 namespace {
-
-// ---- tensors
-
-Storage storage_of(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return kFloat;
-    case ScalarType::Double:
-      return kDouble;
-    case ScalarType::BFloat16:
-      return kBFloat16;
-    default:
-      return kHalf;
-  }
-}
-
-Tensor empty(const Shape& shape, ScalarType dtype) {
-  // By Storage.
-  static const int32_t types[] = {aoti_torch_dtype_float32(), aoti_torch_dtype_float64(), aoti_torch_dtype_bfloat16(),
-                                  aoti_torch_dtype_float16()};
-  Shape strides(shape.size(), 1);
-  for (size_t i = shape.size(); i-- > 1;) {
-    RNNFAST_CHECK(!__builtin_mul_overflow(strides[i], std::max<int64_t>(shape[i], 1), &strides[i - 1]),
-                  "a result would have 2^63 or more elements");
-  }
-  AtenTensorHandle handle;
-  const int32_t type = types[storage_of(dtype)];
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(shape.size(), shape.data(), strides.data(), type,
-                                                  aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
-
-Tensor empty_if(bool wanted, const Shape& shape, ScalarType dtype) { return empty(wanted ? shape : Shape{0}, dtype); }
-
-void* data_if(bool wanted, const Tensor& tensor) { return wanted ? tensor.data_ptr() : nullptr; }
-
-// Pointers to contiguous data, copied where a tensor is not; the copies live as long as this.
-class Reader {
- public:
-  const void* operator()(const Tensor& tensor) {
-    if (tensor.is_contiguous()) return tensor.data_ptr();
-    copies_.push_back(torch::stable::contiguous(tensor));
-    return copies_.back().data_ptr();
-  }
-  const void* operator()(const OptionalTensor& tensor) { return tensor ? (*this)(*tensor) : nullptr; }
-
- private:
-  std::vector<Tensor> copies_;
-};
-
-// ---- the time-step table
-
-// Steps (see kernels.h) of any sequence form, with the memory that they point to.
-class StepTable {
- public:
-  StepTable(const Dimensions& n, const int64_t* batch_sizes, const int64_t* lengths, const uint8_t* resets)
-      : numbers_(3 * n.T + 2 + 2 * n.N) {
-    int64_t *offset = numbers_.data(), *active = offset + n.T, *start = active + n.T + 1;
-    int64_t *order = start + n.T + 1, *length = order + n.N;
-    std::iota(order, order + n.N, 0);
-    if (lengths) {
-      std::stable_sort(order, order + n.N, [=](int64_t a, int64_t b) { return lengths[a] > lengths[b]; });
-    }
-    for (int64_t j = 0; j < n.N; j++) {
-      length[j] = lengths ? lengths[order[j]] : n.T;
-      RNNFAST_CHECK(length[j] >= 0 && length[j] <= n.T, "lengths have to be between 0 and ", n.T);
-    }
-    start[0] = 0;
-    for (int64_t t = 0, rank = n.N; t < n.T; t++) {
-      while (rank > 0 && length[rank - 1] <= t) rank--;
-      active[t] = batch_sizes ? batch_sizes[t] : rank;
-      offset[t] = batch_sizes ? start[t] : t * n.N;
-      start[t + 1] = start[t] + active[t];
-    }
-    active[n.T] = 0;
-    for (int64_t t = n.T; batch_sizes && t > 0; t--) {
-      for (int64_t j = active[t]; j < active[t - 1]; j++) length[j] = t;
-    }
-    steps = {n.T, n.N, offset, active, start, order, length, resets};
-  }
-
-  Steps steps;
-
- private:
-  std::vector<int64_t> numbers_;
-};
-
-// Those of direction d.
-template <class Pointer, class Read>
-Parameters<Pointer> parameters(const Dimensions& n, const std::vector<Tensor>& weights, int64_t d, const Read& read) {
-  const auto pointer = [&](WeightName name) -> Pointer {
-    const Tensor* weight = n.weight(weights, d, name);
-    return weight ? read(*weight) : nullptr;
-  };
-  return {pointer(kInputWeight), pointer(kHiddenWeight), pointer(kInputBias),
-          pointer(kHiddenBias),  pointer(kProjection),   pointer(kWeightOfUnits)};
-}
-
-void fill(Layer& layer, const Dimensions& n, const StepTable& table, Reader& read, const Inputs& in) {
-  layer.steps = table.steps;
-  layer.I = n.I, layer.H = n.H, layer.P = n.P, layer.R = n.R, layer.D = n.D, layer.projected = n.has(kProjection);
-  layer.threads = torch::stable::get_num_threads();
-  layer.x = read(in.x), layer.h0 = read(in.h0), layer.c0 = read(in.c0);
-  for (int64_t d = 0; d < n.D; d++) {
-    layer.weights[d] = parameters<const void*>(n, in.weights, d, std::ref(read));
-  }
-}
 
 StepTable make_table(const Dimensions& n, Reader& read, const Inputs& in) {
   return StepTable(n, static_cast<const int64_t*>(read(in.batch_sizes)), static_cast<const int64_t*>(read(in.lengths)),
                    static_cast<const uint8_t*>(read(in.resets)));
 }
 
-// ---- the operators
+void fill(Layer& layer, const Dimensions& n, const StepTable& table, Reader& read, const Inputs& in) {
+  fill(layer, n, table, read, in.weights.data());
+  layer.x = read(in.x), layer.h0 = read(in.h0), layer.c0 = read(in.c0);
+}
 
 // Of what a layer returns; absent where nobody uses it.
 struct OutputGradients {
@@ -203,7 +96,7 @@ void cpu_backward(StableIValue* values, uint64_t arguments, uint64_t results) {
   f.dx = data_if(need_dx, dx), f.dh0 = data_if(in.h0.has_value(), dh0), f.dc0 = data_if(in.c0.has_value(), dc0);
   f.need_dw = need_dw;
   for (int64_t d = 0; need_dw && d < n.D; d++) {
-    f.dw[d] = parameters<void*>(n, dweights, d, [](const Tensor& t) { return t.data_ptr(); });
+    f.dw[d] = parameters<void*>(n, dweights.data(), d, [](const Tensor& t) { return t.data_ptr(); });
   }
   if (f.dx && table.steps.start[n.T] < n.R) std::memset(f.dx, 0, dx.numel() * dx.element_size());
   chosen_kernels().backward[n.cell][storage_of(n.dtype)](f);
@@ -218,6 +111,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rnnfast, m) {
   m.def((std::string("cpu_forward") + rnnfast::kForwardSchema).c_str());
   m.def((std::string("cpu_layer") + rnnfast::kForwardSchema).c_str());
   m.def((std::string("cpu_backward") + rnnfast::kBackwardSchema).c_str());
+  m.def(rnnfast::kPlainStackSchema);
+  m.def(rnnfast::kPlainCellSchema);
   m.def("cpu_isa(int? use) -> int");
 }
 
@@ -225,6 +120,8 @@ STABLE_TORCH_LIBRARY_IMPL(rnnfast, CPU, m) {
   m.impl("cpu_forward", rnnfast::cpu_forward);
   m.impl("cpu_layer", rnnfast::cpu_forward);
   m.impl("cpu_backward", rnnfast::cpu_backward);
+  m.impl("cpu_plain_stack", rnnfast::plain_stack);
+  m.impl("cpu_plain_cell", rnnfast::plain_cell);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rnnfast, CompositeExplicitAutograd, m) {
