@@ -1,0 +1,203 @@
+"""Plain calls: inference on a CPU by one call of the library, and what makes a call another."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import pytest
+import torch
+from helpers import CELL_MODULES, CELLS, error_of, flatten, layer, pair, states, states_of
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import rnnfast
+from rnnfast import functional, ops
+
+pytestmark = pytest.mark.skipif(not rnnfast.backends()["cpu"].available, reason="the native library is not built")
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Of every call of the library's operators whether it served."""
+    found = []
+
+    def counted(operator: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
+        def run(*args: Any) -> list[Tensor]:
+            outputs = operator(*args)
+            found.append(bool(outputs))
+            return outputs
+
+        return run
+
+    for name in ("PLAIN_STACK", "PLAIN_CELL"):
+        monkeypatch.setattr(ops, name, counted(getattr(ops, name)))
+    return found
+
+
+def otherwise(monkeypatch: pytest.MonkeyPatch, call: Callable[[], Any]) -> Any:
+    """What comes without those operators."""
+    with monkeypatch.context() as context:
+        context.setattr(functional, "_HAS_PLAIN", False)
+        return call()
+
+
+def assert_same_bits(actual: Any, expected: Any) -> None:
+    """Types, shapes and strides too."""
+    assert type(actual) is type(expected)
+    pairs = list(zip(flatten(actual), flatten(expected), strict=True))
+    for (place, a), (other, e) in pairs:
+        assert (place, a.stride()) == (other, e.stride())
+        torch.testing.assert_close(a, e, rtol=0, atol=0)
+
+
+FORMS = {"time first": (5, 3), "batch first": (3, 5), "one row": (1, 5), "one step": (3, 1), "unbatched": (5,)}
+
+
+@pytest.mark.few(2, "cell", "form", "given_hx", "options", "dtype")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("given_hx", [False, True], ids=["no hx", "hx"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"num_layers": 3}, {"bidirectional": True, "bias": False}, {"num_layers": 2, "bidirectional": True}],
+    ids=["one layer", "three layers", "two directions", "both"],
+)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("cell", CELLS)
+@torch.no_grad()
+def test_layers(
+    cell: str, form: str, options: dict, given_hx: bool, dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch, served: list[bool],
+) -> None:  # fmt: skip
+    module = layer(cell, dtype=dtype, batch_first=form != "time first", **options)
+    x, hx = torch.randn(*FORMS[form], 4, dtype=dtype), None
+    if given_hx:
+        hx = states_of(module, {"time first": 3, "batch first": 3, "one step": 3}.get(form, 1))
+        cast = lambda t: (t.squeeze(1) if form == "unbatched" else t).to(dtype)
+        hx = tuple(map(cast, hx)) if isinstance(hx, tuple) else cast(hx)
+    assert_same_bits(module(x, hx), otherwise(monkeypatch, lambda: module(x, hx)))
+    assert served == [True]
+
+
+@pytest.mark.parametrize("given_hx", [False, True], ids=["no hx", "hx"])
+@pytest.mark.parametrize("shape", [(3, 4), (4,)], ids=["batch", "unbatched"])
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+@pytest.mark.parametrize("name", CELL_MODULES)
+@torch.no_grad()
+def test_cells(
+    name: str, bias: bool, shape: tuple[int, ...], given_hx: bool, monkeypatch: pytest.MonkeyPatch, served: list[bool]
+) -> None:
+    _, module = pair(name, 4, 5, bias=bias, dtype=torch.float64)
+    x, hx = torch.randn(shape, dtype=torch.float64), states(name, *shape[:-1], 5) if given_hx else None
+    assert_same_bits(module(x, hx), otherwise(monkeypatch, lambda: module(x, hx)))
+    assert served == [True]
+
+
+def test_layouts_of_memory(monkeypatch: pytest.MonkeyPatch, served: list[bool]) -> None:
+    module = rnnfast.LSTM(4, 5, 2, batch_first=True).requires_grad_(False)  # gradients are on, but nothing asks for one
+    x, hx = torch.randn(4, 7, 3).movedim(0, -1), tuple(torch.randn(7, 2, 5).transpose(0, 1) for _ in range(2))
+    module.weight_hh_l1 = nn.Parameter(torch.randn(5, 20).t(), requires_grad=False)
+    assert_same_bits(module(x.mT.mT, [*hx]), otherwise(monkeypatch, lambda: module(x, hx)))
+    assert served == [True]
+
+
+def test_sizes_of_zero(monkeypatch: pytest.MonkeyPatch, served: list[bool]) -> None:
+    with torch.no_grad():
+        module, x = rnnfast.GRU(4, 5, 2), torch.randn(3, 0, 4)
+        assert_same_bits(module(x), otherwise(monkeypatch, lambda: module(x)))
+    assert served == [True]
+
+
+# What makes it another call
+
+
+class Sub(Tensor):
+    pass
+
+
+class Passes(TorchDispatchMode):
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return function(*args, **(kwargs or {}))
+
+
+CIRCUMSTANCES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "a gradient": nullcontext,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "another backend": lambda: rnnfast.use_backend("reference"),
+    "a dispatch mode": Passes,
+    "a flop counter": lambda: FlopCounterMode(display=False),
+    "fake tensors": lambda: FakeTensorMode(allow_non_fake_inputs=True),
+    "forward mode": forward_ad.dual_level,
+}
+
+
+@pytest.mark.parametrize("name", CIRCUMSTANCES)
+def test_circumstances(name: str, served: list[bool]) -> None:
+    module, cell = rnnfast.GRU(4, 5), rnnfast.GRUCell(4, 5)
+    with torch.set_grad_enabled(name == "a gradient"), CIRCUMSTANCES[name]():
+        module(torch.randn(3, 2, 4)), cell(torch.randn(2, 4))
+    assert served == []
+    with torch.no_grad():
+        module(torch.randn(3, 2, 4)), cell(torch.randn(2, 4))
+    assert served == [True, True]
+
+
+@torch.no_grad()
+def test_harmless_circumstances(served: list[bool]) -> None:
+    module = rnnfast.GRU(4, 5)
+    with torch.inference_mode(), rnnfast.use_backend("cpu"), torch.device("cpu"), torch.profiler.profile():
+        module(torch.randn(3, 2, 4))
+    torch.nn.utils.parametrizations.weight_norm(module, "weight_hh_l0")(torch.randn(3, 2, 4))
+    torch.func.functional_call(module, {"weight_ih_l0": torch.randn(15, 4)}, torch.randn(3, 2, 4))
+    assert served == [True] * 3
+
+
+@torch.no_grad()
+def test_other_tensors(served: list[bool]) -> None:
+    module, x = rnnfast.GRU(4, 5), torch.randn(3, 2, 4)
+    module(x.as_subclass(Sub))
+    module(x, torch.zeros(1, 2, 5).as_subclass(Sub))
+    module(x, lengths=torch.tensor([1, 3]))
+    module(x, resets=torch.zeros(3, 2).bool())
+    module(x, return_states=True)
+    module(nn.utils.rnn.pack_sequence([torch.randn(3, 4)]))
+    module.to("meta")(x.to("meta"))
+    torch.jit.trace(rnnfast.GRU(4, 5), (x,), check_trace=False)
+    torch.func.vmap(rnnfast.GRU(4, 5))(x[None])
+    torch.compile(rnnfast.GRU(4, 5), backend="eager", fullgraph=True)(x)
+    rnnfast.LSTM(4, 5, 2, dropout=0.5)(x)
+    assert served == []
+    rnnfast.LSTM(4, 5, 2, dropout=0.5).eval()(x)
+    assert served == [True]
+
+
+@pytest.mark.parametrize("name", ["GRU", "LSTM", "LSTMCell"])
+@torch.no_grad()
+def test_mistakes_are_told_in_torchs_words(name: str, served: list[bool]) -> None:
+    theirs, ours = pair(name, 4, 5)
+    x = torch.randn(2, 4) if name == "LSTMCell" else torch.randn(3, 2, 4)
+    right = states(name, *([2] if name == "LSTMCell" else [1, 2]), 5, dtype=torch.float32)
+    calls = [(x[..., :3], None), (x.double(), None), (x, right[0]), (x, (right, right)), (x[None, None], None), (3,)]
+    calls += [(x, torch.randn(2, 2, 5)), (x, (torch.randn(2, 2, 5), torch.randn(2, 2, 4)))]
+    for call in calls:
+        assert error_of(lambda: ours(*call)) == error_of(lambda: theirs(*call))  # noqa: B023
+    ours.to("meta")
+    with pytest.raises(RuntimeError, match="device"):
+        ours(x)
+    assert True not in served
+
+
+@torch.no_grad()
+def test_nothing_is_kept() -> None:
+    module, x = rnnfast.LSTM(4, 5, 2), torch.randn(3, 2, 4)
+    for call in (lambda: module(x), lambda: functional.plain_rnn("LSTM", x, (), [x] * 8, 2, False, False)):
+        call(), gc.collect()
+        before = len([t for t in gc.get_objects() if isinstance(t, Tensor)])
+        for _ in range(3):
+            call()
+        assert len([t for t in gc.get_objects() if isinstance(t, Tensor)]) == before
