@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from rnnfast import gpu
+from rnnfast.cells import GATES
 
 REGIMES = ("multiprocessor", "cluster", "chip", "stepwise")  # as rnnfast::cuda_regime numbers them, from 1
 CUTS = 16  # that is what it adds to a regime for its first cut, and again for each further one
 PASSES = ("forward", "backward")
-GATES = {"LSTM": 4, "GRU": 3}
 PLAN = re.compile(r"(\w+): W_hh stays on (\w+) multiproc\w+, (\d+) rows on each, with (\d+) threads and (\d+) KB(.*)")
 
 

@@ -31,10 +31,11 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from tqdm import tqdm
 
 import rnnfast
+from rnnfast import cells
 
 SHAPES = ["100x64x64", "100x32x128", "100x32x256", "100x1x256", "50x64x512"]
 SHAPES += ["100x1x512", "50x32x1024", "37x12x200", "200x8x96"]
-GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
+GATES = {"LSTM": cells.GATES["LSTM"], "GRU": cells.GATES["GRU"], "RNN": cells.GATES["RNN_TANH"]}  # of torch.nn's layers
 PEERS = ("onnxruntime", "openvino")  # what may stand beside torch.nn
 # The table of --gpu: of each dtype the H and N of one layer, then of two bidirectional ones. All of 256 steps.
 GPU_STEPS = 256

@@ -21,6 +21,7 @@ import itertools
 import keyword
 import sys
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from contextvars import ContextVar
 from types import FrameType
 from typing import Any, NamedTuple, TypeVar
 
@@ -73,11 +74,19 @@ class Value:
     def __ge__(self, other: Any) -> Value:
         return Value("less_equal", other, self)
 
+    def __eq__(self, other: object) -> bool:
+        if _in_cell.get():
+            raise TypeError("a cell cannot ask whether values are equal: compare them with < or <=, and use where()")
+        return self is other
+
+    __hash__ = object.__hash__
+
     def __bool__(self) -> bool:
         raise TypeError("a cell cannot branch on a value: use where(condition, this, that)")
 
 
 _numbers = itertools.count()
+_in_cell = ContextVar("_in_cell", default=False)  # whether the function of a cell is being traced
 
 
 class Primitive(NamedTuple):
@@ -253,7 +262,11 @@ class Cell:
     def after(self) -> list[Value]:
         """The states after a step, traced; the function's variables have given the values their names."""
         inputs = self.inputs
-        after, given = self._step(_Watched, *inputs.values())
+        before = _in_cell.set(True)
+        try:
+            after, given = self._step(_Watched, *inputs.values())
+        finally:
+            _in_cell.reset(before)
         for k, (state, value) in enumerate(zip(self.states, after)):
             if not isinstance(value, Value) or value.op == "" or value in after[:k]:
                 raise TypeError(f"{self}: {state} after the step is no value of its own")

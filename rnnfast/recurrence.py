@@ -19,7 +19,7 @@ from . import reference
 from .backends import BACKENDS, WITH_OPERATORS, is_recorded
 from .cells import HAS_CELL_STATE, SAVED_GATES
 from .ops import LIBRARY, OPERATORS
-from .records import Inputs, OutputGradients
+from .records import Inputs, OutputGradients, Saved
 
 _is_exporting = torch.compiler.is_exporting  # asked for at every call
 _is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
@@ -124,29 +124,32 @@ def _layer_backward(ctx: Any, grads: OutputGradients, needs: Inputs) -> Any:
     )
 
 
+def _of_backward(values: Sequence[Any]) -> tuple[OutputGradients, Saved, Inputs]:
+    first, last = len(OutputGradients._fields), len(OutputGradients._fields) + len(Saved._fields)
+    return OutputGradients(*values[:first]), Saved(*values[first:last]), Inputs.of_flat(values[last:])
+
+
 class _LayerBackward(torch.autograd.Function):
     """Its own derivatives go through plain torch: x and the weights determine y, c and the gates, which get none."""
 
     @staticmethod
-    def forward(
-        backend: str, need_dx: bool, need_dw: bool, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None,
-        dc: Tensor | None, y: Tensor, c: Tensor, gates: Tensor, *inputs: Any,
-    ) -> Any:  # fmt: skip
-        dx, dh0, dc0, dweights = OPERATORS[backend, "backward"](
-            *Inputs.of_flat(inputs), dy, dh_n, dc_n, dc, y, c, gates, need_dx, need_dw
-        )
+    def forward(backend: str, need_dx: bool, need_dw: bool, *values: Any) -> Any:
+        """Values: the fields of OutputGradients and Saved, and those of Inputs, flat."""
+        grads, saved, inputs = _of_backward(values)
+        dx, dh0, dc0, dweights = OPERATORS[backend, "backward"](*inputs, *grads, *saved, need_dx, need_dw)
         return dx, dh0, dc0, *dweights
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.set_materialize_grads(False)
-        _save(ctx, (*inputs[3:7], *inputs[10:]))
+        of_output, _, of_layer = _of_backward(inputs[3:])
+        _save(ctx, (*of_output, *of_layer.flat()))
 
     @staticmethod
     @_one_by_one
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        values = _saved(ctx)
-        inputs = Inputs.of_flat(values[4:])
+        values, count = _saved(ctx), len(OutputGradients._fields)
+        inputs = Inputs.of_flat(values[count:])
         derived = inputs.x, inputs.h0, inputs.c0, *inputs.weights
         # An output that was not asked for has shape [0]; whatever gradient comes for it says nothing.
         pairs = enumerate(zip(grads, derived))
@@ -160,14 +163,14 @@ class _LayerBackward(torch.autograd.Function):
             at = list(values)
             for i, value in zip(given, of):
                 at[i] = value
-            firsts = reference.layer_backward(Inputs.of_flat(at[4:]), OutputGradients(*at[:4]))
+            firsts = reference.layer_backward(Inputs.of_flat(at[count:]), OutputGradients(*at[:count]))
             return tuple(firsts[i] for i in live)
 
         vjp = torch.func.vjp(first_order, *(values[i] for i in given))[1]
         seconds: list[Tensor | None] = [None] * len(values)
         for i, second in zip(given, vjp(tuple(grads[i] for i in live))):
             seconds[i] = second
-        return None, None, None, *seconds[:4], None, None, None, *seconds[4:]
+        return None, None, None, *seconds[:count], *(None for _ in Saved._fields), *seconds[count:]
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:

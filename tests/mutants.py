@@ -49,6 +49,7 @@ OPERATORS = "test_cuda.py test_errors.py test_border.py"
 REGIMES = "test_cuda.py -k 'order or chip'"
 FINITE = "test_cuda.py test_errors.py -k 'finite and {}'"
 CELL = "test_cells.py"
+PLAIN = "test_plain.py"
 UNITS = "test_peephole.py -k {}"
 # What is caught means little if these fail without a mistake.
 SMOKE = "test_recurrence.py test_triton.py -k 'opcheck or plan'"
@@ -143,6 +144,18 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
     ],
     "csrc/cpu/recurrence.cpp": [
         ("dx past a row's end", LENGTHS, "table.steps.start[n.T] < n.R", "false"),
+    ],
+    "csrc/cpu/plain.cpp": [
+        ("c_0 of the first layer", PLAIN, "c0 ? c0 + k * c_bytes", "c0 ? c0"),
+        (
+            "turned input as it lies",
+            PLAIN,
+            "turned ? read(torch::stable::transpose(in.x, 0, 1))",
+            "turned ? read(in.x)",
+        ),
+        ("layers of other sizes", PLAIN, "n.H == H && n.P == P", "n.H == H"),
+    ],
+    "csrc/cpu/arguments.h": [
         ("a packed row is a step shorter", LENGTHS, "length[j] = t;", "length[j] = t - 1;"),
         (
             "strides are not looked at",
@@ -308,6 +321,9 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         ("h_0 for c_0", NUMBERS, "gates, y, cs, h0, c0, dh", "gates, y, cs, c0, h0, dh"),
     ],
     "rnnfast/functional.py": [
+        ("autocast is not looked at", PLAIN, 'not _is_autocast("cpu")', "True"),
+        ("modes are not looked at", PLAIN, "not _dispatch_modes()", "True"),
+        ("kinds of tensors are not looked at", PLAIN, "_PLAIN_TYPES.issuperset(map(type, tensors))", "True"),
         (
             "dropout of the input",
             "test_modules.py -k dropout",

@@ -132,6 +132,11 @@ def branches(x, a, s):
 
 
 @cell(gates="g")
+def compares(x, a, s):
+    return cells.where(x.g == 0, x.g, a.g)
+
+
+@cell(gates="g")
 def misspells(x, a, s):
     return cells.tanh(x.g + a.h)
 
@@ -150,6 +155,7 @@ def passes_an_input_on(x, a, s):
     ("of", "message"),
     [
         (branches, "a cell cannot branch on a value: use where"),
+        (compares, "a cell cannot ask whether values are equal"),
         (misspells, "cell misspells: a has no 'h'"),
         (loses_a_state, "cell loses_a_state returns 1 states, but has h and c"),
         (passes_an_input_on, "cell passes_an_input_on: h after the step is no value of its own"),

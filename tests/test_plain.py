@@ -193,6 +193,17 @@ def test_mistakes_are_told_in_torchs_words(name: str, served: list[bool]) -> Non
 
 
 @torch.no_grad()
+def test_layers_of_several_sizes_are_none() -> None:
+    """The states of all layers are in one tensor."""
+    x, of = torch.randn(3, 2, 4), lambda *sizes: [torch.randn(16, 4), *(torch.randn(*size) for size in sizes)]
+    names = "w_ih w_hh w_hr"
+    same = of((16, 3), (3, 4), (16, 3), (16, 3), (3, 4))
+    other = of((16, 3), (3, 4), (16, 3), (16, 2), (2, 4))
+    assert len(ops.PLAIN_STACK("LSTM", x, None, None, names, same, 2, False, False)) == 3
+    assert ops.PLAIN_STACK("LSTM", x, None, None, names, other, 2, False, False) == []
+
+
+@torch.no_grad()
 def test_nothing_is_kept() -> None:
     module, x = rnnfast.LSTM(4, 5, 2), torch.randn(3, 2, 4)
     for call in (lambda: module(x), lambda: functional.plain_rnn("LSTM", x, (), [x] * 8, 2, False, False)):
