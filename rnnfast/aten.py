@@ -138,6 +138,21 @@ def _call(
         return _STACKS[mode](x, *form, False) if batch_sizes is None else _STACKS[mode](x, batch_sizes, *form)
 
 
+def can_derive(inputs: Inputs) -> bool:
+    """Whether ``derivable`` takes a layer: on a CPU all that torch's kernels do has derivatives of any order."""
+    x = inputs.x
+    dtypes = torch.float32, torch.float64  # in the others each of those operators would round
+    is_plain = inputs.lengths is None and inputs.resets is None
+    return inputs.mode in _STACKS and x.is_cpu and x.dtype in dtypes and is_plain and x.numel() > 0
+
+
+def derivable(inputs: Inputs) -> tuple[Tensor, ...]:
+    """y, h_n and, for an LSTM, c_n of a layer, which can be derived any number of times."""
+    mode, x, h0, c0, batch_sizes, _, _, bidirectional, _, weights = inputs
+    states = _states(mode, x, h0, c0, weights, batch_sizes, 1 + bidirectional)
+    return _call((x, *states, *weights), False, mode, 1, bidirectional, batch_sizes, len(states))
+
+
 class _Stack(torch.autograd.Function):
     """torch's kernels can be derived once; a derivative of that goes through plain torch."""
 

@@ -19,10 +19,11 @@ from helpers import (
     leaves,
     pair,
     states,
+    tensors_of,
     train,
     values_and_grads,
 )
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
@@ -551,3 +552,24 @@ def test_cell_as_a_loop_trains(name: str) -> None:
     x = torch.randn(6, 3, 4, dtype=DOUBLE)
     assert_equal_modules(theirs, ours, x)
     assert train(ours, x) == pytest.approx(train(theirs, x), rel=1e-11)
+
+
+@pytest.mark.parametrize("form", ["rectangular", "packed", "lengths"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_third_derivatives(name: str, form: str) -> None:
+    theirs, ours = pair(name, 3, 4, 2, bidirectional=True, dtype=torch.float64)
+    x = torch.randn(3, 2, 3, dtype=torch.float64)
+    given = pack_padded_sequence(x, [3, 2]) if form == "packed" else x
+
+    def third(module: nn.Module, **more: Tensor) -> list[Tensor]:
+        weights, y = list(module.parameters()), module(leaves(given), **more)[0]
+        value = torch.cat([t.sin().reshape(-1) for t in tensors_of(y) if t.is_floating_point()]).sum()
+        for order in (1, 2, 3):
+            grads = torch.autograd.grad(value, weights, create_graph=order < 3)
+            value = sum(grad.square().sum() for grad in grads)
+        return list(grads)
+
+    expected = third(theirs)
+    more = {"lengths": torch.tensor([3, 3])} if form == "lengths" else {}
+    for a, e in zip(third(ours, **more), expected, strict=True):
+        torch.testing.assert_close(a, e)
