@@ -63,7 +63,7 @@ def stack(
     is_traced = is_recorded() or torch.compiler.is_compiling()
     if not is_traced and all(isinstance(w, nn.Parameter) for w in weights):
         _flatten(mode, weights, num_layers, bidirectional)
-    if is_traced or not _is_differentiated(inputs):
+    if is_traced or _can_derive_twice(x) or not _is_differentiated(inputs):
         y, h_n, *c_n = _call(inputs, training, *form)
     else:
         y, h_n, *c_n = _Stack.apply(*form, *inputs)  # type: ignore[no-untyped-call]
@@ -138,12 +138,17 @@ def _call(
         return _STACKS[mode](x, *form, False) if batch_sizes is None else _STACKS[mode](x, batch_sizes, *form)
 
 
+def _can_derive_twice(x: Tensor) -> bool:
+    """Whether torch's kernels have derivatives of any order: on a CPU alone."""
+    return x.is_cpu
+
+
 def can_derive(inputs: Inputs) -> bool:
-    """Whether ``derivable`` takes a layer: on a CPU all that torch's kernels do has derivatives of any order."""
+    """Whether ``derivable`` takes a layer."""
     x = inputs.x
-    dtypes = torch.float32, torch.float64  # in the others each of those operators would round
+    dtypes = torch.float32, torch.float64  # in the others each of torch's operators would round
     is_plain = inputs.lengths is None and inputs.resets is None
-    return inputs.mode in _STACKS and x.is_cpu and x.dtype in dtypes and is_plain and x.numel() > 0
+    return inputs.mode in _STACKS and _can_derive_twice(x) and x.dtype in dtypes and is_plain and x.numel() > 0
 
 
 def derivable(inputs: Inputs) -> tuple[Tensor, ...]:
@@ -154,7 +159,7 @@ def derivable(inputs: Inputs) -> tuple[Tensor, ...]:
 
 
 class _Stack(torch.autograd.Function):
-    """torch's kernels can be derived once; a derivative of that goes through plain torch."""
+    """What torch has kernels for that can be derived once; a derivative of that goes through plain torch."""
 
     @staticmethod
     def forward(
