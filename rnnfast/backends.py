@@ -225,7 +225,7 @@ class Circumstances(NamedTuple):
     transformed: bool = False  # by torch.func
 
 
-_USUAL = Circumstances()  # it takes longer to make one than to see that nothing is special
+USUAL = Circumstances()  # it takes longer to make one than to see that nothing is special
 
 
 def circumstances() -> Circumstances:
@@ -233,7 +233,12 @@ def circumstances() -> Circumstances:
     here = _asked_for.here
     forced = _asked_for.traced or (None if here is _asked_for else here)
     found = forced, forward_ad._current_level >= 0, is_recorded(), _is_compiling(), _is_transformed()
-    return Circumstances(*found) if any(found) else _USUAL
+    return Circumstances(*found) if any(found) else USUAL
+
+
+def is_free() -> bool:
+    """Whether nobody has a say in which kernels serve a call made now: neither use_backend nor torch.compile."""
+    return _asked_for.here is _asked_for and _asked_for.traced is None and not _is_compiling()
 
 
 def is_recorded() -> bool:

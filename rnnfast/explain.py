@@ -55,7 +55,7 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> Explanation:
         input = args[0] if args else call_kwargs["input"]
         data = input.data if isinstance(input, PackedSequence) else input
         extended = call_kwargs.get("resets") is not None or call_kwargs.get("return_states", False)
-        found.append(_choice(names[module], module, data, _batch(module, input), extended))
+        found.append(_choice(names[module], module, data, _batch(module, input), extended, _steps(module, input)))
 
     if not (inputs or kwargs):
         for module, name in names.items():
@@ -83,7 +83,18 @@ def _batch(module: nn.Module, input: Tensor | PackedSequence) -> int:
     return input.size(0 if module.batch_first else 1) if input.dim() == 3 else 1
 
 
-def _choice(name: str, module: nn.Module, data: Tensor, batch: int = 1, extended: bool = False) -> Choice:
+def _steps(module: nn.Module, input: Tensor | PackedSequence) -> int | None:
+    """Of a rectangular input."""
+    if isinstance(module, nn.RNNCellBase):
+        return 1
+    if isinstance(input, PackedSequence):
+        return None
+    return input.size(1 if module.batch_first and input.dim() == 3 else 0)
+
+
+def _choice(
+    name: str, module: nn.Module, data: Tensor, batch: int = 1, extended: bool = False, steps: int | None = None
+) -> Choice:
     dtype = autocast_dtype(data.device.type, data.dtype)
     layer = f"{type(module).__name__}({module.extra_repr()})"
     described = f"{dtype} on {data.device}"
@@ -91,5 +102,9 @@ def _choice(name: str, module: nn.Module, data: Tensor, batch: int = 1, extended
         return Choice(name, layer, described, "torch.nn", "not an rnnfast module; rnnfast.convert would make it one")
     mode = module.mode if isinstance(module, _Recurrent) else module._mode
     sizes = module.hidden_size, batch, getattr(module, "bidirectional", False), getattr(module, "proj_size", 0) > 0
-    found = choose_backend(circumstances(), mode, data.device, dtype, *sizes, extended)
-    return Choice(name, layer, described, *found)
+    backend, reason = choose_backend(circumstances(), mode, data.device, dtype, *sizes, extended)
+    if backend == "cpu" and steps == 1 and not extended:
+        with torch.enable_grad():
+            if module._is_quicker_by_torch(data):
+                reason += "; under autograd a single step is quicker by torch's, which serve it"
+    return Choice(name, layer, described, backend, reason)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import aten, ops, recurrence
-from .backends import BACKENDS, Circumstances, choose_backend, circumstances, is_recorded
+from .backends import BACKENDS, USUAL, Circumstances, choose_backend, circumstances, is_recorded
 from .border import DTYPE_NAMES
 from .cells import GATES, HAS_CELL_STATE
 from .records import BY_COUNT, Inputs, names_of
@@ -157,7 +157,7 @@ def cell(mode: str, input: Tensor, hx: Sequence[Tensor] | None, weights: Sequenc
 
 _is_compiling, _is_autocast = torch.compiler.is_compiling, torch.is_autocast_enabled  # asked for at every call
 _dispatch_modes = torch._C._len_torch_dispatch_stack
-_PLAIN_CIRCUMSTANCES = Circumstances(), Circumstances(forced="cpu")
+_PLAIN_CIRCUMSTANCES = USUAL, Circumstances(forced="cpu")
 _PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
 _HAS_PLAIN = BACKENDS["cpu"].probe(None).available
 
@@ -171,13 +171,13 @@ def plain_rnn(
     bidirectional: bool,
     batch_first: bool,
 ) -> Sequence[Tensor]:
-    """Inference of a stack on a CPU in a single call of the library: output, h_n and, for an LSTM, c_n.
+    """Inference of a stack on a CPU, if it :func:`is_plain`, in a single call of the library.
 
-    Nothing if more is asked for than these numbers, or if anything is wrong: :func:`rnn` serves such a call, or says
-    what is wrong with it. Arguments as there, but that the input may be batch first or unbatched, and hx accordingly.
+    Arguments as of :func:`rnn`, but that the input may be batch first or unbatched, and hx accordingly.
+
+    Returns:
+        output, h_n and, for an LSTM, c_n; nothing if anything is wrong, which :func:`rnn` then says.
     """
-    if not _is_plain(input, hx, weights):
-        return ()
     names = BY_COUNT[mode].get(len(weights) // (num_layers * (1 + bidirectional)), "")
     h0, c0 = (*hx, None, None)[:2]
     found: Sequence[Tensor] = ops.PLAIN_STACK(
@@ -187,25 +187,24 @@ def plain_rnn(
 
 
 def plain_cell(mode: str, input: Tensor, hx: Sequence[Tensor], weights: Sequence[Tensor]) -> Sequence[Tensor]:
-    """As :func:`plain_rnn`, one step of a cell, ``[N, I]`` or ``[I]``: h and, for an LSTM, c. Else see :func:`cell`."""
-    if not _is_plain(input, hx, weights):
-        return ()
+    """As :func:`plain_rnn`, one step of a cell, ``[N, I]`` or ``[I]``: h and, for an LSTM, c."""
     h0, c0 = (*hx, None, None)[:2]
     found: Sequence[Tensor] = ops.PLAIN_CELL(mode, input, h0, c0, BY_COUNT[mode].get(len(weights), ""), weights)
     return found
 
 
-def _is_plain(input: Tensor, hx: Sequence[Tensor], weights: Sequence[Tensor]) -> bool:
-    """Whether a call is nobody's matter but the caller's: no derivative, graph or mode, no other kind of Tensor."""
-    if _is_compiling() or not _HAS_PLAIN or type(input) is not Tensor or not input.is_cpu:
-        return False
-    tensors = (input, *hx, *weights)
+def is_plain(input: Tensor, hx: Sequence[Tensor], weights: Sequence[Tensor]) -> bool:
+    """Whether a call on a CPU concerns nobody but its caller: no derivative, graph or mode, no other Tensors."""
     return (
-        circumstances() in _PLAIN_CIRCUMSTANCES
+        not _is_compiling()
+        and _HAS_PLAIN
+        and type(input) is Tensor
+        and input.is_cpu
+        and circumstances() in _PLAIN_CIRCUMSTANCES
         and not _is_autocast("cpu")
         and not _dispatch_modes()
-        and _PLAIN_TYPES.issuperset(map(type, tensors))
-        and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+        and _PLAIN_TYPES.issuperset(map(type, (*hx, *weights)))
+        and not (torch.is_grad_enabled() and any(t.requires_grad for t in (input, *hx, *weights)))
     )
 
 

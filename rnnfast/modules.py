@@ -7,6 +7,7 @@ an instance of those. The cells derive from torch's.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, overload
 
@@ -17,6 +18,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.types import Device
 
 from . import functional
+from .backends import is_free
 
 Input = TypeVar("Input", Tensor, PackedSequence)  # and the output is of the same
 Hx = TypeVar("Hx")  # the states that a layer or cell takes
@@ -30,12 +32,35 @@ class _Module(nn.Module):
     """
 
     _has_cell_state = False
+    # Of torch.nn: the class of the same name, whose forward is the quicker one for a single step under autograd, in
+    # float32 on a CPU, from this many units on; bench/README.md has the figures.
+    if TYPE_CHECKING:
+        _theirs: Any
+        hidden_size: int
+    _quicker_by_torch_from = math.inf
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if _symbolic_trace._is_fx_tracing_flag and (proxy := _proxy_among((*args, *kwargs.values()))) is not None:
             path = proxy.tracer.path_of_module(self)  # type: ignore[attr-defined]  # a Tracer's, to which modules belong
             return proxy.tracer.create_proxy("call_module", path, args, kwargs)
+        if self._compiled_call_impl is None:
+            # Without the frame of nn.Module.__call__, which does no more.
+            return self._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
         return nn.Module.__call__(self, *args, **kwargs)
+
+    def _is_quicker_by_torch(self, input: Any) -> bool:
+        """Whether the forward of torch.nn is, should the call be a single step and be derived by autograd.
+
+        That forward serves wherever the backend ``torch`` does, and under transforms: so there is little to ask for.
+        """
+        return (
+            torch.is_grad_enabled()
+            and type(input) is Tensor
+            and input.dtype is torch.float32
+            and input.is_cpu
+            and self.hidden_size >= self._quicker_by_torch_from
+            and is_free()
+        )
 
     def __prepare_scriptable__(self) -> nn.Module:
         return _scriptable(self)
@@ -170,8 +195,10 @@ class _Recurrent(_Module, nn.RNNBase, Generic[Hx, Hidden]):
             lengths, resets, return_states = more
         if lengths is not None or resets is not None:
             _check_are_tensors(lengths=lengths, resets=resets)
-        elif not return_states and (plain := self._plain(input, hx)):
-            return plain[0], self._to_hidden(tuple(plain[1:]))
+        elif not return_states:
+            served = self._single(input, hx) or self._plain(input, hx)
+            if served:
+                return served
         output: Tensor | PackedSequence
         if isinstance(input, PackedSequence):
             output, final, states = self._packed(input, hx, lengths, resets, return_states)
@@ -184,13 +211,25 @@ class _Recurrent(_Module, nn.RNNBase, Generic[Hx, Hidden]):
     if TYPE_CHECKING:  # a Module's is known to take and return anything
         __call__ = forward
 
-    def _plain(self, input: Any, hx: Any) -> Sequence[Tensor]:
-        """The output and the final states, if a single call of the CPU library serves."""
-        states = self._plain_states(hx)
-        if states is None or (self.dropout and self.training):
-            return ()
+    def _single(self, input: Any, hx: Any) -> tuple[Any, ...] | None:
+        """What torch.nn's own forward makes of the call, if it is the quicker one under autograd; else None."""
+        if not self._is_quicker_by_torch(input) or input.dim() < 2:
+            return None
+        flat = self._weights()  # torch.nn's forward reads these alone
+        is_single = input.size(1 if self.batch_first and input.dim() == 3 else 0) == 1
+        if not is_single or flat is not self._flat_weights or not flat[1].requires_grad:
+            return None
+        found: tuple[Any, ...] = self._theirs.forward(self, input, hx)
+        return found
+
+    def _plain(self, input: Any, hx: Any) -> tuple[Any, ...] | None:
+        """What a single call of the CPU library makes of it, if that serves; else None."""
+        states, weights = self._plain_states(hx), self._weights()
+        if states is None or (self.dropout and self.training) or not functional.is_plain(input, states, weights):
+            return None
         form = self.num_layers, self.bidirectional, self.batch_first
-        return functional.plain_rnn(self.mode, input, states, self._weights(), *form)
+        found = functional.plain_rnn(self.mode, input, states, weights, *form)
+        return (found[0], self._to_hidden(tuple(found[1:]))) if found else None
 
     def _packed(
         self, input: PackedSequence, hx: Any, lengths: Tensor | None, resets: Tensor | None, return_states: bool
@@ -325,6 +364,7 @@ class RNN(_Recurrent[Tensor, Tensor]):
     """
 
     _name, _tensor = "RNN", " tensor"
+    _theirs, _quicker_by_torch_from = nn.RNN, 0
 
     def __init__(
         self,
@@ -359,6 +399,7 @@ class LSTM(_Recurrent[Sequence[Tensor], tuple[Tensor, Tensor]]):
     """
 
     _name, _has_cell_state = "LSTM", True
+    _theirs = nn.LSTM
 
     def __init__(
         self,
@@ -410,6 +451,7 @@ class GRU(_Recurrent[Tensor, Tensor]):
     """
 
     _name = "GRU"
+    _theirs, _quicker_by_torch_from = nn.GRU, 128
 
     def __init__(
         self,
@@ -459,9 +501,11 @@ class _Cell(_Module, nn.RNNCellBase, Generic[Hx, Hidden]):
         Raises:
             ValueError, RuntimeError: a wrong number of dimensions, size or dtype, in torch's words.
         """
-        plain_states, weights = self._plain_states(hx), self._weights()
-        if plain_states is not None and (plain := functional.plain_cell(self._mode, input, plain_states, weights)):
-            return self._to_hidden(tuple(plain))  # type: ignore[no-any-return]
+        served: Hidden | None = self._single(input, hx)
+        if served is None:
+            served = self._plain(input, hx)
+        if served is not None:
+            return served
         dims = input.dim()
         if dims not in (1, 2):
             raise ValueError(f"{self._name}: Expected input to be 1D or 2D, got {dims}D instead")
@@ -469,13 +513,29 @@ class _Cell(_Module, nn.RNNCellBase, Generic[Hx, Hidden]):
         if dims == 1:
             input = input.unsqueeze(0)
             states = None if states is None else [state.unsqueeze(0) for state in states]
-        h, c = functional.cell(self._mode, input, states, weights)
+        h, c = functional.cell(self._mode, input, states, self._weights())
         if dims == 1:
             h, c = h.squeeze(0), c.squeeze(0)
         return self._to_hidden((h, c))  # type: ignore[no-any-return]
 
     if TYPE_CHECKING:  # a Module's is known to take and return anything
         __call__ = forward
+
+    def _single(self, input: Any, hx: Any) -> Any:
+        """What torch.nn's own forward makes of the call, if it is the quicker one under autograd; else None."""
+        if self._is_quicker_by_torch(input):
+            weight = self._parameters.get("weight_hh")
+            if weight is not None and weight.requires_grad:
+                return self._theirs.forward(self, input, hx)
+        return None
+
+    def _plain(self, input: Any, hx: Any) -> Any:
+        """What a single call of the CPU library makes of it, if that serves; else None."""
+        states, weights = self._plain_states(hx), self._weights()
+        if states is None or not functional.is_plain(input, states, weights):
+            return None
+        found = functional.plain_cell(self._mode, input, states, weights)
+        return self._to_hidden(tuple(found)) if found else None
 
     def _weights(self) -> list[Tensor]:
         own = self._parameters  # what is not among them, as parametrized weights are not, is looked up by Module
@@ -501,6 +561,7 @@ class RNNCell(_Cell[Tensor, Tensor], nn.RNNCell):
     """``torch.nn.RNNCell`` on fused kernels: the same arguments, parameters, state_dict and results."""
 
     _name = "RNNCell"
+    _theirs, _quicker_by_torch_from = nn.RNNCell, 0
 
     @property
     def _mode(self) -> str:  # type: ignore[override]  # nobody sets it
@@ -515,6 +576,7 @@ class LSTMCell(_Cell[Sequence[Tensor], tuple[Tensor, Tensor]], nn.LSTMCell):
     """``torch.nn.LSTMCell`` on fused kernels: the same arguments, parameters, state_dict and results."""
 
     _name, _mode, _has_cell_state = "LSTMCell", "LSTM", True
+    _theirs, _quicker_by_torch_from = nn.LSTMCell, 0
 
     def _checked(self, hx: Sequence[Tensor]) -> Sequence[Tensor]:
         for idx, state in enumerate(hx):
@@ -531,6 +593,7 @@ class GRUCell(_Cell[Tensor, Tensor], nn.GRUCell):
     """``torch.nn.GRUCell`` on fused kernels: the same arguments, parameters, state_dict and results."""
 
     _name, _mode = "GRUCell", "GRU"
+    _theirs, _quicker_by_torch_from = nn.GRUCell, 128
 
 
 OURS = (RNN, LSTM, GRU, RNNCell, LSTMCell, GRUCell)
