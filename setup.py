@@ -30,7 +30,8 @@ if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS |= {"avx2": "-march=x86-64-v3", "avx512": AVX512, "avx512_bf16": f"{AVX512} -mavx512bf16"}
     INSTRUCTION_SETS |= {"amx": f"{AVX512} -mavx512bf16 -DRNNFAST_AMX"}
 
-CPU_SOURCES = ("recurrence", "plain", "instruction_sets", "scratch", "threads")  # beside the kernels, compiled once
+# Compiled once, beside the kernels.
+CPU_SOURCES = ("recurrence", "plain", "stream", "instruction_sets", "scratch", "threads")
 
 FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -DTORCH_TARGET_VERSION=0x020a000000000000"
 # Not -ffast-math: NaN and infinities are results here.

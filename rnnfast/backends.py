@@ -236,11 +236,6 @@ def circumstances() -> Circumstances:
     return Circumstances(*found) if any(found) else USUAL
 
 
-def is_free() -> bool:
-    """Whether nobody has a say in which kernels serve a call made now: neither use_backend nor torch.compile."""
-    return _asked_for.here is _asked_for and _asked_for.traced is None and not _is_compiling()
-
-
 def is_recorded() -> bool:
     """Whether torch.jit or torch.onnx record a graph, which is to run where rnnfast is not installed."""
     return _tracing_state() is not None or onnx.is_exporting()

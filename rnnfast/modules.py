@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.types import Device
 
 from . import functional
-from .backends import is_free
+from .backends import USUAL, circumstances
 
 Input = TypeVar("Input", Tensor, PackedSequence)  # and the output is of the same
 Hx = TypeVar("Hx")  # the states that a layer or cell takes
@@ -49,17 +49,15 @@ class _Module(nn.Module):
         return nn.Module.__call__(self, *args, **kwargs)
 
     def _is_quicker_by_torch(self, input: Any) -> bool:
-        """Whether the forward of torch.nn is, should the call be a single step and be derived by autograd.
-
-        That forward serves wherever the backend ``torch`` does, and under transforms: so there is little to ask for.
-        """
+        """Whether the forward of torch.nn is, should the call be a single step and be derived by autograd."""
         return (
             torch.is_grad_enabled()
             and type(input) is Tensor
             and input.dtype is torch.float32
             and input.is_cpu
             and self.hidden_size >= self._quicker_by_torch_from
-            and is_free()
+            and circumstances() is USUAL
+            and not torch.is_autocast_enabled("cpu")
         )
 
     def __prepare_scriptable__(self) -> nn.Module:
@@ -195,36 +193,37 @@ class _Recurrent(_Module, nn.RNNBase, Generic[Hx, Hidden]):
             lengths, resets, return_states = more
         if lengths is not None or resets is not None:
             _check_are_tensors(lengths=lengths, resets=resets)
-        elif not return_states:
-            served = self._single(input, hx) or self._plain(input, hx)
+        weights = self._weights()
+        if lengths is None and resets is None and not return_states:
+            served = self._single(input, hx, weights) or self._plain(input, hx, weights)
             if served:
                 return served
         output: Tensor | PackedSequence
         if isinstance(input, PackedSequence):
-            output, final, states = self._packed(input, hx, lengths, resets, return_states)
+            output, final, states = self._packed(input, hx, lengths, resets, return_states, weights)
             hidden = self.permute_hidden(self._to_hidden(final), input.unsorted_indices)
         else:
-            output, final, states = self._padded(input, hx, lengths, resets, return_states)
+            output, final, states = self._padded(input, hx, lengths, resets, return_states, weights)
             hidden = self.permute_hidden(self._to_hidden(final), None)
         return (output, hidden, self._to_hidden(states)) if return_states else (output, hidden)
 
     if TYPE_CHECKING:  # a Module's is known to take and return anything
         __call__ = forward
 
-    def _single(self, input: Any, hx: Any) -> tuple[Any, ...] | None:
+    def _single(self, input: Any, hx: Any, weights: Sequence[Tensor]) -> tuple[Any, ...] | None:
         """What torch.nn's own forward makes of the call, if it is the quicker one under autograd; else None."""
         if not self._is_quicker_by_torch(input) or input.dim() < 2:
             return None
-        flat = self._weights()  # torch.nn's forward reads these alone
-        is_single = input.size(1 if self.batch_first and input.dim() == 3 else 0) == 1
-        if not is_single or flat is not self._flat_weights or not flat[1].requires_grad:
+        if input.size(1 if self.batch_first and input.dim() == 3 else 0) != 1:
+            return None
+        if weights is not self._flat_weights or not weights[1].requires_grad:  # torch.nn's forward reads those alone
             return None
         found: tuple[Any, ...] = self._theirs.forward(self, input, hx)
         return found
 
-    def _plain(self, input: Any, hx: Any) -> tuple[Any, ...] | None:
+    def _plain(self, input: Any, hx: Any, weights: Sequence[Tensor]) -> tuple[Any, ...] | None:
         """What a single call of the CPU library makes of it, if that serves; else None."""
-        states, weights = self._plain_states(hx), self._weights()
+        states = self._plain_states(hx)
         if states is None or (self.dropout and self.training) or not functional.is_plain(input, states, weights):
             return None
         form = self.num_layers, self.bidirectional, self.batch_first
@@ -232,8 +231,9 @@ class _Recurrent(_Module, nn.RNNBase, Generic[Hx, Hidden]):
         return (found[0], self._to_hidden(tuple(found[1:]))) if found else None
 
     def _packed(
-        self, input: PackedSequence, hx: Any, lengths: Tensor | None, resets: Tensor | None, return_states: bool
-    ) -> tuple[PackedSequence, Sequence[Tensor], Sequence[Tensor]]:
+        self, input: PackedSequence, hx: Any, lengths: Tensor | None, resets: Tensor | None, return_states: bool,
+        weights: Sequence[Tensor],
+    ) -> tuple[PackedSequence, Sequence[Tensor], Sequence[Tensor]]:  # fmt: skip
         """The output, the final states in its order, and those of every step."""
         if lengths is not None or resets is not None:
             name = "resets" if lengths is None else "lengths"
@@ -245,12 +245,13 @@ class _Recurrent(_Module, nn.RNNBase, Generic[Hx, Hidden]):
                 _check_caller_order(self._to_states(hx), sorted_indices)
             states = self._to_states(self.permute_hidden(hx, sorted_indices))
         self._check(data, states, batch_sizes)
-        output, final, all_states = self._rnn(data, states, return_states, batch_sizes=batch_sizes)
+        output, final, all_states = self._rnn(data, states, weights, return_states, batch_sizes=batch_sizes)
         return PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices), final, all_states
 
     def _padded(
-        self, input: Tensor, hx: Any, lengths: Tensor | None, resets: Tensor | None, return_states: bool
-    ) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
+        self, input: Tensor, hx: Any, lengths: Tensor | None, resets: Tensor | None, return_states: bool,
+        weights: Sequence[Tensor],
+    ) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:  # fmt: skip
         """The output, the final states, and those of every step, in the layout of the input."""
         dims = input.dim()
         if dims not in (2, 3):
@@ -266,7 +267,7 @@ class _Recurrent(_Module, nn.RNNBase, Generic[Hx, Hidden]):
             input = input.transpose(0, 1)
             if batched and resets is not None and resets.dim() == 2:
                 resets = resets.transpose(0, 1)
-        output, final, states = self._rnn(input, states, return_states, lengths=lengths, resets=resets)
+        output, final, states = self._rnn(input, states, weights, return_states, lengths=lengths, resets=resets)
         if not batched:
             return output.squeeze(1), tuple(s.squeeze(1) for s in final), tuple(s.squeeze(2) for s in states)
         if self.batch_first:
@@ -277,6 +278,7 @@ class _Recurrent(_Module, nn.RNNBase, Generic[Hx, Hidden]):
         self,
         input: Tensor,
         states: Sequence[Tensor] | None,
+        weights: Sequence[Tensor],
         return_states: bool,
         *,
         batch_sizes: Tensor | None = None,
@@ -288,7 +290,7 @@ class _Recurrent(_Module, nn.RNNBase, Generic[Hx, Hidden]):
             self.mode,
             input,
             states,
-            self._weights(),
+            weights,
             num_layers=self.num_layers,
             bidirectional=self.bidirectional,
             dropout=self.dropout,
@@ -502,8 +504,10 @@ class _Cell(_Module, nn.RNNCellBase, Generic[Hx, Hidden]):
             ValueError, RuntimeError: a wrong number of dimensions, size or dtype, in torch's words.
         """
         served: Hidden | None = self._single(input, hx)
-        if served is None:
-            served = self._plain(input, hx)
+        if served is not None:
+            return served
+        weights = self._weights()
+        served = self._plain(input, hx, weights)
         if served is not None:
             return served
         dims = input.dim()
@@ -513,7 +517,7 @@ class _Cell(_Module, nn.RNNCellBase, Generic[Hx, Hidden]):
         if dims == 1:
             input = input.unsqueeze(0)
             states = None if states is None else [state.unsqueeze(0) for state in states]
-        h, c = functional.cell(self._mode, input, states, self._weights())
+        h, c = functional.cell(self._mode, input, states, weights)
         if dims == 1:
             h, c = h.squeeze(0), c.squeeze(0)
         return self._to_hidden((h, c))  # type: ignore[no-any-return]
@@ -529,9 +533,9 @@ class _Cell(_Module, nn.RNNCellBase, Generic[Hx, Hidden]):
                 return self._theirs.forward(self, input, hx)
         return None
 
-    def _plain(self, input: Any, hx: Any) -> Any:
+    def _plain(self, input: Any, hx: Any, weights: Sequence[Tensor]) -> Any:
         """What a single call of the CPU library makes of it, if that serves; else None."""
-        states, weights = self._plain_states(hx), self._weights()
+        states = self._plain_states(hx)
         if states is None or not functional.is_plain(input, states, weights):
             return None
         found = functional.plain_cell(self._mode, input, states, weights)

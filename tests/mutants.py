@@ -323,7 +323,7 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
     "rnnfast/functional.py": [
         ("autocast is not looked at", PLAIN, 'not _is_autocast("cpu")', "True"),
         ("modes are not looked at", PLAIN, "not _dispatch_modes()", "True"),
-        ("kinds of tensors are not looked at", PLAIN, "_PLAIN_TYPES.issuperset(map(type, tensors))", "True"),
+        ("kinds of tensors are not looked at", PLAIN, "_PLAIN_TYPES.issuperset(map(type, (*hx, *weights)))", "True"),
         (
             "dropout of the input",
             "test_modules.py -k dropout",

@@ -23,7 +23,8 @@ ROOT = Path(__file__).resolve().parents[2]
 FLAGS = "-x c++ -std=c++17 -fPIC -fvisibility=hidden -Wall -Wno-unknown-pragmas -fno-strict-aliasing -ffp-contract=off"
 FLAGS += " -DTORCH_TARGET_VERSION=0x020a000000000000 -DRNNFAST_DEVICE_KEY=CPU"
 
-CPU_SOURCES = ("recurrence", "plain", "instruction_sets", "scratch", "threads")  # beside the kernels, as in setup.py
+# Beside the kernels, as in setup.py.
+CPU_SOURCES = ("recurrence", "plain", "stream", "instruction_sets", "scratch", "threads")
 
 # What UndefinedBehaviorSanitizer says of pointers, AddressSanitizer sees as soon as they are used; without it the CPU's
 # kernels compile in two minutes of ten.

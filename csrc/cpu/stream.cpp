@@ -1,0 +1,84 @@
+// Steps of a stack of layers, one at a time. rnnfast/stream.py calls these functions by ctypes, as an operator's call
+// takes longer than a small step; it has checked what it hands over.
+#include <algorithm>
+#include <numeric>
+#include <vector>
+
+#include "../ops.h"
+#include "instruction_sets.h"
+
+namespace rnnfast {
+namespace {
+
+// All that a step needs but its input. What it points to belongs to the caller.
+class Stream {
+ public:
+  // weights: of each layer w_ih, w_hh, then b_ih and b_hh if there are biases, then w_hr if there is a projection; h is
+  // [L,N,P] and c [L,N,H] or null.
+  Stream(const char* mode, int storage, int64_t layers, int64_t N, int64_t I, int64_t H, int64_t P, bool biased,
+         bool projected, void* const* weights, char* h, char* c)
+      : cell_(parse_cell(mode)), storage_(storage), order_(N), length_(N, 1), active_{N, 0}, start_{0, N} {
+    std::iota(order_.begin(), order_.end(), 0);
+    static constexpr int64_t kBytes[kStorages] = {4, 8, 2, 2};
+    for (int64_t k = 0; k < layers; k++) {
+      Forward f{};
+      f.steps = {1, N, &offset_, active_, start_, order_.data(), length_.data(), nullptr};
+      f.I = k ? P : I, f.H = H, f.P = P, f.R = N, f.D = 1, f.projected = projected;
+      f.weights[0].w_ih = *weights++, f.weights[0].w_hh = *weights++;
+      if (biased) f.weights[0].b_ih = *weights++, f.weights[0].b_hh = *weights++;
+      if (projected) f.weights[0].w_hr = *weights++;
+      // A step reads a state before it writes it, row by row, so both may be in one place; of a single step the output
+      // is the state, and it is what the layer above reads.
+      f.h0 = f.h_n = f.y = h + k * N * P * kBytes[storage];
+      if (c) f.c0 = f.c_n = c + k * N * H * kBytes[storage];
+      f.x = k ? layers_.back().y : nullptr;
+      layers_.push_back(f);
+    }
+  }
+  Stream(const Stream&) = delete;
+
+  void step(const void* x) {
+    const auto kernel = chosen_kernels().forward[cell_][storage_];
+    const int threads = torch::stable::get_num_threads();
+    layers_.front().x = x;
+    for (Forward& layer : layers_) {
+      layer.threads = threads;
+      kernel(layer);
+    }
+  }
+
+ private:
+  const CellKind cell_;
+  const int storage_;
+  std::vector<int64_t> order_, length_;
+  int64_t offset_ = 0, active_[2], start_[2];
+  std::vector<Forward> layers_;
+};
+
+}  // namespace
+}  // namespace rnnfast
+
+#define RNNFAST_EXPORT extern "C" __attribute__((visibility("default")))
+
+// Null where there is no memory, or no such cell.
+RNNFAST_EXPORT void* rnnfast_stream_new(const char* mode, int storage, int64_t layers, int64_t N, int64_t I, int64_t H,
+                                        int64_t P, int biased, int projected, void* const* weights, void* h, void* c) {
+  try {
+    return new rnnfast::Stream(mode, storage, layers, N, I, H, P, biased, projected, weights, static_cast<char*>(h),
+                               static_cast<char*>(c));
+  } catch (const std::exception&) {
+    return nullptr;
+  }
+}
+
+// Zero where it went well; else there was no memory.
+RNNFAST_EXPORT int rnnfast_stream_step(void* stream, const void* x) {
+  try {
+    static_cast<rnnfast::Stream*>(stream)->step(x);
+    return 0;
+  } catch (const std::exception&) {
+    return 1;
+  }
+}
+
+RNNFAST_EXPORT void rnnfast_stream_delete(void* stream) { delete static_cast<rnnfast::Stream*>(stream); }

@@ -1,0 +1,216 @@
+"""Recurrent layers one step at a time, for loops that have an input only when they have used the output before it."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import weakref
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .backends import BACKENDS, DTYPES
+from .convert import convert
+from .modules import _Cell, _Recurrent
+
+
+class Stream:
+    """A layer, a cell, or a sequence of such and of other modules, called for one step, that keeps the state.
+
+    ::
+
+        step = rnnfast.Stream(nn.Sequential(nn.Linear(4, 16), rnnfast.GRU(16, 16), nn.Linear(16, 2)))
+        for x in sensor:  # each [1, 4]
+            act(step(x))
+
+    It is for inference: as in eval mode, without gradients. On a CPU a step of a layer is a call of the library that
+    writes into memory made beforehand and decides nothing in Python. One thread may use it at a time.
+
+    Args:
+        module: an ``RNN``, ``LSTM``, ``GRU`` or cell of rnnfast or torch.nn, or an ``nn.Sequential`` of such and of
+            modules without a state, which get ``[N, F]``. Layers have one direction; ``batch_first`` makes no
+            difference. After a change of its weights call :meth:`refresh`.
+        batch: the number of rows, N.
+
+    Raises:
+        TypeError: the module has no recurrent layer or cell.
+        ValueError: a layer has two directions; batch is less than 1.
+    """
+
+    def __init__(self, module: nn.Module, batch: int = 1) -> None:
+        if batch < 1:
+            raise ValueError(f"rnnfast.Stream: batch has to be 1 or more, got {batch}")
+        self.module, self.batch = module, batch
+        self._steps = [_step(part, batch) for part in _parts(module)]
+        self._recurrent = [step for step in self._steps if isinstance(step, _Step)]
+        if not self._recurrent:
+            raise TypeError(f"rnnfast.Stream: {type(module).__name__} has no recurrent layer or cell to step through")
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The output of one step.
+
+        Args:
+            x: ``[N, I]``, or what the first module of a sequence takes.
+
+        Returns:
+            ``[N, P]``, or what the last module returns. That of a layer or cell is its state, in memory that the next
+            step writes again: clone what has to stay.
+
+        Raises:
+            ValueError: x has another shape, dtype or device than the weights and ``batch`` ask for.
+        """
+        if len(self._steps) == 1:
+            return self._recurrent[0](x)
+        with torch.no_grad():
+            for step in self._steps:
+                x = step(x)
+        return x
+
+    @property
+    def state(self) -> Any:
+        """As torch.nn has it: of a layer h ``[L, N, P]``, of a cell ``[N, H]``, of an LSTM (h, c); of a sequence a list
+        of these. It is the memory that steps read and write; what is assigned is copied there.
+
+        Raises:
+            ValueError: what is assigned has another shape.
+        """
+        states = [step.state for step in self._recurrent]
+        return states if isinstance(self.module, nn.Sequential) else states[0]
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        values = value if isinstance(self.module, nn.Sequential) else [value]
+        if len(values) != len(self._recurrent):
+            raise ValueError(f"rnnfast.Stream: got {len(values)} states for {len(self._recurrent)} recurrent modules")
+        for step, of_step in zip(self._recurrent, values):
+            step.put(of_step)
+
+    def reset(self, mask: Tensor | None = None) -> None:
+        """Zero the state of all rows, or of those where ``mask``, bool ``[N]``, is true.
+
+        Raises:
+            ValueError: mask has another shape or dtype.
+        """
+        if mask is not None and (mask.dtype != torch.bool or mask.shape != (self.batch,)):
+            raise ValueError(f"mask must be bool of shape [{self.batch}], got {mask.dtype} of {list(mask.shape)}")
+        for state in (state for step in self._recurrent for state in step.states):
+            state.zero_() if mask is None else state.masked_fill_(mask.to(state.device)[:, None], 0)
+
+    def refresh(self) -> None:
+        """Take over weights that have changed; the state stays."""
+        for step in self._recurrent:
+            step.refresh()
+
+    def __reduce__(self) -> Any:  # for copies and pickles: what the library holds is made anew
+        return _restored, (type(self), self.module, self.batch, [step.state for step in self._recurrent])
+
+
+def _restored(cls: type[Stream], module: nn.Module, batch: int, states: list[Any]) -> Stream:
+    stream = cls(module, batch)
+    stream.state = states if isinstance(module, nn.Sequential) else states[0]
+    return stream
+
+
+def _parts(module: nn.Module) -> list[nn.Module]:
+    if isinstance(module, nn.Sequential):
+        return [part for child in module for part in _parts(child)]
+    return [module]
+
+
+def _step(module: nn.Module, batch: int) -> Any:
+    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+        return _Step(module if isinstance(module, (_Recurrent, _Cell)) else convert(module), batch)
+    return module
+
+
+class _Step:
+    """A layer or cell of ours with its state."""
+
+    def __init__(self, module: Any, batch: int) -> None:
+        if getattr(module, "bidirectional", False):
+            raise ValueError("rnnfast.Stream: a layer of two directions needs its whole input")
+        self.module, self.is_cell = module, isinstance(module, _Cell)
+        weight = module._weights()[0]
+        self.dtype, self.device, self.shape = weight.dtype, weight.device, torch.Size((batch, weight.size(1)))
+        self.projected = getattr(module, "proj_size", 0)
+        widths = [self.projected or module.hidden_size] + [module.hidden_size] * module._has_cell_state
+        layers = () if self.is_cell else (module.num_layers,)
+        self.states = [torch.zeros(*layers, batch, width, dtype=weight.dtype, device=weight.device) for width in widths]
+        self.output = self.states[0] if self.is_cell else self.states[0][-1]
+        self._delete: Any = lambda: None
+        self.refresh()
+
+    @property
+    def state(self) -> Any:
+        return self.module._to_hidden(tuple(self.states))
+
+    def put(self, value: Any) -> None:
+        values = self.module._to_states(value)
+        if [to.shape for to in self.states] != [of.shape for of in values]:
+            shapes = [list(of.shape) for of in values], [list(to.shape) for to in self.states]
+            raise ValueError("rnnfast.Stream: got states of shapes {}, expected {}".format(*shapes))
+        for to, of in zip(self.states, values):
+            to.copy_(of.detach())
+
+    def refresh(self) -> None:
+        """Hand the weights to the library, where it serves them; the module's forward has checked them before."""
+        self._by_module(torch.zeros(self.shape, dtype=self.dtype, device=self.device))
+        self._delete()
+        self._run: Any = None
+        if self.device.type != "cpu" or self.dtype not in DTYPES or not BACKENDS["cpu"].probe(self.device).available:
+            return
+        module = self.module
+        weights = [weight.detach().contiguous() for weight in module._weights()]
+        self._kept = weights  # the library reads them where they lie
+        layers = 1 if self.is_cell else module.num_layers
+        biased = len(weights) // layers - bool(self.projected) > 2
+        h, c = (*(state.data_ptr() for state in self.states), None)[:2]
+        library = _library()
+        self._handle = library.rnnfast_stream_new(
+            (module._mode if self.is_cell else module.mode).encode(), DTYPES.index(self.dtype), layers,
+            *self.shape, module.hidden_size, self.output.size(1), biased, bool(self.projected),
+            (ctypes.c_void_p * len(weights))(*(weight.data_ptr() for weight in weights)), h, c,
+        )  # fmt: skip
+        if not self._handle:
+            raise MemoryError("rnnfast.Stream: no memory")
+        self._delete = weakref.finalize(self, library.rnnfast_stream_delete, self._handle)
+        self._run = library.rnnfast_stream_step
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.shape != self.shape or x.dtype is not self.dtype or x.device != self.device:
+            got, expected = (f"{of.dtype} {list(of.shape)} on {of.device}" for of in (x, self))
+            raise ValueError(f"rnnfast.Stream: got {got}, expected {expected}")
+        if self._run is None:
+            self.put(self._by_module(x))
+            return self.output
+        if not x.is_contiguous() or x.is_neg():
+            x = x.resolve_neg().contiguous()
+        if self._run(self._handle, x.data_ptr()):
+            raise MemoryError("rnnfast.Stream: no memory for a step")
+        return self.output
+
+    @torch.no_grad()
+    def _by_module(self, x: Tensor) -> Any:
+        """The state after a step."""
+        if self.is_cell:
+            return self.module(x, self.state)
+        training, self.module.training = self.module.training, False
+        try:
+            return self.module(x.unsqueeze(1 if self.module.batch_first else 0), self.state)[1]
+        finally:
+            self.module.training = training
+
+
+@functools.cache
+def _library() -> Any:
+    library = ctypes.CDLL(str(Path(__file__).with_name("_cpu.so")))
+    pointer, count, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    library.rnnfast_stream_new.restype = pointer
+    library.rnnfast_stream_new.argtypes = [
+        ctypes.c_char_p, flag, *[count] * 5, flag, flag, ctypes.POINTER(pointer), pointer, pointer
+    ]  # fmt: skip
+    library.rnnfast_stream_step.restype, library.rnnfast_stream_step.argtypes = flag, [pointer, pointer]
+    library.rnnfast_stream_delete.restype, library.rnnfast_stream_delete.argtypes = None, [pointer]
+    return library

@@ -1,0 +1,185 @@
+"""Streams: a step at a time, with the state inside."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from helpers import CELL_MODULES, CELLS, LAYERS, error_of, layer, pair, states_of, tensors_of
+from torch import Tensor, nn
+
+import rnnfast
+from rnnfast import stream as streams
+
+
+def assert_states(actual: Any, expected: Any, **tolerance: float) -> None:
+    assert type(actual) is type(expected)
+    for a, e in zip(tensors_of(actual), tensors_of(expected), strict=True):
+        torch.testing.assert_close(a, e, **tolerance)
+
+
+@pytest.fixture(params=[True, False], ids=["by the library", "by the module"])
+def by_library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the library serves the steps, as it does wherever there is one."""
+    if not request.param:
+        monkeypatch.setattr(streams, "DTYPES", ())
+    elif not rnnfast.backends()["cpu"].available:
+        pytest.skip("the native library is not built")
+    return request.param
+
+
+@pytest.mark.parametrize("batch", [1, 3, 9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("cell", CELLS)
+def test_layers(cell: str, layers: int, dtype: torch.dtype, batch: int, by_library: bool) -> None:
+    """Steps give what the whole sequence gives."""
+    module = layer(cell, 17, 4, dtype, num_layers=layers, bias=layers > 1, dropout=0.5 if layers > 1 else 0.0)
+    x, hx = torch.randn(5, batch, 4, dtype=dtype), states_of(module, batch)
+    hx = tuple(t.to(dtype) for t in hx) if isinstance(hx, tuple) else hx.to(dtype)
+    step = rnnfast.Stream(module, batch)
+    step.state = hx
+    outputs = torch.stack([step(of_step).clone() for of_step in x])
+    with torch.no_grad(), rnnfast.use_backend("reference"):
+        expected, final = module.eval()(x, hx)
+    bounds = {"rtol": 3e-2, "atol": 3e-2} if dtype.itemsize == 2 else {}
+    torch.testing.assert_close(outputs, expected, **bounds)
+    assert_states(step.state, final, **bounds)
+    assert (step._recurrent[0]._run is not None) == by_library
+
+
+@pytest.mark.parametrize("library", [nn, rnnfast], ids=["torch.nn", "rnnfast"])
+@pytest.mark.parametrize("name", CELL_MODULES)
+def test_cells(name: str, library: Any, by_library: bool) -> None:
+    module, x = getattr(library, name)(4, 5), torch.randn(4, 2, 4)
+    step, hx = rnnfast.Stream(module, 2), None
+    for of_step in x:
+        output = step(of_step)
+        hx = module(of_step, hx)
+        torch.testing.assert_close(output, hx[0] if isinstance(hx, tuple) else hx)
+        assert_states(step.state, hx)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_torchs_layers(name: str) -> None:
+    theirs, _ = pair(name, 4, 5, 2, batch_first=True)
+    x = torch.randn(2, 3, 4)
+    step = rnnfast.Stream(theirs, 2)
+    outputs = torch.stack([step(of_step).clone() for of_step in x.unbind(1)], 1)
+    torch.testing.assert_close(outputs, theirs(x)[0])
+
+
+def test_sequences(by_library: bool) -> None:
+    """Of modules with and without a state."""
+    model = nn.Sequential(nn.Embedding(9, 4), nn.Sequential(rnnfast.GRU(4, 5), nn.LayerNorm(5)), rnnfast.LSTMCell(5, 3))
+    tokens = torch.randint(9, (6, 2))
+    step, hx = rnnfast.Stream(model, 2), None
+    h, _ = model[1][0](model[0](tokens))
+    for of_step, tokens_of_step in zip(model[1][1](h), tokens):
+        hx = model[2](of_step, hx)
+        torch.testing.assert_close(step(tokens_of_step), hx[0])
+    of_gru, of_cell = step.state
+    torch.testing.assert_close(of_gru, h[-1:])
+    assert_states(of_cell, hx)
+    assert not step(tokens[0]).requires_grad
+
+
+def test_layouts_of_input() -> None:
+    module = rnnfast.GRU(4, 5)
+    x = torch.randn(2, 4)
+    expected = rnnfast.Stream(module, 2)(x)
+    for same in (x.t().contiguous().t(), torch._neg_view(-x), x.clone().requires_grad_()):
+        assert torch.equal(rnnfast.Stream(module, 2)(same), expected)
+
+
+def test_reset_and_state() -> None:
+    module, x = rnnfast.LSTM(4, 5), torch.randn(3, 4)
+    step = rnnfast.Stream(module, 3)
+    first = step(x).clone()
+    step(x)
+    before = [t.clone() for t in step.state]
+    step.reset(torch.tensor([True, False, True]))
+    for now, old in zip(step.state, before):
+        assert torch.equal(now[:, 1], old[:, 1])
+        assert not now[:, [0, 2]].any()
+    step.reset()
+    assert torch.equal(step(x), first)
+    h, _ = step.state
+    assert step(x).data_ptr() == h.data_ptr()  # the output is the state, which stays where it is
+
+
+def test_refresh() -> None:
+    module, x = rnnfast.GRU(4, 5).requires_grad_(False), torch.randn(1, 4)
+    step = rnnfast.Stream(module)
+    module.weight_ih_l0 = nn.Parameter(torch.randn(4, 15).t())
+    module.bias_hh_l0.add_(1)
+    step.refresh()
+    torch.testing.assert_close(step(x), module(x)[0])
+
+
+def test_memory_outlives_the_module() -> None:
+    module, x = rnnfast.GRU(4, 300), torch.randn(1, 4)
+    expected = module(x)[0].detach()
+    step = rnnfast.Stream(module)
+    del module
+    step.module = None
+    gc.collect()
+    torch.testing.assert_close(step(x), expected)
+
+
+def test_copies() -> None:
+    step, x = rnnfast.Stream(rnnfast.LSTM(4, 5), 2), torch.randn(2, 4)
+    step(x)
+    others = [copy.deepcopy(step), copy.copy(step), pickle.loads(pickle.dumps(step))]
+    expected = step(x).clone()
+    for other in others:
+        assert torch.equal(other(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: rnnfast.Stream(nn.Linear(3, 4)), "Linear has no recurrent layer or cell"),
+        (lambda: rnnfast.Stream(rnnfast.GRU(4, 5, bidirectional=True)), "two directions"),
+        (lambda: rnnfast.Stream(rnnfast.GRU(4, 5), 0), "batch has to be 1 or more, got 0"),
+        (lambda: rnnfast.Stream(rnnfast.GRU(4, 5), 2)(torch.zeros(1, 4)), r"got torch.float32 \[1, 4\] on cpu"),
+        (lambda: rnnfast.Stream(rnnfast.GRU(4, 5))(torch.zeros(1, 4).double()), "got torch.float64"),
+        (lambda: rnnfast.Stream(rnnfast.GRU(4, 5))(torch.zeros(1, 4, device="meta")), "on meta, expected"),
+        (lambda: rnnfast.Stream(rnnfast.GRU(4, 5)).reset(torch.zeros(1)), "mask must be bool of shape"),
+        (lambda: setattr(rnnfast.Stream(rnnfast.GRU(4, 5)), "state", torch.zeros(1, 2, 5)), "states of shapes"),
+    ],
+)  # fmt: skip
+def test_mistakes(make: Any, message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        make()
+
+
+def test_wrong_weights_are_told() -> None:
+    module = rnnfast.GRU(4, 5)
+    module.weight_hh_l0 = nn.Parameter(torch.zeros(15, 4))
+    assert "shape" in str(error_of(lambda: rnnfast.Stream(module)))
+
+
+def test_dtypes_without_kernels() -> None:
+    module = rnnfast.RNN(4, 5, dtype=torch.complex64)
+    x = torch.randn(1, 4, dtype=torch.complex64)
+    torch.testing.assert_close(rnnfast.Stream(module)(x), module(x)[0])
+
+
+def test_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x = rnnfast.LSTM(64, 200), torch.randn(40, 64)
+    results: list[Tensor] = []
+    for threads in (1, 2):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            step = rnnfast.Stream(module, 40)
+            step(x)
+            results.append(step(x).clone())
+        finally:
+            torch.set_num_threads(before)
+    assert torch.equal(*results)
