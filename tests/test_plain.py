@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import CELL_MODULES, CELLS, error_of, flatten, layer, pair, states, states_of
+from helpers import CELL_MODULES, CELLS, error_of, flatten, layer, pair, states, states_of, values_and_grads
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
@@ -212,3 +212,56 @@ def test_nothing_is_kept() -> None:
         for _ in range(3):
             call()
         assert len([t for t in gc.get_objects() if isinstance(t, Tensor)]) == before
+
+
+# Single steps under autograd
+
+
+def makers(module: nn.Module, *args: Any) -> set[str]:
+    """The kinds of nodes that autograd keeps of a call."""
+    nodes, found = [t.grad_fn for _, t in flatten(module(*args))], set()
+    while nodes:
+        node = nodes.pop()
+        found.add(type(node).__name__)
+        nodes += [before for before, _ in node.next_functions if before is not None]
+    return found
+
+
+SINGLE = {
+    "RNN": ("RNN", (1, 3, 4), 5),
+    "unbatched": ("RNN", (1, 4), 5),
+    "GRU": ("GRU", (1, 3, 4), 128),
+    "RNNCell": ("RNNCell", (3, 4), 5),
+    "GRUCell": ("GRUCell", (3, 4), 128),
+    "LSTMCell": ("LSTMCell", (4,), 5),
+}
+
+
+@pytest.mark.parametrize("case", SINGLE)
+def test_single_steps_are_torchs_under_autograd(case: str) -> None:
+    name, shape, hidden = SINGLE[case]
+    theirs, ours = pair(name, 4, hidden)
+    x = torch.randn(shape)
+    for key, value in values_and_grads(theirs, x).items():
+        assert torch.equal(values_and_grads(ours, x)[key], value)
+    assert not any("_Layer" in kind for kind in makers(ours, x))
+    with rnnfast.use_backend("cpu"):
+        assert any("_Layer" in kind for kind in makers(ours, x))
+    assert "under autograd a single step is quicker by torch's" in rnnfast.explain(ours, x)[0].reason
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "hidden", "dtype"),
+    [
+        ("RNN", (2, 3, 4), 5, torch.float32),
+        ("RNN", (1, 3, 4), 5, torch.float64),
+        ("LSTM", (1, 3, 4), 5, torch.float32),
+        ("GRU", (1, 3, 4), 127, torch.float32),
+        ("GRUCell", (3, 4), 127, torch.float32),
+    ],
+)
+def test_other_steps_are_ours(name: str, shape: tuple[int, ...], hidden: int, dtype: torch.dtype) -> None:
+    module = getattr(rnnfast, name)(4, hidden, dtype=dtype)
+    x = torch.randn(shape, dtype=dtype)
+    assert any("_Layer" in kind for kind in makers(module, x))
+    assert "under autograd" not in rnnfast.explain(module, x)[0].reason
