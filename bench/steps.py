@@ -1,0 +1,118 @@
+"""Single steps on a CPU, of layers and cells, against torch.nn and onnxruntime, timed in turn: a CSV row for each case.
+
+    python bench/steps.py --threads 1 --out steps.csv
+
+Times (`ours_us`, ...) are medians over the rounds, in microseconds; `ratio_torch` is torch.nn's over ours,
+`ratio_onnxruntime` onnxruntime's over ours, and `ratio_stream` onnxruntime's over that of rnnfast.Stream. Neither of
+these two trains, and onnxruntime has no cells. A call of it takes an h_0 of zeros.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import machine
+import peers
+import torch
+from torch import nn
+
+import rnnfast
+
+NAMES = ("RNNCell", "GRUCell", "LSTMCell", "RNN", "GRU", "LSTM")
+COLUMNS = ["machine", "versions", "commit", "threads", "name", "mode", "N", "H", "ours_us", "torch_us", "stream_us"]
+COLUMNS += ["onnxruntime_us", "ratio_torch", "ratio_onnxruntime", "ratio_stream"]
+BURST = 0.006  # seconds that one contender runs before the next one has its turn
+
+
+def contenders(name: str, mode: str, N: int, H: int, threads: int) -> dict[str, Callable[[], object]]:
+    torch.manual_seed(0)
+    theirs = getattr(nn, name)(H, H)
+    ours = getattr(rnnfast, name)(H, H)
+    ours.load_state_dict(theirs.state_dict())
+    of_cell = torch.randn(N, H)
+    x = of_cell if name.endswith("Cell") else of_cell[None]
+    first = lambda output: output[0] if isinstance(output, tuple) else output
+    assert torch.allclose(first(ours(x)), first(theirs(x)), atol=1e-5)
+    if mode == "train":
+        d_output = torch.randn_like(x)
+        return {
+            "ours": lambda: first(ours(x)).backward(d_output),
+            "torch": lambda: first(theirs(x)).backward(d_output),
+        }
+    found = {"ours": lambda: ours(x), "torch": lambda: theirs(x)}
+    step = rnnfast.Stream(ours, N)
+    found["stream"] = lambda: step(of_cell)
+    if not name.endswith("Cell"):
+        runners, given = peers.runners(theirs, 1, N, threads), x.numpy()
+        if "onnxruntime" in runners:
+            found["onnxruntime"] = lambda: runners["onnxruntime"](given)
+    return found
+
+
+def timed(call: Callable[[], object], count: int) -> float:
+    start = time.perf_counter()
+    for _ in range(count):
+        call()
+    return (time.perf_counter() - start) / count
+
+
+def medians(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Microseconds of a call of each; in every round each has its turn."""
+    counts = {}
+    for name, call in calls.items():
+        timed(call, 3)
+        counts[name] = max(1, int(BURST / timed(call, 3)))
+    times = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            times[name].append(timed(call, counts[name]))
+    return {name: statistics.median(of) * 1e6 for name, of in times.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    add = parser.add_argument
+    add("--names", nargs="+", default=list(NAMES), choices=NAMES)
+    add("--modes", nargs="+", default=["infer", "train"], choices=["infer", "train"])
+    add("--batches", nargs="+", type=int, default=[1, 8, 64], metavar="N")
+    add("--hidden", nargs="+", type=int, default=[16, 64, 256], metavar="H")
+    add("--threads", type=int, default=1)
+    add("--rounds", type=int, default=15)
+    add("--out", type=Path, metavar="FILE", help="where to write the rows; else they are printed")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    head = machine.describe("cpu") | {"threads": options.threads}
+    with options.out.open("w", newline="") if options.out else sys.stdout as out:
+        writer = csv.DictWriter(out, COLUMNS)
+        writer.writeheader()
+        for mode in options.modes:
+            logs = []
+            for name, N, H in itertools.product(options.names, options.batches, options.hidden):
+                with torch.set_grad_enabled(mode == "train"):
+                    found = medians(contenders(name, mode, N, H, options.threads), options.rounds)
+                ratios = {"ratio_torch": found["torch"] / found["ours"]}
+                if "onnxruntime" in found:
+                    ratios["ratio_onnxruntime"] = found["onnxruntime"] / found["ours"]
+                    ratios["ratio_stream"] = found["onnxruntime"] / found["stream"]
+                row = head | {"name": name, "mode": mode, "N": N, "H": H}
+                row |= {f"{key}_us": f"{value:.1f}" for key, value in found.items()}
+                writer.writerow(row | {key: f"{value:.2f}" for key, value in ratios.items()})
+                out.flush()
+                logs.append(math.log(ratios["ratio_torch"]))
+            mean, least = (math.exp(value) for value in (statistics.fmean(logs), min(logs)))
+            print(
+                f"{mode}: {mean:.2f} times as fast as torch.nn in the geometric mean, {least:.2f} at least",
+                file=sys.stderr,
+            )
+
+
+if __name__ == "__main__":
+    main()
