@@ -61,6 +61,18 @@ def test_table_plot_and_comparison(tmp_path):
     assert "1.00x" in _run("compare.py", table, table).splitlines()[-1]
 
 
+def test_single_steps(tmp_path):
+    sizes = ("--names", "GRUCell", "LSTM", "--batches", "2", "--hidden", "5", "--rounds", "1")
+    _run("steps.py", *sizes, "--out", tmp_path / "steps.csv")
+    with (tmp_path / "steps.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["name"], row["mode"]) for row in rows] == [
+        (name, mode) for mode in ("infer", "train") for name in ("GRUCell", "LSTM")
+    ]
+    assert all(float(row["ratio_torch"]) > 0 for row in rows)
+    assert [bool(row["stream_us"]) for row in rows] == [True, True, False, False]
+
+
 @pytest.mark.gpu
 def test_columns_of_a_gpu(tmp_path):
     table = tmp_path / "table.csv"
