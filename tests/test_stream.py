@@ -183,3 +183,16 @@ def test_threads(monkeypatch: pytest.MonkeyPatch) -> None:
         finally:
             torch.set_num_threads(before)
     assert torch.equal(*results)
+
+
+def test_another_instruction_set() -> None:
+    """Packed weights are of the kernels that made them."""
+    best = torch.ops.rnnfast.cpu_isa(None)
+    module, x = rnnfast.LSTM(70, 40, 2, proj_size=20), torch.randn(4, 9, 70)
+    expected, step = module(x)[0], rnnfast.Stream(module, 9)
+    try:
+        for isa, of_step, of_sequence in zip((best, 0, best, best), x, expected):
+            torch.ops.rnnfast.cpu_isa(isa)
+            torch.testing.assert_close(step(of_step), of_sequence)
+    finally:
+        torch.ops.rnnfast.cpu_isa(best)

@@ -26,13 +26,14 @@ class ForwardPass {
         gates(f.H, G),
         outputs(f.P),
         projected(f.projected),
-        packed(f.R > kUnpackedRows),
+        packed(is_packed(f)),
         teams(f, gates, Cost::of<Exact>()),
         chunk(max(1, min(f.steps.T,
                          max(kChunkBytes / int64_t(gates.width() * sizeof(Sum)), kChunkRows) / max(1, teams.rows())))),
-        w_ih(packed ? f.D * gates.width() * Exact::column(f.I) : 0),
-        w_hh(packed ? f.D * gates.width() * Exact::column(f.P) : 0),
-        w_hr(packed && projected ? f.D * outputs.width() * Exact::column(f.H) : 0),
+        own(f.kept ? 0 : kept_bytes(f) / sizeof(typename Exact::Element)),
+        w_ih(f.kept ? static_cast<Elements<Exact>>(f.kept) : own),
+        w_hh(packed ? w_ih + f.D * gates.width() * Exact::column(f.I) : nullptr),
+        w_hr(packed ? w_hh + f.D * gates.width() * Exact::column(f.P) : nullptr),
         b_ih(f.D * gates.width()),
         b_hh(f.D * gates.width()),
         xs(group_rows() * chunk * Exact::row(f.I)),
@@ -42,12 +43,20 @@ class ForwardPass {
         cs(Cell::kHasCell ? group_rows() * Plain<Sum>::row(f.H) : 0),
         bases(teams.groups() * (f.steps.T + 1)) {}
 
+  // Of the packed weights.
+  static size_t kept_bytes(const Forward& f) {
+    if (!is_packed(f)) return 0;
+    const int64_t width = Panels<Sum>(f.H, G).width() * (Exact::column(f.I) + Exact::column(f.P));
+    const int64_t projection = f.projected ? Panels<Sum>(f.P).width() * Exact::column(f.H) : 0;
+    return f.D * (width + projection) * sizeof(typename Exact::Element);
+  }
+
   void run() {
     for (int d = 0; d < f.D; d++) {
       pack_vector(b_ih + d * gates.width(), static_cast<const Stored*>(f.weights[d].b_ih), gates);
       pack_vector(b_hh + d * gates.width(), static_cast<const Stored*>(f.weights[d].b_hh), gates);
     }
-    if (packed) pack();
+    if (packed && !f.packed) pack();
     teams.run([&](const auto& each) { sweep(each); });
   }
 
@@ -70,6 +79,8 @@ class ForwardPass {
           c(p.cs + (Cell::kHasCell ? g * p.teams.rows() * Plain<Sum>::row(p.f.H) : 0)),
           base(p.bases + g * (p.f.steps.T + 1)) {}
   };
+
+  static bool is_packed(const Forward& f) { return f.R > kUnpackedRows; }
 
   int64_t group_rows() const { return teams.groups() * teams.rows(); }
 
@@ -321,8 +332,9 @@ class ForwardPass {
   const Panels<Sum> gates, outputs;
   const bool projected, packed;
   const Teams teams;
-  const int64_t chunk;  // steps
-  Buffer<typename Exact::Element> w_ih, w_hh, w_hr;
+  const int64_t chunk;                  // steps
+  Buffer<typename Exact::Element> own;  // packed weights, unless the caller keeps them
+  const Elements<Exact> w_ih, w_hh, w_hr;
   Buffer<Sum> b_ih, b_hh;
   Buffer<typename Exact::Element> xs;
   Buffer<Sum> projections;

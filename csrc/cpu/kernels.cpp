@@ -30,14 +30,22 @@ void forward(const Forward& f) {
 }
 
 template <class Cell, class Stored>
+size_t kept_bytes(const Forward& f) {
+  size_t bytes = 0;
+  with_math<Stored>(f, [&](auto math) { bytes = ForwardPass<Cell, Stored, decltype(math)>::kept_bytes(f); });
+  return bytes;
+}
+
+template <class Cell, class Stored>
 void backward(const Backward& f) {
   with_math<Stored>(f, [&](auto math) { backward_pass<Cell, Stored, decltype(math)>(f); });
 }
 
 template <class Stored>
 constexpr void add(Kernels& table, Storage storage) {
-#define RNNFAST_ADD(Cell) \
-  table.forward[k##Cell][storage] = forward<Cell, Stored>, table.backward[k##Cell][storage] = backward<Cell, Stored>;
+#define RNNFAST_ADD(Cell)                                                                                             \
+  table.forward[k##Cell][storage] = forward<Cell, Stored>, table.backward[k##Cell][storage] = backward<Cell, Stored>, \
+  table.kept_bytes[k##Cell][storage] = kept_bytes<Cell, Stored>;
   RNNFAST_CELLS(RNNFAST_ADD)
 #undef RNNFAST_ADD
 }

@@ -64,6 +64,8 @@ struct Forward : Layer {
   void* c_n;    // [D,N,H]
   void* c;      // [R,D*H]    or null
   void* gates;  // [D,R,S*H]  or null
+  void* kept;   // memory for packed weights that outlives the call, of kept_bytes, or null
+  bool packed;  // whether they are there, of a call before with the same kernels, weights and sizes
 };
 
 struct Backward : Layer {
@@ -84,6 +86,7 @@ struct Backward : Layer {
 struct Kernels {
   void (*forward[kCellKinds][kStorages])(const Forward&);
   void (*backward[kCellKinds][kStorages])(const Backward&);
+  size_t (*kept_bytes[kCellKinds][kStorages])(const Forward&);  // 0 where weights are read as they lie
 };
 
 namespace portable {

@@ -37,22 +37,44 @@ class Stream {
   }
   Stream(const Stream&) = delete;
 
+  ~Stream() { free_kept(); }
+
   void step(const void* x) {
-    const auto kernel = chosen_kernels().forward[cell_][storage_];
+    const Kernels& kernels = chosen_kernels();
+    if (kept_by_ != &kernels) make_room(kernels);
     const int threads = torch::stable::get_num_threads();
     layers_.front().x = x;
     for (Forward& layer : layers_) {
       layer.threads = threads;
-      kernel(layer);
+      kernels.forward[cell_][storage_](layer);
+      layer.packed = layer.kept;
     }
   }
 
  private:
+  // For packed weights: each instruction set packs in its own way.
+  void make_room(const Kernels& kernels) {
+    free_kept();
+    for (Forward& layer : layers_) {
+      if (const size_t bytes = kernels.kept_bytes[cell_][storage_](layer)) layer.kept = allocate(bytes);
+    }
+    kept_by_ = &kernels;
+  }
+
+  void free_kept() {
+    kept_by_ = nullptr;
+    for (Forward& layer : layers_) {
+      release(layer.kept);
+      layer.kept = nullptr, layer.packed = false;
+    }
+  }
+
   const CellKind cell_;
   const int storage_;
   std::vector<int64_t> order_, length_;
   int64_t offset_ = 0, active_[2], start_[2];
   std::vector<Forward> layers_;
+  const Kernels* kept_by_ = nullptr;  // whose packed weights the layers have
 };
 
 }  // namespace
