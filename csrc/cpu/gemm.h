@@ -294,10 +294,17 @@ void product_unpacked(Left<Plain<Sum>> a, int64_t M, const Stored* w, const Pane
     const int lanes = panels.lanes(p, v);
     const Stored* from = w + panels.column(p, v) * K;
     for (int64_t i = 0; i < M; i++) {
+      const Sum* left = a.from(i).data;
       Vec<Sum> sums[U] = {};
-      for (int64_t k = 0; k < K; k += U) {
+      int64_t k = 0;
+      for (; lanes == U && k + U <= K; k += U) {  // without branches
+        const Vec<Sum> row = load(left + k);
+#pragma GCC unroll 16
+        for (int j = 0; j < U; j++) sums[j] = sums[j] + row * load(from + j * K + k);
+      }
+      for (; k < K; k += U) {
         const int n = min(U, K - k);
-        const Vec<Sum> row = load(a.from(i).data + k, n);
+        const Vec<Sum> row = load(left + k, n);
 #pragma GCC unroll 16
         for (int j = 0; j < U; j++) {
           if (j < lanes) sums[j] = sums[j] + row * load(from + j * K + k, n);

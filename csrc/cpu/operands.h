@@ -205,17 +205,29 @@ void pack_transposed(typename Format::Element* packed, const Stored* w, int64_t 
   for (int v = 0; v < V; v++) {
     const int lanes = panels.lanes(p, v);
     const Stored* from = w + panels.column(p, v) * K;
-    for (int64_t k = 0; k < Format::column(K) / Format::kParts; k += U) {
-      const int n = max(0, min(U, K - k));
+    // A square of `n` columns from k on; whole ones have no branches.
+    const auto pack_square = [&](auto whole, int64_t k, int n) {
+      constexpr bool kWhole = decltype(whole)::value;
       Vec<Sum> square[U];
 #pragma GCC unroll 16
-      for (int i = 0; i < U; i++) square[i] = i < lanes && n ? load(from + i * K + k, n) : Vec<Sum>(0);
+      for (int i = 0; i < U; i++) {
+        if constexpr (kWhole) {
+          square[i] = load(from + i * K + k);
+        } else {
+          square[i] = i < lanes && n ? load(from + i * K + k, n) : Vec<Sum>(0);
+        }
+      }
       transpose(square);
 #pragma GCC unroll 16
       for (int i = 0; i < U; i += 2) {
-        if (i < n || Format::kAlign > U) Format::put_pair(panel, K, V, v, k + i, square[i], square[i + 1]);
+        if (kWhole || i < n || Format::kAlign > U) {
+          Format::put_pair(panel, K, V, v, k + i, square[i], square[i + 1]);
+        }
       }
-    }
+    };
+    int64_t k = 0;
+    for (; lanes == U && k + U <= K; k += U) pack_square(std::true_type(), k, U);
+    for (; k < Format::column(K) / Format::kParts; k += U) pack_square(std::false_type(), k, max(0, min(U, K - k)));
   }
 }
 
