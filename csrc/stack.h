@@ -5,6 +5,7 @@
 // looks at any of them: an exception then frees them all.
 #pragma once
 
+#include <torch/csrc/stable/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -27,7 +28,16 @@ class Stack {
   Tensor tensor() { return take<Tensor>(); }
   OptionalTensor optional_tensor() { return take<OptionalTensor>(); }
   std::vector<Tensor> tensors() { return take<std::vector<Tensor>>(); }
-  std::string text() { return take<std::string>(); }
+  std::string text() {  // torch's own conversion to std::string leaks one
+    const auto handle = take<StringHandle>();
+    size_t length = 0;
+    const char* data = nullptr;
+    TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+    TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
+    std::string text(data, length);
+    TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+    return text;
+  }
   int64_t number() { return take<int64_t>(); }
   bool flag() { return take<bool>(); }
 

@@ -236,6 +236,11 @@ def circumstances() -> Circumstances:
     return Circumstances(*found) if any(found) else USUAL
 
 
+def is_forced() -> bool:
+    """Whether use_backend has chosen for a call made now, outside of compiled code."""
+    return _asked_for.here is not _asked_for
+
+
 def is_recorded() -> bool:
     """Whether torch.jit or torch.onnx record a graph, which is to run where rnnfast is not installed."""
     return _tracing_state() is not None or onnx.is_exporting()

@@ -55,7 +55,8 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> Explanation:
         input = args[0] if args else call_kwargs["input"]
         data = input.data if isinstance(input, PackedSequence) else input
         extended = call_kwargs.get("resets") is not None or call_kwargs.get("return_states", False)
-        found.append(_choice(names[module], module, data, _batch(module, input), extended, _steps(module, input)))
+        steps = _steps(module, input) if call_kwargs.get("lengths") is None else None
+        found.append(_choice(names[module], module, data, _batch(module, input), extended, steps))
 
     if not (inputs or kwargs):
         for module, name in names.items():
@@ -103,7 +104,8 @@ def _choice(
     mode = module.mode if isinstance(module, _Recurrent) else module._mode
     sizes = module.hidden_size, batch, getattr(module, "bidirectional", False), getattr(module, "proj_size", 0) > 0
     backend, reason = choose_backend(circumstances(), mode, data.device, dtype, *sizes, extended)
-    if backend == "cpu" and steps == 1 and not extended:
+    is_derived = any(parameter.requires_grad for parameter in module.parameters())
+    if backend == "cpu" and steps == 1 and not extended and is_derived:
         with torch.enable_grad():
             if module._is_quicker_by_torch(data):
                 reason += "; under autograd a single step is quicker by torch's, which serve it"

@@ -43,9 +43,6 @@ class _Module(nn.Module):
         if _symbolic_trace._is_fx_tracing_flag and (proxy := _proxy_among((*args, *kwargs.values()))) is not None:
             path = proxy.tracer.path_of_module(self)  # type: ignore[attr-defined]  # a Tracer's, to which modules belong
             return proxy.tracer.create_proxy("call_module", path, args, kwargs)
-        if self._compiled_call_impl is None:
-            # Without the frame of nn.Module.__call__, which does no more.
-            return self._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
         return nn.Module.__call__(self, *args, **kwargs)
 
     def _is_quicker_by_torch(self, input: Any) -> bool:

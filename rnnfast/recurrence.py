@@ -109,8 +109,15 @@ def _layer_backward(ctx: Any, grads: OutputGradients, needs: Inputs) -> Any:
     # Only a derivative of this backward needs a Function; torch.compile wants none where there is no derivative.
     is_transformed = torch._C._are_functorch_transforms_active()
     twice = torch.is_grad_enabled() or is_transformed
-    is_plain = ctx.backend == "cpu" and grads.dc is None and not is_transformed and not torch.compiler.is_compiling()
-    if twice and is_plain and aten.can_derive(layer_inputs):
+    if (
+        torch.is_grad_enabled()
+        and not is_transformed
+        and not torch.compiler.is_compiling()
+        and ctx.backend == "cpu"
+        and grads.dc is None
+        and (grads.dy is not None or grads.dh_n is not None)
+        and aten.can_derive(layer_inputs)
+    ):
         return _derivable_backward(layer_inputs, grads, needs)
     if ctx.recompute:
         is_kept = not HAS_CELL_STATE[layer_inputs.mode] or c.dim() > 1
@@ -131,7 +138,11 @@ def _layer_backward(ctx: Any, grads: OutputGradients, needs: Inputs) -> Any:
 def _derivable_backward(inputs: Inputs, grads: OutputGradients, needs: Inputs) -> Any:
     """As ``_layer_backward``, through torch's own operators: quicker to derive than step by step in Python."""
     flat, wanted = list(inputs.flat()), [i for i, need in enumerate(needs.flat()) if need]
-    pairs = [pair for pair in zip(aten.derivable(inputs), grads) if pair[1] is not None]
+    for (
+        i
+    ) in wanted:  # the gradient is to end here, and not to go on to what the tensor was made of, or through its hooks
+        flat[i] = flat[i].view_as(flat[i])
+    pairs = [pair for pair in zip(aten.derivable(Inputs.of_flat(flat)), grads) if pair[1] is not None]
     outputs, of_outputs = zip(*pairs)
     found = torch.autograd.grad(outputs, [flat[i] for i in wanted], of_outputs, create_graph=True, allow_unused=True)
     gradients: list[Any] = [None] * len(flat)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import functools
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .backends import BACKENDS, DTYPES
-from .convert import convert
-from .modules import _Cell, _Recurrent
+from .backends import BACKENDS, DTYPES, is_forced
+from .modules import OURS, _Cell, _Recurrent
+
+_TYPES = (Tensor, nn.Parameter)
+_dispatch_modes, _tracing_state = torch._C._len_torch_dispatch_stack, torch._C._get_tracing_state
+_increment_version: Callable[[Any], None] = torch._C._increment_version
 
 
 class Stream:
@@ -25,24 +30,25 @@ class Stream:
         for x in sensor:  # each [1, 4]
             act(step(x))
 
-    It is for inference: as in eval mode, without gradients. On a CPU a step of a layer is a call of the library that
-    writes into memory made beforehand and decides nothing in Python. One thread may use it at a time.
+    It is for inference, without gradients and autocast, and puts the module into eval mode. On a CPU a step of a layer
+    is a call of the library, which writes into memory made beforehand and decides next to nothing in Python. One thread
+    may use it at a time.
 
     Args:
         module: an ``RNN``, ``LSTM``, ``GRU`` or cell of rnnfast or torch.nn, or an ``nn.Sequential`` of such and of
             modules without a state, which get ``[N, F]``. Layers have one direction; ``batch_first`` makes no
-            difference. After a change of its weights call :meth:`refresh`.
+            difference. A copy of their weights is kept: after a change call :meth:`refresh`.
         batch: the number of rows, N.
 
     Raises:
-        TypeError: the module has no recurrent layer or cell.
+        TypeError: the module has no recurrent layer or cell, or one of them has a forward or hooks of its own.
         ValueError: a layer has two directions; batch is less than 1.
     """
 
     def __init__(self, module: nn.Module, batch: int = 1) -> None:
         if batch < 1:
             raise ValueError(f"rnnfast.Stream: batch has to be 1 or more, got {batch}")
-        self.module, self.batch = module, batch
+        self.module, self.batch = module.eval(), batch
         self._steps = [_step(part, batch) for part in _parts(module)]
         self._recurrent = [step for step in self._steps if isinstance(step, _Step)]
         if not self._recurrent:
@@ -64,8 +70,10 @@ class Stream:
         if len(self._steps) == 1:
             return self._recurrent[0](x)
         with torch.no_grad():
-            for step in self._steps:
+            for step, reader in zip(self._steps, [*self._steps[1:], None]):
                 x = step(x)
+                if isinstance(step, _Step) and reader is not None and not isinstance(reader, _Step):
+                    x = x.clone()  # the state is not for others, who may work in place
         return x
 
     @property
@@ -114,15 +122,26 @@ def _restored(cls: type[Stream], module: nn.Module, batch: int, states: list[Any
 
 
 def _parts(module: nn.Module) -> list[nn.Module]:
-    if isinstance(module, nn.Sequential):
+    if type(module) is nn.Sequential:
         return [part for child in module for part in _parts(child)]
     return [module]
 
 
 def _step(module: nn.Module, batch: int) -> Any:
-    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
-        return _Step(module if isinstance(module, (_Recurrent, _Cell)) else convert(module), batch)
-    return module
+    return _Step(_ours(module), batch) if isinstance(module, (nn.RNNBase, nn.RNNCellBase)) else module
+
+
+def _ours(module: nn.Module) -> Any:
+    """The module, or, of one of torch.nn's, a module of ours with its very Parameters."""
+    of_torch = next((ours for ours in OURS if type(module).forward is getattr(nn, ours.__name__).forward), None)
+    own = of_torch is None and type(module).forward not in (_Recurrent.forward, _Cell.forward)
+    if own or module._forward_hooks or module._forward_pre_hooks:
+        raise TypeError(f"rnnfast.Stream: {type(module).__name__} has a forward or hooks of its own")
+    if of_torch is None:
+        return module
+    twin = copy.copy(module)
+    twin.__class__ = of_torch
+    return twin
 
 
 class _Step:
@@ -137,7 +156,10 @@ class _Step:
         self.projected = getattr(module, "proj_size", 0)
         widths = [self.projected or module.hidden_size] + [module.hidden_size] * module._has_cell_state
         layers = () if self.is_cell else (module.num_layers,)
-        self.states = [torch.zeros(*layers, batch, width, dtype=weight.dtype, device=weight.device) for width in widths]
+        with torch.inference_mode(False):
+            self.states = [
+                torch.zeros(*layers, batch, width, dtype=weight.dtype, device=weight.device) for width in widths
+            ]
         self.output = self.states[0] if self.is_cell else self.states[0][-1]
         self._delete: Any = lambda: None
         self.refresh()
@@ -151,8 +173,8 @@ class _Step:
         if [to.shape for to in self.states] != [of.shape for of in values]:
             shapes = [list(of.shape) for of in values], [list(to.shape) for to in self.states]
             raise ValueError("rnnfast.Stream: got states of shapes {}, expected {}".format(*shapes))
-        for to, of in zip(self.states, values):
-            to.copy_(of.detach())
+        for to, of in zip(self.states, [of.detach().clone() for of in values]):  # they may be our own
+            to.copy_(of)
 
     def refresh(self) -> None:
         """Hand the weights to the library, where it serves them; the module's forward has checked them before."""
@@ -162,11 +184,14 @@ class _Step:
         if self.device.type != "cpu" or self.dtype not in DTYPES or not BACKENDS["cpu"].probe(self.device).available:
             return
         module = self.module
-        weights = [weight.detach().contiguous() for weight in module._weights()]
-        self._kept = weights  # the library reads them where they lie
+        # The library reads weights where they lie: no others than these, which nobody else can move or free.
+        weights = [weight.detach().clone(memory_format=torch.contiguous_format) for weight in module._weights()]
+        self._kept, self._places = weights, self._places_of_states()
+        if any(state.untyped_storage().nbytes() < state.numel() * state.element_size() for state in self.states):
+            raise RuntimeError("rnnfast.Stream: the memory of the state was taken away")
         layers = 1 if self.is_cell else module.num_layers
         biased = len(weights) // layers - bool(self.projected) > 2
-        h, c = (*(state.data_ptr() for state in self.states), None)[:2]
+        h, c = (*self._places, None)[:2]
         library = _library()
         self._handle = library.rnnfast_stream_new(
             (module._mode if self.is_cell else module.mode).encode(), DTYPES.index(self.dtype), layers,
@@ -182,14 +207,20 @@ class _Step:
         if x.shape != self.shape or x.dtype is not self.dtype or x.device != self.device:
             got, expected = (f"{of.dtype} {list(of.shape)} on {of.device}" for of in (x, self))
             raise ValueError(f"rnnfast.Stream: got {got}, expected {expected}")
-        if self._run is None:
+        if self._run is None or type(x) not in _TYPES or _dispatch_modes() or _tracing_state() or is_forced():
             self.put(self._by_module(x))
             return self.output
+        if self._places != self._places_of_states():  # as share_memory_() moves them
+            self.refresh()
         if not x.is_contiguous() or x.is_neg():
             x = x.resolve_neg().contiguous()
         if self._run(self._handle, x.data_ptr()):
             raise MemoryError("rnnfast.Stream: no memory for a step")
+        _increment_version(self.states)  # so that autograd knows what has saved the output
         return self.output
+
+    def _places_of_states(self) -> list[int]:
+        return [state.data_ptr() for state in self.states]
 
     @torch.no_grad()
     def _by_module(self, x: Tensor) -> Any:

@@ -554,6 +554,42 @@ def test_cell_as_a_loop_trains(name: str) -> None:
     assert train(ours, x) == pytest.approx(train(theirs, x), rel=1e-11)
 
 
+CONNECTED = {
+    "chunks": lambda m, x: (lambda y, h: torch.cat([y, m(x[2:], h)[0]]))(*m(x[:2])),
+    "twice": lambda m, x: m(m(x)[0])[0],
+    "state of the input": lambda m, x: m(x, x[:1] * 2)[0],
+    "final state alone": lambda m, x: m(x)[1],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("how", [*CONNECTED, "tied weights", "hooks"])
+@pytest.mark.parametrize("name", ["RNN", "GRU"])
+def test_second_derivatives_of_connected_calls(name: str, how: str, dtype: torch.dtype) -> None:
+    """The gradient of a call ends at its inputs, whatever these were made of."""
+    pairs = pair(name, 3, 3, dtype=dtype)
+    x = torch.randn(4, 2, 3, dtype=dtype)
+
+    def derivatives(module: nn.Module) -> list[Tensor]:
+        call = CONNECTED.get(how, CONNECTED["twice"])
+        if how == "tied weights":
+            module.bias_hh_l0 = module.bias_ih_l0
+        of_x = x.clone().requires_grad_()
+        read = of_x.sin()
+        if how == "hooks":
+            module.weight_hh_l0.register_hook(lambda grad: grad * 2)
+            read.register_hook(lambda grad: grad * 3)
+            read.retain_grad()
+        asked = [of_x, *module.parameters()]
+        first = torch.autograd.grad(call(module, read).square().sum(), asked, create_graph=True)
+        second = torch.autograd.grad(sum(t.square().sum() for t in first), asked)
+        return [*first, *second]
+
+    theirs, ours = map(derivatives, pairs)
+    for a, e in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, e, **({"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {}))
+
+
 @pytest.mark.parametrize("form", ["rectangular", "packed", "lengths"])
 @pytest.mark.parametrize("name", LAYERS)
 def test_third_derivatives(name: str, form: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -201,6 +202,31 @@ def test_layers_of_several_sizes_are_none() -> None:
     other = of((16, 3), (3, 4), (16, 3), (16, 2), (2, 4))
     assert len(ops.PLAIN_STACK("LSTM", x, None, None, names, same, 2, False, False)) == 3
     assert ops.PLAIN_STACK("LSTM", x, None, None, names, other, 2, False, False) == []
+
+
+class Mallinfo(ctypes.Structure):
+    """What the GNU C library says of its heap."""
+
+    _fields_ = [(f"of_no_interest_{i}", ctypes.c_size_t) for i in range(7)]
+    _fields_ += [("in_use", ctypes.c_size_t), ("free", ctypes.c_size_t), ("releasable", ctypes.c_size_t)]
+
+
+@torch.no_grad()
+def test_no_memory_is_lost() -> None:
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallinfo2"):
+        pytest.skip("this C library does not say how much memory is in use")
+    libc.mallinfo2.restype = Mallinfo
+    cell, module, x = rnnfast.GRUCell(4, 5), rnnfast.LSTM(4, 5, 2), torch.randn(3, 2, 4)
+    step = rnnfast.Stream(cell, 2)
+    calls = (lambda: cell(x[0]), lambda: module(x), lambda: module(x, lengths=torch.tensor([1, 3])), lambda: step(x[0]))
+    for call in calls:
+        for count in (200, 2000):  # the first ones fill caches
+            before = libc.mallinfo2().in_use
+            for _ in range(count):
+                call()
+            used = libc.mallinfo2().in_use - before
+        assert used < 16 * 2000
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import CELL_MODULES, CELLS, LAYERS, error_of, layer, pair, states_of, tensors_of
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import rnnfast
 from rnnfast import stream as streams
@@ -115,10 +116,108 @@ def test_reset_and_state() -> None:
 def test_refresh() -> None:
     module, x = rnnfast.GRU(4, 5).requires_grad_(False), torch.randn(1, 4)
     step = rnnfast.Stream(module)
+    before = module(x)[0].clone()
     module.weight_ih_l0 = nn.Parameter(torch.randn(4, 15).t())
     module.bias_hh_l0.add_(1)
+    torch.testing.assert_close(step(x), before)
+    step.reset()
     step.refresh()
     torch.testing.assert_close(step(x), module(x)[0])
+
+
+def test_memory_that_moves() -> None:
+    """As share_memory_() moves that of a tensor, also by a queue between processes."""
+    module, x = rnnfast.LSTM(4, 64, 2).requires_grad_(False), torch.randn(1, 4)
+    step, (expected, _) = rnnfast.Stream(module), module(x.expand(3, 1, 4))
+    outputs = [step(x).clone()]
+    for state in step.state:
+        state.share_memory_()
+    outputs.append(step(x).clone())
+    module.share_memory()
+    outputs.append(step(x).clone())
+    torch.testing.assert_close(torch.stack(outputs), expected)
+    torch.testing.assert_close(step.state[0][-1], expected[-1])
+    step.state[0].untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="memory of the state was taken away"):
+        step(x)
+
+
+def test_who_works_in_place() -> None:
+    model, x = nn.Sequential(rnnfast.GRU(4, 5), nn.ReLU(inplace=True)), torch.randn(3, 1, 4)
+    step = rnnfast.Stream(model)
+    expected, _ = model[0](x)
+    for of_step, of_sequence in zip(x, expected):
+        torch.testing.assert_close(step(of_step), of_sequence.relu())
+
+
+def test_eval_mode() -> None:
+    model = nn.Sequential(rnnfast.GRU(4, 50), nn.Dropout(0.5))
+    assert rnnfast.Stream(model)(torch.randn(1, 4)).count_nonzero() == 50
+
+
+def test_the_module_stays_what_it_is() -> None:
+    module = nn.GRU(4, 5)
+    before = dict(module.__dict__)
+    rnnfast.Stream(module)(torch.randn(1, 4))
+    assert type(module) is nn.GRU
+    assert module.__dict__ == before | {"training": False}
+
+
+class Doubled(nn.GRU):
+    def forward(self, *args: Any) -> Any:
+        output, hx = super().forward(*args)
+        return 2 * output, hx
+
+
+class Residual(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
+
+
+def test_forwards_and_hooks_of_others() -> None:
+    hooked = rnnfast.GRU(4, 5)
+    hooked.register_forward_hook(lambda *args: None)
+    for module in (Doubled(4, 5), hooked):
+        with pytest.raises(TypeError, match="a forward or hooks of its own"):
+            rnnfast.Stream(module)
+    with pytest.raises(TypeError, match="Residual has no recurrent layer"):
+        rnnfast.Stream(Residual(rnnfast.GRUCell(4, 4)))
+
+
+class Sub(Tensor):
+    pass
+
+
+def test_other_kinds_of_calls() -> None:
+    """Other tensors, modes and backends are the module's matter."""
+    module, x = rnnfast.GRU(4, 5), torch.randn(1, 4)
+    expected, step = rnnfast.Stream(module)(x), rnnfast.Stream(module)
+    for make in (lambda: step(x.as_subclass(Sub)), lambda: step(x)):
+        step.reset()
+        torch.testing.assert_close(torch.Tensor(make()), expected)
+    step.reset()
+    with rnnfast.use_backend("reference"):
+        torch.testing.assert_close(step(x), expected)
+    with FakeTensorMode() as mode, pytest.raises(Exception, match=r"(?i)fake"):
+        step(mode.from_tensor(x))
+
+
+def test_autograd_sees_that_outputs_change() -> None:
+    step, w = rnnfast.Stream(rnnfast.GRU(4, 5)), torch.randn(1, 5, requires_grad=True)
+    loss = (step(torch.randn(1, 4)) * w).sum()
+    step(torch.randn(1, 4))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_inference_mode() -> None:
+    module, x = rnnfast.LSTM(4, 5), torch.randn(1, 4)
+    with torch.inference_mode():
+        step = rnnfast.Stream(module)
+        first = step(x).clone()
+    step.reset()
+    assert torch.equal(step(x), first)
+    step.state = step.state[::-1]
 
 
 def test_memory_outlives_the_module() -> None:

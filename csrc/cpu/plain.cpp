@@ -80,7 +80,7 @@ std::vector<Tensor> run(const PlainInputs& in, int64_t layers, bool bidirectiona
     } else if (dims < batched) {
       y = empty({n.T, width}, n.dtype);
     } else if (steps_at == 1 && k == layers - 1) {
-      y = empty({n.N, n.T, width}, {width, n.N * width, 1}, n.dtype);
+      y = empty({n.N, n.T, width}, {width, std::max<int64_t>(n.N, 1) * width, 1}, n.dtype);
     } else {
       y = empty({n.T, n.N, width}, n.dtype);
     }
