@@ -178,6 +178,8 @@ class _Step:
 
     def refresh(self) -> None:
         """Hand the weights to the library, where it serves them; the module's forward has checked them before."""
+        if any(state.untyped_storage().nbytes() < state.numel() * state.element_size() for state in self.states):
+            raise RuntimeError("rnnfast.Stream: the memory of the state was taken away")
         self._by_module(torch.zeros(self.shape, dtype=self.dtype, device=self.device))
         self._delete()
         self._run: Any = None
@@ -187,8 +189,6 @@ class _Step:
         # The library reads weights where they lie: no others than these, which nobody else can move or free.
         weights = [weight.detach().clone(memory_format=torch.contiguous_format) for weight in module._weights()]
         self._kept, self._places = weights, self._places_of_states()
-        if any(state.untyped_storage().nbytes() < state.numel() * state.element_size() for state in self.states):
-            raise RuntimeError("rnnfast.Stream: the memory of the state was taken away")
         layers = 1 if self.is_cell else module.num_layers
         biased = len(weights) // layers - bool(self.projected) > 2
         h, c = (*self._places, None)[:2]
