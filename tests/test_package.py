@@ -90,6 +90,7 @@ def test_public_names() -> None:
         "GRUCell",
         "LSTMCell",
         "RNNCell",
+        "Stream",
         "backends",
         "convert",
         "explain",
