@@ -153,13 +153,10 @@ for _name in WITH_OPERATORS:
         _implement(_name, *(functools.partial(_run, _name, direction) for direction in ("forward", "backward")))
 _implement("reference", _reference_forward, _reference_backward)
 # The library has them for a CPU: of tensors that lie elsewhere, however few, it makes nothing.
-PLAIN = []
 for _schema in (records.PLAIN_STACK, records.PLAIN_CELL):
     _define_operator(_schema)
-    _name = _schema.partition("(")[0]
-    LIBRARY.impl(_name, lambda *args: [], "CompositeExplicitAutograd")
-    PLAIN.append(getattr(torch.ops.rnnfast, _name).default)
-PLAIN_STACK, PLAIN_CELL = PLAIN
+    LIBRARY.impl(_schema.partition("(")[0], lambda *args: [], "CompositeExplicitAutograd")
+PLAIN_STACK, PLAIN_CELL = torch.ops.rnnfast.cpu_plain_stack.default, torch.ops.rnnfast.cpu_plain_cell.default
 for _schema in ("cpu_isa(int? use) -> int", "checked_lengths(Tensor lengths, SymInt steps) -> Tensor", *records.CUDA):
     _define_operator(_schema)
 LIBRARY.impl("checked_lengths", _checked_lengths, "CompositeExplicitAutograd")

@@ -138,9 +138,8 @@ def _layer_backward(ctx: Any, grads: OutputGradients, needs: Inputs) -> Any:
 def _derivable_backward(inputs: Inputs, grads: OutputGradients, needs: Inputs) -> Any:
     """As ``_layer_backward``, through torch's own operators: quicker to derive than step by step in Python."""
     flat, wanted = list(inputs.flat()), [i for i, need in enumerate(needs.flat()) if need]
-    for (
-        i
-    ) in wanted:  # the gradient is to end here, and not to go on to what the tensor was made of, or through its hooks
+    # A view of each: there the gradient ends, and does not go on to what the tensor was made of, or through its hooks.
+    for i in wanted:
         flat[i] = flat[i].view_as(flat[i])
     pairs = [pair for pair in zip(aten.derivable(Inputs.of_flat(flat)), grads) if pair[1] is not None]
     outputs, of_outputs = zip(*pairs)

@@ -1,10 +1,8 @@
 // Steps of a stack of layers, one at a time. rnnfast/stream.py calls these functions by ctypes, as an operator's call
 // takes longer than a small step; it has checked what it hands over.
-#include <algorithm>
-#include <numeric>
 #include <vector>
 
-#include "../ops.h"
+#include "arguments.h"
 #include "instruction_sets.h"
 
 namespace rnnfast {
@@ -17,12 +15,11 @@ class Stream {
   // [L,N,P] and c [L,N,H] or null.
   Stream(const char* mode, int storage, int64_t layers, int64_t N, int64_t I, int64_t H, int64_t P, bool biased,
          bool projected, void* const* weights, char* h, char* c)
-      : cell_(parse_cell(mode)), storage_(storage), order_(N), length_(N, 1), active_{N, 0}, start_{0, N} {
-    std::iota(order_.begin(), order_.end(), 0);
+      : cell_(parse_cell(mode)), storage_(storage), table_(one_step(N), nullptr, nullptr, nullptr) {
     static constexpr int64_t kBytes[kStorages] = {4, 8, 2, 2};
     for (int64_t k = 0; k < layers; k++) {
       Forward f{};
-      f.steps = {1, N, &offset_, active_, start_, order_.data(), length_.data(), nullptr};
+      f.steps = table_.steps;
       f.I = k ? P : I, f.H = H, f.P = P, f.R = N, f.D = 1, f.projected = projected;
       f.weights[0].w_ih = *weights++, f.weights[0].w_hh = *weights++;
       if (biased) f.weights[0].b_ih = *weights++, f.weights[0].b_hh = *weights++;
@@ -52,6 +49,12 @@ class Stream {
   }
 
  private:
+  static Dimensions one_step(int64_t N) {
+    Dimensions n{};
+    n.T = 1, n.N = N;
+    return n;
+  }
+
   // For packed weights: each instruction set packs in its own way.
   void make_room(const Kernels& kernels) {
     free_kept();
@@ -71,8 +74,7 @@ class Stream {
 
   const CellKind cell_;
   const int storage_;
-  std::vector<int64_t> order_, length_;
-  int64_t offset_ = 0, active_[2], start_[2];
+  const StepTable table_;
   std::vector<Forward> layers_;
   const Kernels* kept_by_ = nullptr;  // whose packed weights the layers have
 };
