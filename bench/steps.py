@@ -15,12 +15,12 @@ import itertools
 import math
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import machine
 import peers
+import run
 import torch
 from torch import nn
 
@@ -57,26 +57,6 @@ def contenders(name: str, mode: str, N: int, H: int, threads: int) -> dict[str, 
     return found
 
 
-def timed(call: Callable[[], object], count: int) -> float:
-    start = time.perf_counter()
-    for _ in range(count):
-        call()
-    return (time.perf_counter() - start) / count
-
-
-def medians(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Microseconds of a call of each; in every round each has its turn."""
-    counts = {}
-    for name, call in calls.items():
-        timed(call, 3)
-        counts[name] = max(1, int(BURST / timed(call, 3)))
-    times = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            times[name].append(timed(call, counts[name]))
-    return {name: statistics.median(of) * 1e6 for name, of in times.items()}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
@@ -97,7 +77,8 @@ def main() -> None:
             logs = []
             for name, N, H in itertools.product(options.names, options.batches, options.hidden):
                 with torch.set_grad_enabled(mode == "train"):
-                    found = medians(contenders(name, mode, N, H, options.threads), options.rounds)
+                    ms = run.measure(contenders(name, mode, N, H, options.threads), options.rounds, "cpu", BURST)
+                found = {key: value * 1e3 for key, value in ms.items()}
                 ratios = {"ratio_torch": found["torch"] / found["ours"]}
                 if "onnxruntime" in found:
                     ratios["ratio_onnxruntime"] = found["onnxruntime"] / found["ours"]
