@@ -172,14 +172,24 @@ def test_regimes_that_hang_are_left_out(day, tmp_path):
     assert day.unusable(results) == ["chip", "cluster"]
 
 
+COUNT = """
+import sys, pytest
+
+class Count:
+    def pytest_collection_finish(self, session):
+        print("found", len(session.items))
+
+for chosen in sys.argv[2:]:
+    pytest.main([sys.argv[1], "--collect-only", "-qq", "-k", chosen], plugins=[Count()])
+"""
+
+
 @pytest.mark.full
 def test_each_test_of_a_gpu_is_in_one_set(day):
-    def count(*chosen: str) -> int:
-        command = [sys.executable, "-m", "pytest", str(ROOT / "tests" / "test_gpu.py"), "--collect-only", "-q", *chosen]
-        last = subprocess.run(command, capture_output=True, text=True, cwd=ROOT / "tests").stdout.splitlines()[-1]
-        return int(re.match(r"\d+", last)[0])
-
-    assert sum(count("-k", chosen) for chosen in day.TESTS.values()) == count()
+    command = [sys.executable, "-c", COUNT, ROOT / "tests" / "test_gpu.py", "", *day.TESTS.values()]
+    printed = subprocess.run(command, capture_output=True, text=True, cwd=ROOT / "tests", check=True).stdout
+    all_of_them, *sets = (int(count) for count in re.findall(r"^found (\d+)$", printed, re.MULTILINE))
+    assert len(sets) == len(day.TESTS) and sum(sets) == all_of_them > 0
 
 
 def _rehearse(folder: Path, *args: object, status: int = 0) -> str:
