@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import fcntl
+import importlib
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -51,6 +53,39 @@ def test_persistent_kernels_hardly_spill(built: Path) -> None:
             assert any(name in kernel.name and cell in kernel.arguments for kernel in persistent), (name, cell)
     assert not [kernel for kernel in persistent if kernel.spilled > resources.TOLERATED]
     assert not resources.warnings(built)
+
+
+SASS = """
+        /*0000*/                   LDC R1, c[0x0][0x28] ;      /* 0x00000a00ff017b82 */
+        /*0010*/               @P0 BRA 0x70 ;                  /* 0x0 */
+        /*0020*/                   LDS.128 R4, [R2] ;          /* 0x0 */
+        /*0030*/                   HMMA.16816.F32 R4, R8 ;     /* 0x0 */
+        /*0040*/             @!UP1 UIADD3 UR4, UR4, 0x1, URZ ; /* 0x0 */
+        /*0050*/              @!P2 BRA 0x30 ;                  /* 0x0 */
+        /*0060*/               @P1 BRA 0x20 ;                  /* 0x0 */
+        /*0070*/                   EXIT ;                      /* 0x0 */
+        /*0080*/                   BRA 0x80;                   /* 0x0 */
+"""
+
+
+@pytest.fixture
+def instructions(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    return importlib.import_module("cuda_instructions")
+
+
+def test_the_outermost_loop_of_machine_code(instructions: ModuleType) -> None:
+    assert instructions.largest_loop(SASS) == ["LDS", "HMMA", "UIADD3", "BRA", "BRA"]
+    assert instructions.largest_loop(SASS.replace("0x20 ;", "0x70 ;").replace("0x30 ;", "0x70 ;")) == []
+
+
+@pytest.mark.full
+@needs_nvcc
+def test_loops_over_steps_have_products(built: Path, instructions: ModuleType) -> None:
+    found = list(instructions.kernels(built, "90"))
+    persistent = [kernel for kernel in resources.kernels(built) if kernel.persistent]
+    assert sorted((name, arguments) for name, arguments, _ in found) == [kernel[1:3] for kernel in persistent]
+    assert all(counts["products"] > 0 and counts["shared"] > 0 for _, _, counts in found)
 
 
 @needs_nvcc
