@@ -27,7 +27,8 @@ FLAGS += " -DTORCH_TARGET_VERSION=0x020a000000000000 -DRNNFAST_DEVICE_KEY=CPU"
 CPU_SOURCES = ("recurrence", "plain", "stream", "instruction_sets", "scratch", "threads")
 
 # What UndefinedBehaviorSanitizer says of pointers, AddressSanitizer sees as soon as they are used; without it the CPU's
-# kernels compile in two minutes of ten.
+# kernels compile in two minutes of ten. Its checks are calls, not code in place: that halves the time once more.
+ADDRESS = "-fsanitize=address --param asan-instrumentation-with-call-threshold=0"
 UNDEFINED = "-fsanitize=undefined -fno-sanitize=null,alignment,pointer-overflow,object-size,vptr -fno-sanitize-recover"
 
 
@@ -66,7 +67,7 @@ def _ninja_file(sanitize: bool) -> str:
     includes = [f"-I{ROOT / 'tests/emulation'}", f"-I{ROOT / 'csrc'}", *(f"-isystem{path}" for path in include_paths())]
     libraries = [*(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-lc10"]
     lines = [
-        f"cxx = {_compiler()} {'-O1 -g1 -fsanitize=address' if sanitize else '-O2'}",
+        f"cxx = {_compiler()} {f'-O1 -g1 {ADDRESS}' if sanitize else '-O2'}",
         f"flags = {FLAGS} {shlex.join(includes)}",
         "rule compile",
         "  command = $cxx -MMD -MF $out.d $flags $extra -c $in -o $out",
