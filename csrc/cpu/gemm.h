@@ -13,9 +13,8 @@ constexpr int kMaxRows = 8;
 constexpr int kBlockRows = 64;          // rows a pass over a panel serves: their sums and a block of the panel fit L1
 constexpr int kBlockBytes = 32 * 1024;  // of a panel, kept in L1 while several tiles use it
 
-// Rows of a tile of V vectors that is computed in registers. Of 32 registers it takes M*V for sums, V for the panel's
-// vectors, and 1 or 2 for a value in all lanes. Of 16 there are none left for the panel: its vectors are read from
-// memory by the instructions that multiply them.
+// Rows of a tile of V vectors that is computed in registers: M*V for sums, the smaller one of M and V for one operand,
+// and 1 or 2 for the other one.
 constexpr int tile_rows(int V) { return min(kMaxRows, kRegisters == 32 ? (30 - V) / V : 12 / V); }
 
 template <class Sum>
@@ -36,7 +35,20 @@ RNNFAST_INLINE Vec<Number> multiply_add(Vec<Number> sum, Vec<Number> a, Vec<Numb
   return sum + a * b;
 }
 
+// A value that is loaded once, and not again by each instruction that uses it.
+template <class Number>
+RNNFAST_INLINE Vec<Number> in_register(Vec<Number> v) {
+#if defined(__x86_64__)
+  asm("" : "+v"(v.v));
+#endif
+  return v;
+}
+
 #if defined(__AVX512BF16__)
+RNNFAST_INLINE __m512bh in_register(__m512bh v) {
+  asm("" : "+v"(v));
+  return v;
+}
 struct Pair {
   uint16_t k[2];
 };
@@ -59,14 +71,26 @@ void tile(const Element* a, int64_t stride, const Element* b, int64_t K, const S
     for (int v = 0; v < V; v++) sum[r][v] = Vec<Sum>(0);
   }
   for (int64_t k = 0; k < K; k++, a++, b += V * U) {
-    decltype(load_lanes(b)) column[V];
+    if constexpr (M < V) {  // the fewer operands are in registers, the others come one after the other
+      decltype(load_lanes(b)) row[M];
 #pragma GCC unroll 4
-    for (int v = 0; v < V; v++) column[v] = load_lanes(b + v * U);
+      for (int r = 0; r < M; r++) row[r] = in_register(broadcast(a + r * stride));
+#pragma GCC unroll 4
+      for (int v = 0; v < V; v++) {
+        const auto column = in_register(load_lanes(b + v * U));
+#pragma GCC unroll 4
+        for (int r = 0; r < M; r++) sum[r][v] = multiply_add(sum[r][v], row[r], column);
+      }
+    } else {
+      decltype(load_lanes(b)) column[V];
+#pragma GCC unroll 4
+      for (int v = 0; v < V; v++) column[v] = in_register(load_lanes(b + v * U));
 #pragma GCC unroll 8
-    for (int r = 0; r < M; r++) {
-      const auto row = broadcast(a + r * stride);
+      for (int r = 0; r < M; r++) {
+        const auto row = broadcast(a + r * stride);
 #pragma GCC unroll 4
-      for (int v = 0; v < V; v++) sum[r][v] = multiply_add(sum[r][v], row, column[v]);
+        for (int v = 0; v < V; v++) sum[r][v] = multiply_add(sum[r][v], row, column[v]);
+      }
     }
   }
 #pragma GCC unroll 8
