@@ -45,14 +45,19 @@ def tool(name: str) -> str:
 
 
 def largest_loop(code: str) -> list[str]:
-    """The opcodes between the target of the backward jump that goes furthest and that jump."""
+    """The opcodes between the target of the backward jump that goes furthest and that jump, without padding.
+
+    Rarely taken paths lie behind the end of a kernel and jump back from there: that is no loop.
+    """
     instructions = [(int(at, 16), opcode, operands) for at, opcode, _, operands in INSTRUCTION.findall(code)]
-    begin = end = 0
+    begin = end = last_exit = 0
     for at, opcode, operands in instructions:
+        if opcode == "EXIT":
+            last_exit = at
         target = re.search(r"0x([0-9a-f]+)\s*$", operands) if opcode == "BRA" else None
-        if target and at - int(target[1], 16) > end - begin:
+        if target and int(target[1], 16) > last_exit and at - int(target[1], 16) > end - begin:
             begin, end = int(target[1], 16), at
-    return [opcode for at, opcode, _ in instructions if begin <= at <= end and end]
+    return [opcode for at, opcode, _ in instructions if begin <= at <= end and end and opcode != "NOP"]
 
 
 def kernels(folder: Path, arch: str) -> Iterator[tuple[str, str, Counter[str]]]:
@@ -75,7 +80,7 @@ def main() -> None:
     parser.add_argument("--arch", default="90", help="the GPU's compute capability (default: %(default)s)")
     parser.add_argument("-k", default="", help="only kernels whose line has this")
     args = parser.parse_args()
-    os.environ.setdefault("RNNFAST_CUDA_ARCHS", args.arch)
+    os.environ["RNNFAST_CUDA_ARCHS"] = args.arch
     columns = [*COLUMNS, "other"]
     print(f"{'kernel':<10}{'template arguments':<46}{'instructions':>13}", *(f"{column:>10}" for column in columns))
     for kernel, arguments, counts in sorted(kernels(cuda_resources.compile(), args.arch), key=lambda of: of[:2]):

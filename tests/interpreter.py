@@ -78,19 +78,23 @@ def _hasten() -> None:
         return core.tuple(map(core.constexpr, shape)), core.constexpr(math.prod(shape))
 
     @functools.cache
-    def checked(shape: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
-        shape = tuple(core._unwrap_shape(shape))
-        return shape, core.validate_block_shape(shape)
+    def checked(shape: tuple[int, ...], types: tuple[type, ...]) -> tuple[core.tuple, int]:
+        if not shape:
+            raise TypeError("0d block_type is forbidden")
+        return core.tuple(shape), core.validate_block_shape(shape)
 
-    def make_block_type(type: core.block_type, element: core.dtype, shape: Any) -> None:
-        type.element_ty, (type.shape, type.numel) = element, checked(tuple(shape))
+    def make_block_type(block: core.block_type, element: core.dtype, shape: list[Any] | core.tuple) -> None:
+        assert isinstance(shape, (list, core.tuple))
+        sizes = tuple(size.value if isinstance(size, core.constexpr) else size for size in shape)
+        block.element_ty = element
+        block.shape, block.numel = checked(sizes, tuple(map(type, sizes)))  # 64.0 is 64, but no size
 
-    def name_of_block_type(type: core.block_type) -> str:
+    def name_of_block_type(block: core.block_type) -> str:
         """Seldom asked for."""
-        return f"<{type.shape}, {type.element_ty}>"
+        return f"<{block.shape}, {block.element_ty}>"
 
     def broadcast_what_differs(of: semantic.TritonSemantic, a: core.tensor, b: core.tensor) -> tuple:
-        """Triton broadcasts tiles to the shape that they have."""
+        """Tiles of one shape stay as they are, which Triton finds out size by size."""
         return (a, b) if a.shape is b.shape else broadcast(of, a, b)  # `sizes` makes one of each
 
     def make_tensor(tensor: core.tensor, handle: Any, type: Any) -> None:

@@ -419,14 +419,14 @@ struct Power {
 #endif
 };
 
-// Within [-limit, limit]; NaN stays, as the second operand of both instructions.
-RNNFAST_INLINE Vec<float> clamp(Vec<float> x, float limit) {
+// Within [low, high]; NaN stays, as the second operand of both instructions.
+RNNFAST_INLINE Vec<float> clamp(Vec<float> x, float low, float high) {
 #if defined(__AVX512F__)
-  const __m512 above = _mm512_maskz_max_ps(Power::kAll, (__m512)Vec<float>(-limit).v, (__m512)x.v);
-  return Vec<float>(_mm512_maskz_min_ps(Power::kAll, (__m512)Vec<float>(limit).v, above));
+  const __m512 above = _mm512_maskz_max_ps(Power::kAll, (__m512)Vec<float>(low).v, (__m512)x.v);
+  return Vec<float>(_mm512_maskz_min_ps(Power::kAll, (__m512)Vec<float>(high).v, above));
 #else
-  const __m256 above = _mm256_max_ps((__m256)Vec<float>(-limit).v, (__m256)x.v);
-  return Vec<float>(_mm256_min_ps((__m256)Vec<float>(limit).v, above));
+  const __m256 above = _mm256_max_ps((__m256)Vec<float>(low).v, (__m256)x.v);
+  return Vec<float>(_mm256_min_ps((__m256)Vec<float>(high).v, above));
 #endif
 }
 
@@ -440,16 +440,17 @@ RNNFAST_INLINE Vec<float> quotient(Vec<float> a, Vec<float> b) {
 #endif
 }
 
+// Below kLow it is 0. From 17 on it is 1, but far beyond that s r would be a denormal, which is slow.
 RNNFAST_INLINE Vec<float> sigmoid(Vec<float> x) {
-  constexpr float kLimit = 87;                                     // below -kLimit: 0
-  const Power e(clamp(x, kLimit), -1.44269502f, -1.92596299e-8f);  // e^-x
+  constexpr float kLow = -87, kHigh = 40;
+  const Power e(clamp(x, kLow, kHigh), -1.44269502f, -1.92596299e-8f);  // e^-x
   const Vec<float> y = quotient(1, e.growth_and(e.s + 1));
-  return x.v < -kLimit ? Vec<float>(0).v : y.v;  // this way round a NaN stays
+  return x.v < kLow ? Vec<float>(0).v : y.v;  // this way round a NaN stays
 }
 
 // (e^2x - 1) / (e^2x + 1), with the numerator exact where it is small; it is 1 from 9.02 on.
 RNNFAST_INLINE Vec<float> tanh(Vec<float> x) {
-  const Power e(clamp(x, 9.1f), 2.88539004f, 0);
+  const Power e(clamp(x, -9.1f, 9.1f), 2.88539004f, 0);
   const Vec<float> m = e.precise_growth_and(e.s - 1);
   return quotient(m, m + 2);
 }
