@@ -49,7 +49,6 @@ OPERATORS = "test_cuda.py test_errors.py test_border.py"
 REGIMES = "test_cuda.py -k 'order or chip'"
 FINITE = "test_cuda.py test_errors.py -k 'finite and {}'"
 CELL = "test_cells.py"
-MATHS = "test_recurrence.py -k gate_functions"
 PLAIN = "test_plain.py"
 UNITS = "test_peephole.py -k {}"
 # What is caught means little if these fail without a mistake.
@@ -129,14 +128,6 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         ("bias of the first gate", NUMBERS, "load(vector + panels.column(p, v)", "load(vector + panels.unit(p, v)"),
     ],
     "csrc/cpu/simd.h": [
-        ("octaves of twice their number", MATHS, "_mm256_slli_epi32(index, 20)", "_mm256_slli_epi32(index, 21)"),
-        (
-            "eighths as they are rounded",
-            MATHS,
-            "- Vec<float>(_mm256_permutevar8x32_ps(_mm256_load_ps(kMore), index))",
-            "",
-        ),
-        ("tanh is 1 too early", MATHS, "clamp(x, -9.1f, 9.1f)", "clamp(x, -9.1f, 4.1f)"),
         ("relu of NaN is 0", FINITE, "x.v < 0 ? Vec<Number>(0).v : x.v;", "x.v > 0 ? x.v : Vec<Number>(0).v;"),
         (
             "relu's gradient at NaN is 0",
