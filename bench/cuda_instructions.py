@@ -33,7 +33,7 @@ COLUMNS = {
     "jumps": ("BRA", "BSSY", "BSYNC", "BREAK", "CALL", "RET", "EXIT"),
 }
 COLUMN_OF = {opcode: column for column, opcodes in COLUMNS.items() for opcode in opcodes}
-INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]+)\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][A-Z0-9]*)(\S*)(.*?);", re.MULTILINE)
+INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]+)\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][A-Z0-9]*)\S*(.*?);", re.MULTILINE)
 
 
 def tool(name: str) -> str:
@@ -49,7 +49,7 @@ def largest_loop(code: str) -> list[str]:
 
     Rarely taken paths lie behind the end of a kernel and jump back from there: that is no loop.
     """
-    instructions = [(int(at, 16), opcode, operands) for at, opcode, _, operands in INSTRUCTION.findall(code)]
+    instructions = [(int(at, 16), opcode, operands) for at, opcode, operands in INSTRUCTION.findall(code)]
     begin = end = last_exit = 0
     for at, opcode, operands in instructions:
         if opcode == "EXIT":
@@ -71,8 +71,7 @@ def kernels(folder: Path, arch: str) -> Iterator[tuple[str, str, Counter[str]]]:
         functions = [part.partition("\n") for part in text.split("Function : ")[1:]]
         names = cuda_resources.demangle([name for name, _, _ in functions])
         for (kernel, arguments), (_, _, code) in zip(names, functions):
-            loop = largest_loop(code)
-            yield kernel, arguments, Counter(COLUMN_OF.get(opcode, "other") for opcode in loop)
+            yield kernel, arguments, Counter(COLUMN_OF.get(opcode, "other") for opcode in largest_loop(code))
 
 
 def main() -> None:

@@ -85,9 +85,9 @@ def _hasten() -> None:
 
     def make_block_type(block: core.block_type, element: core.dtype, shape: list[Any] | core.tuple) -> None:
         assert isinstance(shape, (list, core.tuple))
-        sizes = tuple(size.value if isinstance(size, core.constexpr) else size for size in shape)
+        values = tuple(size.value if isinstance(size, core.constexpr) else size for size in shape)
         block.element_ty = element
-        block.shape, block.numel = checked(sizes, tuple(map(type, sizes)))  # 64.0 is 64, but no size
+        block.shape, block.numel = checked(values, tuple(map(type, values)))  # 64.0 is 64, but no size
 
     def name_of_block_type(block: core.block_type) -> str:
         """Seldom asked for."""
