@@ -336,24 +336,31 @@ RNNFAST_INLINE Vec<double> tanh_near_zero(Vec<double> x, Vec<double> z) {
   return p / q * z * x + x;
 }
 
+// tanh of x, whose absolute value is size, of e^2size + 1.
 template <class Number>
-RNNFAST_INLINE Vec<Number> tanh(Vec<Number> x) {
+RNNFAST_INLINE Vec<Number> tanh_of(Vec<Number> x, Vec<Number> size, Vec<Number> power_and_one) {
   using Integers = typename Vec<Number>::Integers;
-  Vec<Number> size = abs(x), near = tanh_near_zero(x, x * x);
-  Vec<Number> far = Vec<Number>(1) - Vec<Number>(2) * reciprocal(exp(size + size) + Vec<Number>(1));
+  Vec<Number> near = tanh_near_zero(x, x * x), far = Vec<Number>(1) - Vec<Number>(2) * reciprocal(power_and_one);
   Integers sign = bit_cast<Integers>(x) ^ bit_cast<Integers>(size);
   far = bit_cast<Vec<Number>>(bit_cast<Integers>(far) | sign);
   return size.v < Number(0.625) ? near.v : far.v;
 }
+template <class Number>
+RNNFAST_INLINE Vec<Number> tanh(Vec<Number> x) {
+  const Vec<Number> size = abs(x);
+  return tanh_of(x, size, exp(size + size) + Vec<Number>(1));
+}
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 
-// In float with AVX-512: half the instructions and half the latency of the above, by a table in a register.
+// In float: half the instructions of the above, and half the latency, by a table in a register.
 
-// 2^(x (scale + rest)) as s 2^r, with s from a table of sixteenths and |r| < 1/31.
+// 2^(x (scale + rest)) as s 2^r, with s from a table of as many parts of an octave as a register has lanes, and
+// |r| < 0.52 of such a part.
 struct Power {
   Vec<float> s, r;
 
+#if defined(__AVX512F__)
   RNNFAST_INLINE Power(Vec<float> x, float scale, float rest) {
     alignas(64) static constexpr float kTable[] = {0x1.000000p+0f, 0x1.0b5586p+0f, 0x1.172b84p+0f, 0x1.2387a6p+0f,
                                                    0x1.306fe0p+0f, 0x1.3dea64p+0f, 0x1.4bfdaep+0f, 0x1.5ab07ep+0f,
@@ -364,8 +371,8 @@ struct Power {
         0x0.000000p+0f,  -0x1.1ecccap-24f, 0x1.293ab8p-26f,  -0x1.2512a4p-24f, -0x1.8bbfd2p-25f, -0x1.c0bec4p-25f,
         0x1.800eaep-25f, 0x1.728d0ep-27f,  -0x1.a82ebcp-26f, 0x1.79b05ep-25f,  -0x1.036b6ep-27f, -0x1.2ec1d4p-27f,
         0x1.6cd47cp-26f, 0x1.04ae88p-27f,  0x1.2fc81cp-27f,  -0x1.fda57cp-28f};
-    const Vec<float> kSixteenths(0x1.8p19f);  // a sum with it ends at sixteenths, and the low bits count them
-    const Vec<float> shifted = x * Vec<float>(scale) + kSixteenths, n = shifted - kSixteenths;
+    const Vec<float> kParts(0x1.8p19f);  // a sum with it ends at sixteenths, and the low bits count them
+    const Vec<float> shifted = x * Vec<float>(scale) + kParts, n = shifted - kParts;
     const __m512i index = bit_cast<__m512i>(shifted);
     r = x * Vec<float>(scale) - n;
     r = r - Vec<float>(_mm512_maskz_permutexvar_ps(kAll, index, _mm512_load_ps(kMore)));
@@ -374,34 +381,87 @@ struct Power {
                                           (__m512)n.v));  // by 2^floor(n)
   }
   static constexpr __mmask16 kAll = 0xffff;
+
+  RNNFAST_INLINE Vec<float> growth() const {  // 2^r - 1
+    return polynomial(r, 0x1.c6b34ap-5f, 0x1.ebff94p-3f, 0x1.62e430p-1f) * r;
+  }
+#else
+  RNNFAST_INLINE Power(Vec<float> x, float scale, float rest) {
+    // Eighths, each less what the count of eighths adds when it is shifted to where the octaves lie.
+    alignas(32) static constexpr int32_t kTable[] = {
+        0x3f800000,
+        0x3f8b95c2 - (1 << 20),
+        0x3f9837f0 - (2 << 20),
+        0x3fa5fed7 - (3 << 20),
+        0x3fb504f3 - (4 << 20),
+        0x3fc5672a - (5 << 20),
+        0x3fd744fd - (6 << 20),
+        0x3feac0c7 - (7 << 20),
+    };
+    // The logarithms of these floats are that much more than eighths.
+    alignas(32) static constexpr float kMore[] = {0x0.000000p+0f,  0x1.293ab8p-26f,  -0x1.8bbfd2p-25f,
+                                                  0x1.800eaep-25f, -0x1.a82ebcp-26f, -0x1.036b6ep-27f,
+                                                  0x1.6cd47cp-26f, 0x1.2fc81cp-27f};
+    const Vec<float> kParts(0x1.8p20f);  // a sum with it ends at eighths, and the low bits count them
+    const Vec<float> shifted = x * Vec<float>(scale) + kParts, n = shifted - kParts;
+    const __m256i index = bit_cast<__m256i>(shifted);
+    r = x * Vec<float>(scale) - n;
+    r = r - Vec<float>(_mm256_permutevar8x32_ps(_mm256_load_ps(kMore), index));
+    if (rest != 0) r = x * Vec<float>(rest) + r;
+    const __m256i of_table = _mm256_permutevar8x32_epi32(*reinterpret_cast<const __m256i*>(kTable), index);
+    s = bit_cast<Vec<float>>(_mm256_add_epi32(of_table, _mm256_slli_epi32(index, 20)));
+  }
+
+  RNNFAST_INLINE Vec<float> growth() const {  // 2^r - 1
+    return polynomial(r, 0x1.c6baa8p-5f, 0x1.ec0c80p-3f, 0x1.62e430p-1f) * r;
+  }
+#endif
+
+  RNNFAST_INLINE Vec<float> and_one() const { return s * growth() + s + 1; }
 };
 
-// Within [-limit, limit]; NaN stays, as the second operand of both instructions.
-RNNFAST_INLINE Vec<float> clamp(Vec<float> x, float limit) {
-  const __m512 above = _mm512_maskz_max_ps(Power::kAll, (__m512)Vec<float>(-limit).v, (__m512)x.v);
-  return Vec<float>(_mm512_maskz_min_ps(Power::kAll, (__m512)Vec<float>(limit).v, above));
+// Within [low, high]; NaN stays, as the second operand of both instructions.
+RNNFAST_INLINE Vec<float> clamp(Vec<float> x, float low, float high) {
+#if defined(__AVX512F__)
+  const __m512 above = _mm512_maskz_max_ps(Power::kAll, (__m512)Vec<float>(low).v, (__m512)x.v);
+  return Vec<float>(_mm512_maskz_min_ps(Power::kAll, (__m512)Vec<float>(high).v, above));
+#else
+  const __m256 above = _mm256_max_ps((__m256)Vec<float>(low).v, (__m256)x.v);
+  return Vec<float>(_mm256_min_ps((__m256)Vec<float>(high).v, above));
+#endif
 }
 
-RNNFAST_INLINE Vec<float> estimated_reciprocal(Vec<float> x) {  // to 14 bits
-  return Vec<float>(_mm512_maskz_rcp14_ps(Power::kAll, (__m512)x.v));
+// a / b, to about a unit in the last place.
+RNNFAST_INLINE Vec<float> quotient(Vec<float> a, Vec<float> b) {
+#if defined(__AVX512F__)
+  const Vec<float> r(_mm512_maskz_rcp14_ps(Power::kAll, (__m512)b.v)), y = a * r;  // r to 14 bits
+  return (a - y * b) * r + y;
+#else
+  return a / b;  // an estimate would be AMD's or Intel's
+#endif
 }
 
+// Below kLow it is 0. From 17 on it is 1, but far beyond that s r would be a denormal, which is slow.
 RNNFAST_INLINE Vec<float> sigmoid(Vec<float> x) {
-  constexpr float kLimit = 87;                                                                 // below -kLimit: 0
-  const Power e(clamp(x, kLimit), -1.44269502f, -1.92596299e-8f);                              // e^-x
-  const Vec<float> q = polynomial(e.r, 0x1.c6b34ap-5f, 0x1.ebff94p-3f, 0x1.62e430p-1f) * e.r;  // 2^r - 1
-  const Vec<float> d = e.s * q + e.s + 1, r = estimated_reciprocal(d), y = r * (Vec<float>(1) - d * r) + r;
-  const __mmask16 above = _mm512_cmp_ps_mask((__m512)x.v, (__m512)Vec<float>(-kLimit).v, _CMP_NLT_UQ);
-  return Vec<float>(_mm512_maskz_mov_ps(above, (__m512)y.v));
+  constexpr float kLow = -87, kHigh = 40;
+  const Power e(clamp(x, kLow, kHigh), -1.44269502f, -1.92596299e-8f);  // e^-x
+  const Vec<float> y = quotient(1, e.and_one());
+  return x.v < kLow ? Vec<float>(0).v : y.v;  // this way round a NaN stays
 }
 
-// (e^2x - 1) / (e^2x + 1), with the numerator exact where it is small; it is 1 from 9.02 on.
 RNNFAST_INLINE Vec<float> tanh(Vec<float> x) {
-  const Power e(clamp(x, 9.1f), 2.88539004f, 0);
+#if defined(__AVX512F__)
+  // (e^2x - 1) / (e^2x + 1), with the numerator exact where it is small; it is 1 from 9.02 on.
+  const Power e(clamp(x, -9.1f, 9.1f), 2.88539004f, 0);
   const Vec<float> q =
       polynomial(e.r, 0x1.3b2c4cp-7f, 0x1.c6b34ap-5f, 0x1.ebfbe0p-3f, 0x1.62e430p-1f) * e.r;  // 2^r - 1
-  const Vec<float> m = e.s * q + (e.s - 1), d = m + 2, r = estimated_reciprocal(d), y = m * r;
-  return (m - y * d) * r + y;
+  const Vec<float> m = e.s * q + (e.s - 1);
+  return quotient(m, m + 2);
+#else
+  // With eighths that would be off by up to 4 units.
+  const Vec<float> size = abs(x);
+  return tanh_of(x, size, Power(clamp(size, 0, 9.1f), 2.88539004f, 0).and_one());
+#endif
 }
 
 #endif
