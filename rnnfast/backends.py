@@ -231,9 +231,16 @@ USUAL = Circumstances()  # it takes longer to make one than to see that nothing 
 def circumstances() -> Circumstances:
     """Those of a call made now."""
     here = _asked_for.here
+    if (
+        here is _asked_for
+        and forward_ad._current_level < 0
+        and _tracing_state() is None
+        and not _is_compiling()  # as it says of all that is exported, and traced with a name
+        and not _is_transformed()
+    ):
+        return USUAL
     forced = _asked_for.traced or (None if here is _asked_for else here)
-    found = forced, forward_ad._current_level >= 0, is_recorded(), _is_compiling(), _is_transformed()
-    return Circumstances(*found) if any(found) else USUAL
+    return Circumstances(forced, forward_ad._current_level >= 0, is_recorded(), _is_compiling(), _is_transformed())
 
 
 def is_forced() -> bool:

@@ -155,7 +155,7 @@ def cell(mode: str, input: Tensor, hx: Sequence[Tensor] | None, weights: Sequenc
     return h_n.squeeze(0), c_n.squeeze(0) if HAS_CELL_STATE[mode] else c_n
 
 
-_is_compiling, _is_autocast = torch.compiler.is_compiling, torch.is_autocast_enabled  # asked for at every call
+_is_compiling, _is_any_autocast = torch.compiler.is_compiling, torch._C._is_any_autocast_enabled  # at every call
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _PLAIN_CIRCUMSTANCES = USUAL, Circumstances(forced="cpu")
 _PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
@@ -201,7 +201,7 @@ def is_plain(input: Tensor, hx: Sequence[Tensor], weights: Sequence[Tensor]) -> 
         and type(input) is Tensor
         and input.is_cpu
         and circumstances() in _PLAIN_CIRCUMSTANCES
-        and not _is_autocast("cpu")
+        and not _is_any_autocast()
         and not _dispatch_modes()
         and _PLAIN_TYPES.issuperset(map(type, (*hx, *weights)))
         and not (torch.is_grad_enabled() and any(t.requires_grad for t in (input, *hx, *weights)))

@@ -24,6 +24,9 @@ Input = TypeVar("Input", Tensor, PackedSequence)  # and the output is of the sam
 Hx = TypeVar("Hx")  # the states that a layer or cell takes
 Hidden = TypeVar("Hidden")  # and those that it returns
 
+_is_any_autocast = torch._C._is_any_autocast_enabled  # asked for at every call, as torch.nn does
+_module_call = nn.Module.__call__  # which some tools replace
+
 
 class _Module(nn.Module):
     """What the layers and cells share: torch's tools, and states, which are tuples within whatever the cell.
@@ -43,6 +46,8 @@ class _Module(nn.Module):
         if _symbolic_trace._is_fx_tracing_flag and (proxy := _proxy_among((*args, *kwargs.values()))) is not None:
             path = proxy.tracer.path_of_module(self)  # type: ignore[attr-defined]  # a Tracer's, to which modules belong
             return proxy.tracer.create_proxy("call_module", path, args, kwargs)
+        if self._compiled_call_impl is None and nn.Module.__call__ is _module_call:
+            return self._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]  # as that would, a frame later
         return nn.Module.__call__(self, *args, **kwargs)
 
     def _is_quicker_by_torch(self, input: Any) -> bool:
@@ -54,7 +59,7 @@ class _Module(nn.Module):
             and input.is_cpu
             and self.hidden_size >= self._quicker_by_torch_from
             and circumstances() is USUAL
-            and not torch.is_autocast_enabled("cpu")
+            and not _is_any_autocast()
         )
 
     def __prepare_scriptable__(self) -> nn.Module:
@@ -500,11 +505,12 @@ class _Cell(_Module, nn.RNNCellBase, Generic[Hx, Hidden]):
         Raises:
             ValueError, RuntimeError: a wrong number of dimensions, size or dtype, in torch's words.
         """
-        served: Hidden | None = self._single(input, hx)
-        if served is not None:
-            return served
+        if self._is_quicker_by_torch(input):
+            weight = self._parameters.get("weight_hh")
+            if weight is not None and weight.requires_grad:
+                return self._theirs.forward(self, input, hx)  # type: ignore[no-any-return]
         weights = self._weights()
-        served = self._plain(input, hx, weights)
+        served: Hidden | None = self._plain(input, hx, weights)
         if served is not None:
             return served
         dims = input.dim()
@@ -521,14 +527,6 @@ class _Cell(_Module, nn.RNNCellBase, Generic[Hx, Hidden]):
 
     if TYPE_CHECKING:  # a Module's is known to take and return anything
         __call__ = forward
-
-    def _single(self, input: Any, hx: Any) -> Any:
-        """What torch.nn's own forward makes of the call, if it is the quicker one under autograd; else None."""
-        if self._is_quicker_by_torch(input):
-            weight = self._parameters.get("weight_hh")
-            if weight is not None and weight.requires_grad:
-                return self._theirs.forward(self, input, hx)
-        return None
 
     def _plain(self, input: Any, hx: Any, weights: Sequence[Tensor]) -> Any:
         """What a single call of the CPU library makes of it, if that serves; else None."""

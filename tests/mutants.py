@@ -321,7 +321,7 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         ("h_0 for c_0", NUMBERS, "gates, y, cs, h0, c0, dh", "gates, y, cs, c0, h0, dh"),
     ],
     "rnnfast/functional.py": [
-        ("autocast is not looked at", PLAIN, 'not _is_autocast("cpu")', "True"),
+        ("autocast is not looked at", PLAIN, "not _is_any_autocast()", "True"),
         ("modes are not looked at", PLAIN, "not _dispatch_modes()", "True"),
         ("kinds of tensors are not looked at", PLAIN, "_PLAIN_TYPES.issuperset(map(type, (*hx, *weights)))", "True"),
         (

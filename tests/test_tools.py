@@ -227,6 +227,20 @@ def test_fx_of_states_alone(name: str) -> None:
     assert_same(_outputs(torch.fx.symbolic_trace(model), *hx), _outputs(model, *hx))
 
 
+@every
+def test_a_replaced_call_of_modules_is_called(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As tools do that watch all modules."""
+    module, called, original = _module(name), [], nn.Module.__call__
+
+    def watched(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        called.append(self)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(nn.Module, "__call__", watched)
+    module(_input(name))
+    assert called == [module]
+
+
 @layers
 def test_fx_keeps_the_extensions(name: str) -> None:
     module = _module(name)
