@@ -41,6 +41,7 @@ int main(int, char** argv) {
   if (!dlopen(argv[1], RTLD_NOW | RTLD_LOCAL)) return std::puts(dlerror()), 1;
   Blas* blas = Blas::find();
   if (!blas) return std::puts("the library was not found"), 1;
+  const Blas::Handle handle(*blas, 0, 0, nullptr);
   int layout = 0;
   constexpr int kM = 3, kN = 5, kK = 4, kPad = 2;
   for (int layouts = 0; layouts < 8; layouts++) {
@@ -49,7 +50,7 @@ int main(int, char** argv) {
     for (int i = 0; i < 100; i++) a[i] = i % 7, b[i] = i % 5;
     const Operand x = {a.data(), of_a ? 1 : kK + kPad, of_a ? kM + kPad : 1};
     const Operand y = {b.data(), of_b ? 1 : kN + kPad, of_b ? kK + kPad : 1}, z = {out.data(), kN + kPad, 1};
-    if (!blas->multiply(z, x, y, kM, kN, kK, BlasType::kFloat, accumulate, false, 0, 0, nullptr)) return 2;
+    if (!handle.multiply(z, x, y, kM, kN, kK, BlasType::kFloat, accumulate, false)) return 2;
     for (int i = 0; i < kM; i++) {
       for (int j = 0; j < kN; j++) {
         float sum = accumulate ? 7 : 0;
@@ -72,8 +73,9 @@ int main(int, char** argv) {
   // What cuBLAS refuses is said.
   float one = 1;
   const Operand scalar = {&one, 1, 1};
-  if (blas->multiply(scalar, scalar, scalar, 1, 1, 1, BlasType::kFloat, false, true, 0, 0, nullptr)) return 5;
-  if (blas->multiply(scalar, scalar, scalar, 1, 1, 1, BlasType::kFloat, false, false, 0, 13, nullptr)) return 6;
+  if (handle.multiply(scalar, scalar, scalar, 1, 1, 1, BlasType::kFloat, false, true)) return 5;
+  const Blas::Handle unbound(*blas, 0, 13, nullptr);
+  if (unbound.multiply(scalar, scalar, scalar, 1, 1, 1, BlasType::kFloat, false, false)) return 6;
 }
 
 #endif

@@ -42,54 +42,56 @@ class Blas {
     return blas.multiply_ ? &blas : nullptr;
   }
 
-  // out[m, n] = a[m, k] b[k, n], or added to it, on the current device; whether it was done.
-  bool multiply(const Operand& out, const Operand& a, const Operand& b, int64_t m, int64_t n, int64_t k, BlasType type,
-                bool accumulate, bool tf32, int device, int64_t stream, void* workspace) {
-    const Lease handle(*this, device);
-    if (!handle.value || set_stream_(handle.value, reinterpret_cast<void*>(stream)) ||
-        set_workspace_(handle.value, workspace, kWorkspace)) {
-      return false;
-    }
-    const float one = 1, beta = accumulate;
-    const double one_64 = 1, beta_64 = accumulate;
-    const bool is_double = type == BlasType::kDouble;
-    int compute = tf32 && type == BlasType::kFloat ? kComputeTf32 : kCompute32;
-    if (is_double) compute = kCompute64;
-    // To cuBLAS, whose matrices are column-major, each operand is its transpose, and so is the result.
-    return !multiply_(handle.value, b.is_transposed(), a.is_transposed(), n, m, k,
-                      is_double ? static_cast<const void*>(&one_64) : &one, b.data, int(type), b.stride(), a.data,
-                      int(type), a.stride(), is_double ? static_cast<const void*>(&beta_64) : &beta, out.data,
-                      int(type), out.stride(), compute, kDefaultAlgorithm);
-  }
-
- private:
-  // As cublas_api.h numbers them, in every version.
-  static constexpr int kCompute32 = 68, kComputeTf32 = 77, kCompute64 = 70, kDefaultAlgorithm = -1;
-
-  // A handle is used by one thread at a time; one that comes back serves the next call on its device.
-  struct Lease {
-    Blas& blas;
-    int device;
-    void* value = nullptr;
-
-    Lease(Blas& blas, int device) : blas(blas), device(device) {
+  // A handle for the current device, bound to a stream. It is used by one thread at a time; one that comes back serves
+  // the next call on its device.
+  class Handle {
+   public:
+    Handle(Blas& blas, int device, int64_t stream, void* workspace) : blas_(blas), device_(device) {
       {
         std::lock_guard<std::mutex> lock(blas.mutex_);
         auto& free = blas.free_[device];
         if (!free.empty()) {
-          value = free.back();
+          value_ = free.back();
           free.pop_back();
-          return;
         }
       }
-      if (blas.create_(&value)) value = nullptr;
+      if (!value_ && blas.create_(&value_)) value_ = nullptr;
+      bound_ = value_ && !blas.set_stream_(value_, reinterpret_cast<void*>(stream)) &&
+               !blas.set_workspace_(value_, workspace, kWorkspace);
     }
-    ~Lease() {
-      if (!value) return;
-      std::lock_guard<std::mutex> lock(blas.mutex_);
-      blas.free_[device].push_back(value);
+    Handle(const Handle&) = delete;
+    ~Handle() {
+      if (!value_) return;
+      std::lock_guard<std::mutex> lock(blas_.mutex_);
+      blas_.free_[device_].push_back(value_);
     }
+
+    // out[m, n] = a[m, k] b[k, n], or added to it; whether it was done.
+    bool multiply(const Operand& out, const Operand& a, const Operand& b, int64_t m, int64_t n, int64_t k,
+                  BlasType type, bool accumulate, bool tf32) const {
+      if (!bound_) return false;
+      const float one = 1, beta = accumulate;
+      const double one_64 = 1, beta_64 = accumulate;
+      const bool is_double = type == BlasType::kDouble;
+      int compute = tf32 && type == BlasType::kFloat ? kComputeTf32 : kCompute32;
+      if (is_double) compute = kCompute64;
+      // To cuBLAS, whose matrices are column-major, each operand is its transpose, and so is the result.
+      return !blas_.multiply_(value_, b.is_transposed(), a.is_transposed(), n, m, k,
+                              is_double ? static_cast<const void*>(&one_64) : &one, b.data, int(type), b.stride(),
+                              a.data, int(type), a.stride(), is_double ? static_cast<const void*>(&beta_64) : &beta,
+                              out.data, int(type), out.stride(), compute, kDefaultAlgorithm);
+    }
+
+   private:
+    Blas& blas_;
+    int device_;
+    void* value_ = nullptr;
+    bool bound_;
   };
+
+ private:
+  // As cublas_api.h numbers them, in every version.
+  static constexpr int kCompute32 = 68, kComputeTf32 = 77, kCompute64 = 70, kDefaultAlgorithm = -1;
 
   Blas() {
     void* library = nullptr;

@@ -339,7 +339,7 @@ BlasType blas_type(ScalarType dtype) {
   }
 }
 
-// cuBLAS with its workspace, for the products of one call.
+// cuBLAS with its workspace, for the products of one call: bound to the stream once, not at every step.
 class Multiplier {
  public:
   Multiplier(const Tensor& like, bool tf32, int64_t stream)
@@ -355,10 +355,12 @@ class Multiplier {
     const auto of_out = operand_of(out), of_a = operand_of(a), of_b = operand_of(b);
     if (!of_out || !of_a || !of_b || of_out->is_transposed()) return false;
     if (std::max({of_out->stride(), of_a->stride(), of_b->stride()}) >= INT32_MAX) return false;
-    if (!workspace_) workspace_ = torch::stable::new_empty(out, Shape{Blas::kWorkspace}, ScalarType::Byte);
     OnDevice on(device_);
-    return blas_->multiply(*of_out, *of_a, *of_b, m, n, k, blas_type(out.scalar_type()), accumulate, tf32_, device_,
-                           stream_, workspace_->data_ptr());
+    if (!handle_) {
+      workspace_ = torch::stable::new_empty(out, Shape{Blas::kWorkspace}, ScalarType::Byte);
+      handle_.emplace(*blas_, device_, stream_, workspace_->data_ptr());
+    }
+    return handle_->multiply(*of_out, *of_a, *of_b, m, n, k, blas_type(out.scalar_type()), accumulate, tf32_);
   }
 
   // out = a b; by torch where cuBLAS can't.
@@ -381,6 +383,7 @@ class Multiplier {
   int64_t stream_;
   Blas* blas_;
   mutable std::optional<Tensor> workspace_;
+  mutable std::optional<Blas::Handle> handle_;
 };
 
 bool cuda_multiply(Tensor a, Tensor b, Tensor out, bool accumulate, bool tf32, int64_t stream) {
