@@ -26,6 +26,7 @@ Hidden = TypeVar("Hidden")  # and those that it returns
 
 _is_any_autocast = torch._C._is_any_autocast_enabled  # asked for at every call, as torch.nn does
 _module_call = nn.Module.__call__  # which some tools replace
+_CHECKS = ("check_input", "check_forward_args", "check_hidden_size", "get_expected_hidden_size", "permute_hidden")
 
 
 class _Module(nn.Module):
@@ -107,6 +108,7 @@ class _Recurrent(_Module, nn.RNNBase, Generic[Hx, Hidden]):
 
     recompute = False
     _tensor = ""
+    _checks_as_ours = True  # none is overridden: a call that skips them would skip the user's
     if TYPE_CHECKING:  # TorchScript reads annotations, too
         _name: str
         _flat_weights: list[Any]  # Tensors, and None where one was deleted
@@ -115,6 +117,11 @@ class _Recurrent(_Module, nn.RNNBase, Generic[Hx, Hidden]):
         nn.RNNBase.__init__(self, mode, *args)  # what convert makes has torch.nn.LSTM between, with another signature
         if recompute:  # else a layer has torch.nn's attributes and no other
             self.recompute = True
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        ours = next((base for base in cls.__mro__ if base.__module__ == __name__), cls)
+        cls._checks_as_ours = all(getattr(cls, name) is getattr(ours, name) for name in _CHECKS)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + (", recompute=True" if self.recompute else "")
@@ -226,7 +233,9 @@ class _Recurrent(_Module, nn.RNNBase, Generic[Hx, Hidden]):
     def _plain(self, input: Any, hx: Any, weights: Sequence[Tensor]) -> tuple[Any, ...] | None:
         """What a single call of the CPU library makes of it, if that serves; else None."""
         states = self._plain_states(hx)
-        if states is None or (self.dropout and self.training) or not functional.is_plain(input, states, weights):
+        if states is None or (self.dropout and self.training) or not self._checks_as_ours:
+            return None
+        if not functional.is_plain(input, states, weights):
             return None
         form = self.num_layers, self.bidirectional, self.batch_first
         found = functional.plain_rnn(self.mode, input, states, weights, *form)

@@ -60,6 +60,24 @@ def assert_same_bits(actual: Any, expected: Any) -> None:
 FORMS = {"time first": (5, 3), "batch first": (3, 5), "one row": (1, 5), "one step": (3, 1), "unbatched": (5,)}
 
 
+@pytest.mark.parametrize("check", ["check_input", "check_forward_args", "check_hidden_size", "permute_hidden"])
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+def test_checks_of_a_subclass_are_asked(name: str, check: str, served: list[bool]) -> None:
+    ours, asked = getattr(rnnfast, name), []
+
+    def overridden(self: nn.Module, *args: Any) -> Any:
+        asked.append(check)
+        return getattr(ours, check)(self, *args)
+
+    x, h = torch.randn(5, 2, 4), torch.randn(1, 2, 3)
+    hx = (h, h) if name == "LSTM" else h
+    with torch.no_grad():
+        type("Checked", (ours,), {check: overridden})(4, 3)(x, hx)
+        assert asked and not served
+        type("Named", (ours,), {})(4, 3)(x, hx)
+        assert served == [True]
+
+
 @pytest.mark.few(2, "cell", "form", "given_hx", "options", "dtype")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("given_hx", [False, True], ids=["no hx", "hx"])
