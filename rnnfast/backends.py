@@ -148,7 +148,7 @@ BACKENDS = {
     "cuda": Backend(_cuda, ("cuda",), module="cuda"),
 }
 WITH_OPERATORS = tuple(name for name, backend in BACKENDS.items() if backend.has_operators)
-_OF_DEVICE = {
+OF_DEVICE = {
     of: tuple(name for name in reversed(BACKENDS) if of in BACKENDS[name].devices)
     for of in {of for backend in BACKENDS.values() for of in backend.devices}
 }
@@ -268,7 +268,7 @@ def choose_backend(
         extended: whether the call has resets, or asks for the states of every step: torch's kernels know neither.
     """
     forced, forward_mode, recorded, compiled, transformed = circumstances
-    extended = extended or mode not in _OF_TORCH
+    extended = extended or mode not in OF_TORCH
     in_torch = not (extended or transformed or (compiled and not recorded))
     if forced == "reference":
         return "reference", "asked for by use_backend"
@@ -279,7 +279,7 @@ def choose_backend(
             raise RuntimeError(f"backend 'torch' cannot serve this call: {_NOT_IN_TORCH}")
         why = "asked for by use_backend" if forced else "a graph is recorded that others run"
         return ("torch", why) if in_torch else ("reference", _NOT_IN_TORCH)
-    names = _OF_DEVICE.get(device.type, ()) if forced is None else (forced,)
+    names = OF_DEVICE.get(device.type, ()) if forced is None else (forced,)
     reasons: list[str] = []
     for name in names:
         backend = BACKENDS[name]
@@ -289,7 +289,11 @@ def choose_backend(
         if found.available and (hidden is None or backend.module is None):
             return name, found.detail
         if found.available:
-            return name, backend.load().reason(device, mode, dtype, hidden, batch, bidirectional, projected)
+            assert hidden is not None
+            reason = backend.load().reason(device, mode, dtype, hidden, batch, bidirectional, projected)
+            if in_torch and forced is None and launches_steps(name, reason):
+                return "torch", f"its launches of single steps take less than Triton's, {reason}"
+            return name, reason
         if found.detail not in reasons:
             reasons.append(found.detail)
     reason = "; ".join(reasons) or f"no fused backend serves {dtype if names else f'device {device.type!r}'}"
@@ -300,7 +304,12 @@ def choose_backend(
     return "torch" if in_torch else "reference", reason
 
 
-_OF_TORCH = ("RNN_TANH", "RNN_RELU", "LSTM", "GRU")
+def launches_steps(name: str, reason: str) -> bool:
+    """Whether a backend launches every step from Python, where cuDNN does it in less than half of the time."""
+    return name == "triton" and torch.version.hip is None and reason.startswith("stepwise")
+
+
+OF_TORCH = ("RNN_TANH", "RNN_RELU", "LSTM", "GRU")
 _NOT_IN_TORCH = (
     "torch's kernels know neither other cells, nor resets, nor the states of every step, nor torch.func, "
     "nor torch.compile"

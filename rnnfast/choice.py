@@ -1,0 +1,291 @@
+"""Which backend serves a call on a GPU: ours are checked where they first run, and raced against torch's kernels.
+
+What was decided stays in memory, so that a call of a kind that is known costs a look into a dictionary. Nothing is run
+beside a call that is captured, compiled or transformed, or made within a backward: such a call takes what the tables of
+``timings.py`` say. Of several ranks only the first one measures.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, distributed
+
+from . import contest
+from .backends import BACKENDS, DTYPES, OF_DEVICE, OF_TORCH, USUAL, Circumstances, choose_backend, launches_steps
+from .cells import GATES
+from .contest import Call
+from .timings import Key, described, known_of, ranked, up
+
+MODES = ("table", "measure", "torch", "ours")
+RACED = frozenset(name for name, backend in BACKENDS.items() if backend.module)  # those for GPUs
+_MOST = 4096  # decisions in memory: the oldest go first
+_ROWS = 9  # of a check
+
+
+class Decision(NamedTuple):
+    """A backend, and why."""
+
+    backend: str
+    reason: str
+
+
+Where = tuple[torch.device, bool, Key]  # with whether a time may decide: not where results have to be deterministic
+_settled: dict[Where, Decision] = {}
+_unmeasured: dict[Where, Decision] = {}  # where nothing could be run, as it can in another call
+_faults: dict[tuple[Any, ...], str | None] = {}  # by backend, device, mode, dtype and more: what a check has found
+_told: set[tuple[Any, ...]] = set()  # those of which a warning has told
+_settling = threading.Lock()
+
+
+def _known_mode(mode: str | None) -> str | None:
+    if mode and mode not in MODES:
+        raise ValueError(f"unknown choice {mode!r}, expected one of {', '.join(MODES)}")
+    return mode or None
+
+
+_mode = _known_mode(os.environ.get("RNNFAST_CHOICE"))
+
+
+def set_choice(mode: str | None) -> None:
+    """Set how the backend of a call on a GPU is chosen, in the whole process from here on.
+
+    Whatever the mode, a backend of ours has to pass a check before it first serves a kind of layer: some steps, forward
+    and backward, with at most twice the error of torch's kernels. One that fails is not used, with a warning.
+
+    Args:
+        mode: ``"measure"``: where nothing was measured before, the first call of a kind waits for a race, of seven
+            calls of each backend; ``"table"``: by what was measured before, here or by us on such a GPU, and else ours;
+            ``"torch"``: torch's kernels wherever they can serve; ``"ours"``: never those. None is the default: what
+            the environment's ``RNNFAST_CHOICE`` says, or else ``"table"`` on a GPU of which the package has a table,
+            and ``"measure"`` on others.
+
+    Raises:
+        ValueError: there is no such mode.
+    """
+    global _mode
+    _mode = _known_mode(os.environ.get("RNNFAST_CHOICE") if mode is None else mode)
+    forget()
+
+
+def mode_on(device: torch.device) -> str:
+    return _mode or ("table" if known_of(device).shipped else "measure")
+
+
+def share_choice() -> None:
+    """Give all ranks what rank 0 has measured of its current GPU: a collective, which every rank has to call.
+
+    It is for processes that do not share a cache folder. Ranks other than 0 never measure: what rank 0 is the first to
+    measure, they take from the tables on disk, or from this.
+
+    Raises:
+        ValueError: there is no process group.
+    """
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    known = known_of(device)
+    sent: list[Any] = [(known.fingerprint, known.measured)]
+    distributed.broadcast_object_list(sent, src=0)
+    if sent[0][0] == known.fingerprint:
+        known.measured = sent[0][1]
+        _settled.clear()
+        _unmeasured.clear()
+
+
+def forget() -> None:
+    """Decide anew, and read the tables anew. What checks have found stays."""
+    _settled.clear()
+    _unmeasured.clear()
+    known_of.cache_clear()
+
+
+# At every call. To find these takes longer than to ask them.
+_rnn_switches: Any = torch.backends.cudnn.rnn
+_matmul_switches: Any = torch.backends.cuda.matmul
+_is_deterministic, _has_cudnn = torch._C._get_deterministic_algorithms, torch._C._get_cudnn_enabled
+_has_gradients, _dispatch_modes = torch.is_grad_enabled, torch._C._len_torch_dispatch_stack
+_NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in DTYPES}
+_NOT_OF_TORCH = ("lengths", "resets", "return_states", "recompute")
+
+
+def choose(
+    seen: Circumstances, backend: str, mode: str, x: Tensor, h0: Tensor | None, c0: Tensor | None,
+    weights: Sequence[Tensor], **options: Any,
+) -> str:  # fmt: skip
+    """What serves a call of ``functional.rnn``, or without options of ``functional.cell``, in place of a backend."""
+    if seen is not USUAL or _dispatch_modes():
+        return backend if seen.forced else _unless_faulty(backend, mode, x.device, x.dtype)
+    hx = [t for t in (h0, c0) if t is not None]
+    trained = _has_gradients() and any(t.requires_grad for t in (*weights, x, *hx))
+    if options:
+        batch_sizes, form = options["batch_sizes"], "rectangular"
+        steps, rows, width = x.shape if batch_sizes is None else (batch_sizes.size(0), 0, x.size(1))
+        if batch_sizes is not None:
+            rows, form = -(-x.size(0) // steps), "packed"
+        for name in _NOT_OF_TORCH:
+            if options[name] is not None and options[name] is not False:
+                form += f" {name}"
+        apart = options["training"] and options["num_layers"] > 1 and options["dropout"] > 0
+        more: Any = options["num_layers"], options["bidirectional"], form, apart
+    else:
+        (rows, width), steps, more = x.shape, 1, ()
+    w_hh = weights[1].shape
+    where = where_of(mode, x.device, x.dtype, width, w_hh[0] // GATES[mode], w_hh[1], steps, rows, trained, *more)
+    found = _settled.get(where)
+    return (found or _settle(where, Call(mode, x, hx, weights, options))).backend
+
+
+def where_of(
+    mode: str, device: torch.device, dtype: torch.dtype, inputs: int, hidden: int, outputs: int, steps: int,
+    rows: int, trained: bool, layers: int = 1, bidirectional: bool = False, form: str = "cell", apart: bool = False,
+) -> Where:  # fmt: skip
+    """Device and key of a call; those of a cell need not be told its form."""
+    is_float = dtype is torch.float32
+    return device, _has_cudnn() and not _is_deterministic(), Key(
+        mode, _NAMES[dtype],
+        is_float and _rnn_switches.fp32_precision == "tf32", is_float and _matmul_switches.fp32_precision == "tf32",
+        inputs, hidden, outputs, layers, 1 + bidirectional, form, apart, trained, up(steps), up(rows),
+    )  # fmt: skip
+
+
+def _unless_faulty(backend: str, mode: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Where nothing can be run, and torch's kernels do not serve."""
+    faulty = any(fault and kind[:4] == (backend, device, mode, dtype) for kind, fault in list(_faults.items()))
+    return "reference" if faulty else backend
+
+
+_unless_faulty._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def explained(where: Where, batch: int) -> Decision:
+    """The decision of a call, or what it would be if nothing could be run."""
+    found = _settled.get(where)
+    if found is None:
+        backend, why = _decide(where, batch)
+        found = Decision(backend, f"{why}, not checked yet")
+    return found
+
+
+def _settle(where: Where, call: Call) -> Decision:
+    batch = call.batch
+    is_captured = call.x.is_cuda and torch.cuda.is_current_stream_capturing()
+    # What a backward has called runs in a thread that others may wait for, so it must wait for nobody.
+    if is_captured or torch._C._current_graph_task_id() != -1:
+        if where not in _unmeasured:
+            _keep(_unmeasured, where, _decide(where, batch))
+        return _unmeasured[where]
+    with _settling:
+        if where in _settled:
+            return _settled[where]
+        try:  # in a thread of its own none of the caller's modes, hooks and contexts hold
+            with ThreadPoolExecutor(1) as thread:
+                found = thread.submit(_decide_there, where, batch, call).result()
+        except torch.OutOfMemoryError:
+            return _decide(where, batch)
+        _keep(_settled, where, found)
+        new = [kind for kind, fault in _faults.items() if fault and kind not in _told]
+        _told.update(new)
+    for kind in new:
+        backend, of, mode, dtype, *_ = kind
+        text = f"rnnfast: backend {backend!r} is not used for this kind of {mode} in {dtype} on {of}: {_faults[kind]}"
+        warnings.warn(text, RuntimeWarning, stacklevel=4)
+    return found
+
+
+def _keep(table: dict[Any, Any], key: Any, value: Any) -> None:
+    table[key] = value
+    if len(table) > _MOST:
+        table.pop(next(iter(table)), None)
+
+
+def _decide_there(where: Where, batch: int, call: Call) -> Decision:
+    """On the device, with its generator put back."""
+    device = where[0]
+    if device.type != "cuda":  # tests have emulated kernels
+        with torch.random.fork_rng([]):
+            return _decide(where, batch, call)
+    with torch.cuda.device(device), torch.random.fork_rng([device]):
+        return _decide(where, batch, call)
+
+
+def _decide(where: Where, batch: int, call: Call | None = None) -> Decision:
+    """With a call, what is not known is checked and measured."""
+    device, _, key = where
+    dtype, in_torch = getattr(torch, key.dtype), key.form in _IN_TORCH and key.cell in OF_TORCH
+    layer = key.cell, device, dtype, key.hidden, batch, key.directions == 2, key.outputs != key.hidden
+    backend, why = choose_backend(USUAL, *layer, extended=not in_torch)
+    if backend not in RACED:
+        return Decision(backend, why)
+    ours, failed = {}, []
+    for name in OF_DEVICE[device.type]:
+        try:
+            _, reason = choose_backend(Circumstances(forced=name), *layer)
+        except RuntimeError:  # it is not here
+            continue
+        if not (in_torch and launches_steps(name, reason)):
+            ours[name] = reason
+
+    def passes(name: str) -> bool:
+        fault = _fault(name, where, batch, in_torch, call)
+        if fault:
+            failed.append(f"; {name} has failed: {fault}")
+        return not fault
+
+    names, why = list(ours), "torch's kernels cannot serve the call"
+    if in_torch:
+        names, why = _ranking(where, batch, names, passes, call)
+    found = next(filter(passes, names), "torch" if in_torch else "reference")
+    of_plan = f"{ours[found]}; " if found in ours else ""
+    return Decision(found, of_plan + why + "".join(dict.fromkeys(failed)))
+
+
+_IN_TORCH = ("rectangular", "packed", "cell")
+
+
+def _ranking(
+    where: Where, batch: int, ours: list[str], passes: Callable[[str], bool], call: Call | None
+) -> tuple[list[str], str]:
+    """Those of ours that are to serve rather than torch's kernels, the best first, and why."""
+    device, may_measure, key = where
+    mode, known = mode_on(device), known_of(device)
+    if mode in ("torch", "ours"):
+        return ours if mode == "ours" else [], f"the choice is {mode!r}"
+    is_first = not (distributed.is_available() and distributed.is_initialized() and distributed.get_rank())
+    measures = mode == "measure" and is_first and may_measure and call is not None and key.steps * key.rows > 0
+    for times, source in known.times(key, nearest=not measures):
+        here = {name: ms for name, ms in times.items() if name in ("torch", *ours)}
+        if len(here) > 1:
+            return ranked(here), f"{source}: {described(here)}"
+    if call is None or not measures:
+        return ours, "nothing was measured"
+    passed = list(filter(passes, ours))
+    if not passed:
+        return [], "nothing was measured"
+    times, errors = contest.race(call, ["torch", *passed], key.trained)
+    for name, error in errors.items():
+        _keep(_faults, _kind(name, where, batch), error)
+    if "torch" in times:
+        known.add(key, times)
+    return ranked(times), f"measured here: {described(times)}"
+
+
+def _kind(name: str, where: Where, batch: int) -> tuple[Any, ...]:
+    """What a check holds for."""
+    device, _, key = where
+    layer = key.cell, getattr(torch, key.dtype), key.hidden, batch, key.directions == 2, key.outputs != key.hidden
+    plans = (BACKENDS[name].load().reason(device, *layer, backward) for backward in (False, True))
+    return name, device, *layer[:3], key.outputs, key.tf32, key.directions, key.form, *plans
+
+
+def _fault(name: str, where: Where, batch: int, in_torch: bool, call: Call | None) -> str | None:
+    """What is known to be wrong with a backend, or with a call is found out."""
+    kind, few = _kind(name, where, batch), _kind(name, where, _ROWS)
+    if kind not in _faults and call is not None:
+        found = contest.fault(call, name, batch if batch and few != kind else _ROWS, in_torch, where[2].tf32)
+        _keep(_faults, kind, found)
+    return _faults.get(kind)
