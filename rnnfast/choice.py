@@ -21,7 +21,7 @@ from . import contest
 from .backends import BACKENDS, DTYPES, OF_DEVICE, OF_TORCH, USUAL, Circumstances, choose_backend, launches_steps
 from .cells import GATES
 from .contest import Call
-from .timings import Key, described, known_of, ranked, up
+from .timings import Key, described, known_of, ranked
 
 MODES = ("table", "measure", "torch", "ours")
 RACED = frozenset(name for name, backend in BACKENDS.items() if backend.module)  # those for GPUs
@@ -36,7 +36,9 @@ class Decision(NamedTuple):
     reason: str
 
 
-Where = tuple[torch.device, bool, Key]  # with whether a time may decide: not where results have to be deterministic
+# The index of a device, whether a time may decide (not where results have to be deterministic), and what a Key has,
+# with the dtype itself: hashes of devices take long.
+Where = tuple[Any, ...]
 _settled: dict[Where, Decision] = {}
 _unmeasured: dict[Where, Decision] = {}  # where nothing could be run, as it can in another call
 _faults: dict[tuple[Any, ...], str | None] = {}  # by backend, device, mode, dtype and more: what a check has found
@@ -105,8 +107,7 @@ def forget() -> None:
 
 
 # At every call. To find these takes longer than to ask them.
-_rnn_switches: Any = torch.backends.cudnn.rnn
-_matmul_switches: Any = torch.backends.cuda.matmul
+_precision = torch._C._get_fp32_precision_getter
 _is_deterministic, _has_cudnn = torch._C._get_deterministic_algorithms, torch._C._get_cudnn_enabled
 _has_gradients, _dispatch_modes = torch.is_grad_enabled, torch._C._len_torch_dispatch_stack
 _NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in DTYPES}
@@ -120,37 +121,50 @@ def choose(
     """What serves a call of ``functional.rnn``, or without options of ``functional.cell``, in place of a backend."""
     if seen is not USUAL or _dispatch_modes():
         return backend if seen.forced else _unless_faulty(backend, mode, x.device, x.dtype)
-    hx = [t for t in (h0, c0) if t is not None]
-    trained = _has_gradients() and any(t.requires_grad for t in (*weights, x, *hx))
-    if options:
+    trained = _has_gradients() and (
+        weights[0].requires_grad or any(t is not None and t.requires_grad for t in (x, h0, c0, *weights))
+    )
+    w_hh = weights[1].shape
+    more: Any = ()
+    if not options:
+        (rows, width), steps = x.shape, 1
+    else:
         batch_sizes, form = options["batch_sizes"], "rectangular"
-        steps, rows, width = x.shape if batch_sizes is None else (batch_sizes.size(0), 0, x.size(1))
-        if batch_sizes is not None:
-            rows, form = -(-x.size(0) // steps), "packed"
+        if batch_sizes is None:
+            steps, rows, width = x.shape
+        else:
+            (total, width), steps, form = x.shape, batch_sizes.size(0), "packed"
+            rows = -(-total // steps)
         for name in _NOT_OF_TORCH:
             if options[name] is not None and options[name] is not False:
                 form += f" {name}"
-        apart = options["training"] and options["num_layers"] > 1 and options["dropout"] > 0
-        more: Any = options["num_layers"], options["bidirectional"], form, apart
-    else:
-        (rows, width), steps, more = x.shape, 1, ()
-    w_hh = weights[1].shape
-    where = where_of(mode, x.device, x.dtype, width, w_hh[0] // GATES[mode], w_hh[1], steps, rows, trained, *more)
+        apart = options["dropout"] > 0 and options["training"] and options["num_layers"] > 1
+        more = options["num_layers"], options["bidirectional"], form, apart
+    where = where_of(mode, x.get_device(), x.dtype, width, w_hh[0] // GATES[mode], w_hh[1], steps, rows, trained, *more)
     found = _settled.get(where)
-    return (found or _settle(where, Call(mode, x, hx, weights, options))).backend
+    if found is None:
+        found = _settle(where, Call(mode, x, [t for t in (h0, c0) if t is not None], weights, options))
+    return found.backend
 
 
 def where_of(
-    mode: str, device: torch.device, dtype: torch.dtype, inputs: int, hidden: int, outputs: int, steps: int,
-    rows: int, trained: bool, layers: int = 1, bidirectional: bool = False, form: str = "cell", apart: bool = False,
+    mode: str, index: int, dtype: torch.dtype, inputs: int, hidden: int, outputs: int, steps: int, rows: int,
+    trained: bool, layers: int = 1, bidirectional: bool = False, form: str = "cell", apart: bool = False,
 ) -> Where:  # fmt: skip
-    """Device and key of a call; those of a cell need not be told its form."""
+    """What is decided once: calls on a device by what a Key has; those of a cell need not be told their form."""
     is_float = dtype is torch.float32
-    return device, _has_cudnn() and not _is_deterministic(), Key(
-        mode, _NAMES[dtype],
-        is_float and _rnn_switches.fp32_precision == "tf32", is_float and _matmul_switches.fp32_precision == "tf32",
-        inputs, hidden, outputs, layers, 1 + bidirectional, form, apart, trained, up(steps), up(rows),
+    return (
+        index, _has_cudnn() and not _is_deterministic(), mode, dtype,
+        is_float and _precision("cuda", "rnn") == "tf32", is_float and _precision("cuda", "matmul") == "tf32",
+        inputs, hidden, outputs, layers, 1 + bidirectional, form, apart, trained,
+        steps and 1 << (steps - 1).bit_length(), rows and 1 << (rows - 1).bit_length(),
     )  # fmt: skip
+
+
+def _read(where: Where) -> tuple[torch.device, bool, Key]:
+    index, may_measure, mode, dtype, *rest = where
+    device = torch.device("cuda", index) if index >= 0 else torch.device("cpu")  # there tests have emulated kernels
+    return device, may_measure, Key(mode, _NAMES[dtype], *rest)
 
 
 def _unless_faulty(backend: str, mode: str, device: torch.device, dtype: torch.dtype) -> str:
@@ -173,9 +187,8 @@ def explained(where: Where, batch: int) -> Decision:
 
 def _settle(where: Where, call: Call) -> Decision:
     batch = call.batch
-    is_captured = call.x.is_cuda and torch.cuda.is_current_stream_capturing()
     # What a backward has called runs in a thread that others may wait for, so it must wait for nobody.
-    if is_captured or torch._C._current_graph_task_id() != -1:
+    if _is_captured(call.x) or torch._C._current_graph_task_id() != -1:
         if where not in _unmeasured:
             _keep(_unmeasured, where, _decide(where, batch))
         return _unmeasured[where]
@@ -197,6 +210,10 @@ def _settle(where: Where, call: Call) -> Decision:
     return found
 
 
+def _is_captured(x: Tensor) -> bool:
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def _keep(table: dict[Any, Any], key: Any, value: Any) -> None:
     table[key] = value
     if len(table) > _MOST:
@@ -205,7 +222,7 @@ def _keep(table: dict[Any, Any], key: Any, value: Any) -> None:
 
 def _decide_there(where: Where, batch: int, call: Call) -> Decision:
     """On the device, with its generator put back."""
-    device = where[0]
+    device, _, _ = _read(where)
     if device.type != "cuda":  # tests have emulated kernels
         with torch.random.fork_rng([]):
             return _decide(where, batch, call)
@@ -215,7 +232,7 @@ def _decide_there(where: Where, batch: int, call: Call) -> Decision:
 
 def _decide(where: Where, batch: int, call: Call | None = None) -> Decision:
     """With a call, what is not known is checked and measured."""
-    device, _, key = where
+    device, _, key = _read(where)
     dtype, in_torch = getattr(torch, key.dtype), key.form in _IN_TORCH and key.cell in OF_TORCH
     layer = key.cell, device, dtype, key.hidden, batch, key.directions == 2, key.outputs != key.hidden
     backend, why = choose_backend(USUAL, *layer, extended=not in_torch)
@@ -251,7 +268,7 @@ def _ranking(
     where: Where, batch: int, ours: list[str], passes: Callable[[str], bool], call: Call | None
 ) -> tuple[list[str], str]:
     """Those of ours that are to serve rather than torch's kernels, the best first, and why."""
-    device, may_measure, key = where
+    device, may_measure, key = _read(where)
     mode, known = mode_on(device), known_of(device)
     if mode in ("torch", "ours"):
         return ours if mode == "ours" else [], f"the choice is {mode!r}"
@@ -269,14 +286,15 @@ def _ranking(
     times, errors = contest.race(call, ["torch", *passed], key.trained)
     for name, error in errors.items():
         _keep(_faults, _kind(name, where, batch), error)
-    if "torch" in times:
+        passes(name)  # not any more, which is to be told
+    if len(times) > 1:
         known.add(key, times)
     return ranked(times), f"measured here: {described(times)}"
 
 
 def _kind(name: str, where: Where, batch: int) -> tuple[Any, ...]:
     """What a check holds for."""
-    device, _, key = where
+    device, _, key = _read(where)
     layer = key.cell, getattr(torch, key.dtype), key.hidden, batch, key.directions == 2, key.outputs != key.hidden
     plans = (BACKENDS[name].load().reason(device, *layer, backward) for backward in (False, True))
     return name, device, *layer[:3], key.outputs, key.tf32, key.directions, key.form, *plans
@@ -286,6 +304,6 @@ def _fault(name: str, where: Where, batch: int, in_torch: bool, call: Call | Non
     """What is known to be wrong with a backend, or with a call is found out."""
     kind, few = _kind(name, where, batch), _kind(name, where, _ROWS)
     if kind not in _faults and call is not None:
-        found = contest.fault(call, name, batch if batch and few != kind else _ROWS, in_torch, where[2].tf32)
+        found = contest.fault(call, name, batch if batch and few != kind else _ROWS, in_torch, _read(where)[2].tf32)
         _keep(_faults, kind, found)
     return _faults.get(kind)

@@ -56,7 +56,8 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> Explanation:
     trained, training = torch.is_grad_enabled(), [module for module in model.modules() if module.training]
 
     def record(module: nn.Module, args: tuple[Any, ...], call_kwargs: dict[str, Any], output: Any) -> None:
-        more = [name for name in ("lengths", "resets", "return_states") if call_kwargs.get(name) not in (None, False)]
+        options = ((name, call_kwargs.get(name)) for name in ("lengths", "resets", "return_states"))
+        more = [name for name, value in options if value is not None and value is not False]
         input = args[0] if args else call_kwargs["input"]
         found.append(_choice(names[module], module, input, more, trained, module in training))
 
@@ -116,7 +117,7 @@ def _choice(
             form = " ".join((form, *more, *["recompute"] * module.recompute))
             apart = training and module.num_layers > 1 and module.dropout > 0
             key_of += module.num_layers, bidirectional, form, apart
-        where = choice.where_of(*of, module.input_size, module.hidden_size, outputs, *key_of)
+        where = choice.where_of(mode, data.get_device(), dtype, module.input_size, module.hidden_size, outputs, *key_of)
         backend, reason = choice.explained(where, batch)
     if backend == "cpu" and steps == 1 and not more and is_derived:
         with torch.enable_grad():

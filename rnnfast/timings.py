@@ -9,7 +9,6 @@ import json
 import math
 import os
 import re
-import tempfile
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -49,11 +48,6 @@ class Key(NamedTuple):
         return f"{self.cell} {self.dtype}{tf32} {mode} {self.steps}x{self.rows}x{self.inputs}x{self.hidden}{more}{form}"
 
 
-def up(size: int) -> int:
-    """The least power of two that is not below; 0 of 0."""
-    return 1 << (size - 1).bit_length() if size else 0
-
-
 def ranked(times: Times) -> list[str]:
     """Those of ours that are clearly faster than torch's kernels, from the fastest on."""
     faster = (name for name in times if name != "torch" and not times[name] >= NOISE * times.get("torch", math.inf))
@@ -64,6 +58,11 @@ def described(times: Times) -> str:
     return ", ".join(f"{name} {ms:.3g} ms" for name, ms in sorted(times.items(), key=lambda item: item[1]))
 
 
+def shipped_path(gpu: str) -> Path:
+    """Of the table that the package has of a GPU, if it has one."""
+    return Path(__file__).with_name("tables") / f"{re.sub('[^a-z0-9]+', '-', gpu.lower())}.json"
+
+
 class Known:
     """Of one GPU, with its driver and versions."""
 
@@ -71,11 +70,11 @@ class Known:
         # On a CPU there are the tests' emulated kernels.
         self.name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
         self.fingerprint = _fingerprint(self.name)
-        slug = re.sub("[^a-z0-9]+", "-", self.name.lower())
-        self.shipped = read(Path(__file__).with_name("tables") / f"{slug}.json", {"gpu": self.name})
+        shipped = shipped_path(self.name)
+        self.shipped = read(shipped, {"gpu": self.name})
         digest = hashlib.sha256(json.dumps(self.fingerprint).encode()).hexdigest()[:12]
         folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        self.path = Path(folder, "rnnfast", f"{slug}-{digest}.json")
+        self.path = Path(folder, "rnnfast", f"{shipped.stem}-{digest}.json")
         self.measured = read(self.path, self.fingerprint)
 
     def times(self, key: Key, nearest: bool) -> Iterator[tuple[Times, str]]:
@@ -160,11 +159,9 @@ def write(path: Path, of: dict[str, str], times: dict[Key, Times]) -> None:
     """As a whole: who reads meanwhile reads the file of before."""
     lines = ",\n".join(json.dumps([*key, by]) for key, by in times.items())
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent)
+    own = path.with_suffix(f".{os.getpid()}")
     try:
-        with open(handle, "w") as file:
-            file.write(f'{{"of": {json.dumps(of)}, "times": [\n{lines}\n]}}\n')
-        os.replace(name, path)
-    except OSError:
-        os.unlink(name)
-        raise
+        own.write_text(f'{{"of": {json.dumps(of)}, "times": [\n{lines}\n]}}\n')
+        own.replace(path)
+    finally:
+        own.unlink(missing_ok=True)
