@@ -15,8 +15,7 @@ from pathlib import Path
 from rnnfast import timings
 
 ROOT = Path(__file__).resolve().parents[1]
-# The columns of float32's times begin with ours and torch, and go on with the switches: TF32 in recurrent layers, and in
-# other products.
+# How the columns of float32's times go on, and the switches: TF32 in recurrent layers, and in other products.
 SWITCHES = {"": (False, False), "_tf32": (True, True), "_default": (True, False)}
 
 

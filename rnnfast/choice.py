@@ -80,6 +80,16 @@ def mode_on(device: torch.device) -> str:
     return _mode or ("table" if known_of(device).shipped else "measure")
 
 
+def known_on(device: torch.device) -> str:
+    """What is known of a GPU, in a line."""
+    known = known_of(device)
+    found = [f"{len(known.shipped)} times shipped"] * bool(known.shipped)
+    found += [f"{len(known.measured)} times measured here, in {known.path}"] * bool(known.measured)
+    if not found:
+        found = ["nothing, which `python -m rnnfast tune` changes"]
+    return f"{known.name} ({device}): known are {' and '.join(found)}; the choice is {mode_on(device)!r}"
+
+
 def share_choice() -> None:
     """Give all ranks what rank 0 has measured of its current GPU: a collective, which every rank has to call.
 
@@ -161,7 +171,7 @@ def where_of(
     )  # fmt: skip
 
 
-def _read(where: Where) -> tuple[torch.device, bool, Key]:
+def parts_of(where: Where) -> tuple[torch.device, bool, Key]:
     index, may_measure, mode, dtype, *rest = where
     device = torch.device("cuda", index) if index >= 0 else torch.device("cpu")  # there tests have emulated kernels
     return device, may_measure, Key(mode, _NAMES[dtype], *rest)
@@ -222,7 +232,7 @@ def _keep(table: dict[Any, Any], key: Any, value: Any) -> None:
 
 def _decide_there(where: Where, batch: int, call: Call) -> Decision:
     """On the device, with its generator put back."""
-    device, _, _ = _read(where)
+    device, _, _ = parts_of(where)
     if device.type != "cuda":  # tests have emulated kernels
         with torch.random.fork_rng([]):
             return _decide(where, batch, call)
@@ -232,7 +242,7 @@ def _decide_there(where: Where, batch: int, call: Call) -> Decision:
 
 def _decide(where: Where, batch: int, call: Call | None = None) -> Decision:
     """With a call, what is not known is checked and measured."""
-    device, _, key = _read(where)
+    device, _, key = parts_of(where)
     dtype, in_torch = getattr(torch, key.dtype), key.form in _IN_TORCH and key.cell in OF_TORCH
     layer = key.cell, device, dtype, key.hidden, batch, key.directions == 2, key.outputs != key.hidden
     backend, why = choose_backend(USUAL, *layer, extended=not in_torch)
@@ -268,7 +278,7 @@ def _ranking(
     where: Where, batch: int, ours: list[str], passes: Callable[[str], bool], call: Call | None
 ) -> tuple[list[str], str]:
     """Those of ours that are to serve rather than torch's kernels, the best first, and why."""
-    device, may_measure, key = _read(where)
+    device, may_measure, key = parts_of(where)
     mode, known = mode_on(device), known_of(device)
     if mode in ("torch", "ours"):
         return ours if mode == "ours" else [], f"the choice is {mode!r}"
@@ -294,7 +304,7 @@ def _ranking(
 
 def _kind(name: str, where: Where, batch: int) -> tuple[Any, ...]:
     """What a check holds for."""
-    device, _, key = _read(where)
+    device, _, key = parts_of(where)
     layer = key.cell, getattr(torch, key.dtype), key.hidden, batch, key.directions == 2, key.outputs != key.hidden
     plans = (BACKENDS[name].load().reason(device, *layer, backward) for backward in (False, True))
     return name, device, *layer[:3], key.outputs, key.tf32, key.directions, key.form, *plans
@@ -304,6 +314,6 @@ def _fault(name: str, where: Where, batch: int, in_torch: bool, call: Call | Non
     """What is known to be wrong with a backend, or with a call is found out."""
     kind, few = _kind(name, where, batch), _kind(name, where, _ROWS)
     if kind not in _faults and call is not None:
-        found = contest.fault(call, name, batch if batch and few != kind else _ROWS, in_torch, _read(where)[2].tf32)
+        found = contest.fault(call, name, batch if batch and few != kind else _ROWS, in_torch, parts_of(where)[2].tf32)
         _keep(_faults, kind, found)
     return _faults.get(kind)

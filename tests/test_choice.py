@@ -20,18 +20,17 @@ import torch
 from backends import EMULATION
 from helpers import HANG, choose, chooser, load
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import rnnfast
+import rnnfast.__main__ as command
 import rnnfast.cuda
 from rnnfast import aten, choice, contest, functional, recurrence, timings
 from rnnfast.modules import OURS
 
 pytestmark = pytest.mark.skipif(EMULATION is None, reason="with a GPU there is no emulation")
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
-OPTIONS: dict[str, Any] = {"num_layers": 1, "bidirectional": False}
 
 
 class Contest:
@@ -628,3 +627,71 @@ def test_single_steps_of_triton_are_left_to_torch(gpus: Callable[..., None], mon
     monkeypatch.setattr(torch.version, "hip", None)
     chip.reason = lambda *args: "fused: of a test"
     assert choose(*layer) == ("triton", "fused: of a test")
+
+
+# python -m rnnfast tune
+
+
+def test_tune_fills_the_table_and_prints_it(
+    contenders: Contest, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    options = "--cells GRU RNN --dtypes float32 --shapes 5x16x20 5x16x4x20 --directions 1 2 --layers 2"
+    assert command.main(["tune", "--device", "cpu", *options.split()]) == 0
+    assert len(known()) == 2 * 2 * 2 * 2
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    assert lines[0].split() == ["call", "torch", "ms", "cuda", "ms", "speedup", "serves"]
+    row = "GRU float32 TF32 infer 8x16x4x20 layers=2 bidirectional"
+    assert next(line for line in lines if line.startswith(row)).split()[-4:] == ["2", "1", "2.00", "cuda"]
+    assert lines[-1].startswith("CPU (cpu): known are 16 times measured here, in ")
+    bars = err.split("\r")[1:]
+    assert len(bars) == 17 and bars[8].startswith(f"[{'#' * 15}{'.' * 15}] 8/16 RNN float32") and err.endswith("\n")
+    first = len(contenders.ran)
+    assert command.main(["tune", "--device", "cpu", *options.split()]) == 0
+    assert len(contenders.ran) == first and capsys.readouterr().out == out  # all was known
+
+
+def test_tune_goes_on_where_memory_is_short(
+    contenders: Contest, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(functional, "rnn", full)
+    options = "--device cpu --cells GRU --dtypes float32 --modes infer --shapes 5x16x20"
+    assert command.main(["tune", *options.split()]) == 0
+    assert "GRU float32 TF32 infer 8x16x20x20" in (out := capsys.readouterr().out) and "out of memory" in out
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--shapes 3x4", "invalid _shape value: '3x4'"),
+        ("--shapes 3x4x0", "invalid _shape value: '3x4x0'"),
+        ("--layers 0", "invalid _count value: '0'"),
+        ("--device moon", "argument --device: Expected one of cpu"),
+    ],
+)
+def test_tune_refuses(options: str, said: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        command.main(["tune", *options.split()])
+    assert said in capsys.readouterr().err
+
+
+def test_tune_needs_a_gpu(gpus: Callable[..., None], capsys: pytest.CaptureFixture) -> None:
+    gpus()
+    assert command.main(["tune"]) == 1
+    assert capsys.readouterr().err == "nothing to choose on cuda: torch finds no GPU that it can use\n"
+
+
+def test_what_is_known_of_a_gpu(contenders: Contest) -> None:
+    assert choice.known_on(CPU) == (
+        "CPU (cpu): known are nothing, which `python -m rnnfast tune` changes; the choice is 'measure'"
+    )
+    timings.known_of(CPU).shipped = timings.read(H200, {"gpu": "NVIDIA H200"})
+    module, x = problem()
+    module(x)
+    path = timings.known_of(CPU).path
+    known_now = f"128 times shipped and 1 times measured here, in {path}"
+    assert choice.known_on(CPU) == f"CPU (cpu): known are {known_now}; the choice is 'measure'"
