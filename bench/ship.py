@@ -30,7 +30,8 @@ def entries(rows: list[dict[str, str]]) -> dict[timings.Key, timings.Times]:
             if suffix == "":
                 pairs.append((row["ours_gpu_ms"], row["torch_gpu_ms"]))
             measured = [(float(ours), float(theirs)) for ours, theirs in pairs if ours and theirs]
-            if not measured:
+            backend = row[f"ours{suffix}_ran"].partition(" ")[0]
+            if not measured or backend == "torch":
                 continue
             key = timings.Key(
                 f"{row['cell']}_TANH" if row["cell"] == "RNN" else row["cell"], row["dtype"], tf32, products_tf32,
@@ -38,7 +39,7 @@ def entries(rows: list[dict[str, str]]) -> dict[timings.Key, timings.Times]:
                 row["mode"] == "train", size["T"], size["N"],
             )  # fmt: skip
             ours, theirs = max(measured, key=lambda pair: pair[0] / pair[1])
-            found[key] = {row[f"ours{suffix}_ran"].partition(" ")[0]: ours, "torch": theirs}
+            found[key] = {backend: ours, "torch": theirs}
     return found
 
 

@@ -158,6 +158,12 @@ def derivable(inputs: Inputs) -> tuple[Tensor, ...]:
     return _call((x, *states, *weights), False, mode, 1, bidirectional, batch_sizes, len(states))
 
 
+def _is_batched(t: Tensor) -> bool:
+    """Whether by a vmap, of torch.func or the one before."""
+    functorch = torch._C._functorch
+    return functorch.is_batchedtensor(t) or functorch.is_legacy_batchedtensor(t)
+
+
 class _Stack(torch.autograd.Function):
     """What torch has kernels for that can be derived once; a derivative of that goes through plain torch."""
 
@@ -179,12 +185,13 @@ class _Stack(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         leaves, twice = ctx.saved_tensors, torch.is_grad_enabled()
         keep = twice or torch._C._autograd._get_current_graph_task_keep_graph()
-        if twice:
-            outputs = _reference(leaves, *ctx.form)
+        if twice or any(grad is not None and _is_batched(grad) for grad in grads):
+            with torch.enable_grad():  # cuDNN's backward knows no batches of gradients either
+                outputs = _reference(leaves, *ctx.form)
         else:
             outputs, leaves = ctx.graph
-            if not keep:
-                del ctx.graph
+        if not keep:
+            del ctx.graph
         live = [(output, grad) for output, grad in zip(outputs, grads) if grad is not None]
         needs = ctx.needs_input_grad[5:]
         wanted = [leaf for leaf, need in zip(leaves, needs) if need]

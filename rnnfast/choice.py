@@ -7,10 +7,11 @@ beside a call that is captured, compiled or transformed, or made within a backwa
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -188,28 +189,23 @@ _unless_faulty._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def explained(where: Where, batch: int) -> Decision:
     """The decision of a call, or what it would be if nothing could be run."""
-    found = _settled.get(where)
-    if found is None:
-        backend, why = _decide(where, batch)
-        found = Decision(backend, f"{why}, not checked yet")
-    return found
+    return _settled.get(where) or _Question(where, batch).answer()
 
 
 def _settle(where: Where, call: Call) -> Decision:
-    batch = call.batch
     # What a backward has called runs in a thread that others may wait for, so it must wait for nobody.
     if _is_captured(call.x) or torch._C._current_graph_task_id() != -1:
         if where not in _unmeasured:
-            _keep(_unmeasured, where, _decide(where, batch))
+            _keep(_unmeasured, where, explained(where, call.batch))
         return _unmeasured[where]
     with _settling:
         if where in _settled:
             return _settled[where]
         try:  # in a thread of its own none of the caller's modes, hooks and contexts hold
             with ThreadPoolExecutor(1) as thread:
-                found = thread.submit(_decide_there, where, batch, call).result()
+                found = thread.submit(_Question(where, call.batch, call).answer_there).result()
         except torch.OutOfMemoryError:
-            return _decide(where, batch)
+            return explained(where, call.batch)
         _keep(_settled, where, found)
         new = [kind for kind, fault in _faults.items() if fault and kind not in _told]
         _told.update(new)
@@ -230,90 +226,76 @@ def _keep(table: dict[Any, Any], key: Any, value: Any) -> None:
         table.pop(next(iter(table)), None)
 
 
-def _decide_there(where: Where, batch: int, call: Call) -> Decision:
-    """On the device, with its generator put back."""
-    device, _, _ = parts_of(where)
-    if device.type != "cuda":  # tests have emulated kernels
-        with torch.random.fork_rng([]):
-            return _decide(where, batch, call)
-    with torch.cuda.device(device), torch.random.fork_rng([device]):
-        return _decide(where, batch, call)
+class _Question:
+    """Which backend serves a call of so many rows; with the call, what is not known is checked and measured."""
 
+    def __init__(self, where: Where, batch: int, call: Call | None = None) -> None:
+        self.device, self.may_measure, self.key = parts_of(where)
+        self.batch, self.call, key, self.failed = batch, call, self.key, ""
+        self.in_torch = key.form in ("rectangular", "packed", "cell") and key.cell in OF_TORCH
+        self.of = key.cell, self.device, getattr(torch, key.dtype), key.hidden
+        self.rest = key.directions == 2, key.outputs != key.hidden
 
-def _decide(where: Where, batch: int, call: Call | None = None) -> Decision:
-    """With a call, what is not known is checked and measured."""
-    device, _, key = parts_of(where)
-    dtype, in_torch = getattr(torch, key.dtype), key.form in _IN_TORCH and key.cell in OF_TORCH
-    layer = key.cell, device, dtype, key.hidden, batch, key.directions == 2, key.outputs != key.hidden
-    backend, why = choose_backend(USUAL, *layer, extended=not in_torch)
-    if backend not in RACED:
-        return Decision(backend, why)
-    ours, failed = {}, []
-    for name in OF_DEVICE[device.type]:
-        try:
-            _, reason = choose_backend(Circumstances(forced=name), *layer)
-        except RuntimeError:  # it is not here
-            continue
-        if not (in_torch and launches_steps(name, reason)):
-            ours[name] = reason
+    def answer_there(self) -> Decision:
+        """On the device, with its generator put back."""
+        gpus = [self.device] if self.device.type == "cuda" else []  # on a CPU tests have emulated kernels
+        with torch.random.fork_rng(gpus), torch.cuda.device(self.device) if gpus else contextlib.nullcontext():
+            return self.answer()
 
-    def passes(name: str) -> bool:
-        fault = _fault(name, where, batch, in_torch, call)
-        if fault:
-            failed.append(f"; {name} has failed: {fault}")
+    def answer(self) -> Decision:
+        layer = *self.of, self.batch, *self.rest
+        backend, why = choose_backend(USUAL, *layer, extended=not self.in_torch)
+        if backend not in RACED:
+            return Decision(backend, why)
+        ours = {}
+        for name in OF_DEVICE[self.device.type]:
+            with contextlib.suppress(RuntimeError):  # it is not here
+                _, reason = choose_backend(Circumstances(forced=name), *layer)
+                if not (self.in_torch and launches_steps(name, reason)):
+                    ours[name] = reason
+        names, why = list(ours), "torch's kernels cannot serve the call"
+        if self.in_torch:
+            names, why = self.ranking(names)
+        found = next(filter(self.passes, names), "torch" if self.in_torch else "reference")
+        return Decision(found, f"{ours[found]}; {why}" if found in ours else why + self.failed)
+
+    def ranking(self, ours: list[str]) -> tuple[list[str], str]:
+        """Those of ours that are to serve rather than torch's kernels, the best first, and why."""
+        key, call, mode, known = self.key, self.call, mode_on(self.device), known_of(self.device)
+        if mode in ("torch", "ours"):
+            return ours if mode == "ours" else [], f"the choice is {mode!r}"
+        is_first = not (distributed.is_available() and distributed.is_initialized() and distributed.get_rank())
+        measures = mode == "measure" and self.may_measure and is_first and key.steps * key.rows > 0
+        for times, source in known.times(key, nearest=call is None or not measures):
+            here = {name: ms for name, ms in times.items() if name in ("torch", *ours)}
+            if len(here) > 1:
+                return ranked(here), f"{source}: {described(here)}"
+        passed = list(filter(self.passes, ours))
+        if call is None or not measures or not passed:
+            return passed, "nothing was measured"
+        times, errors = contest.race(call, ["torch", *passed], key.trained)
+        for name, error in errors.items():
+            _keep(_faults, self.kind(name, self.batch), error)
+            self.passes(name)  # not any more, which is to be told
+        if len(times) > 1:
+            known.add(key, times)
+        return ranked(times), f"measured here: {described(times)}"
+
+    def kind(self, name: str, batch: int) -> tuple[Any, ...]:
+        """What a check of a backend holds for."""
+        key, reason = self.key, BACKENDS[name].load().reason
+        cell, device, *of = self.of
+        plans = (reason(device, cell, *of, batch, *self.rest, backward) for backward in (False, True))
+        return name, device, cell, *of, key.outputs, key.tf32, key.directions, key.form, *plans
+
+    def passes(self, name: str) -> bool:
+        """Whether nothing is known to be wrong with a backend; with a call that is found out."""
+        kind = self.kind(name, self.batch)
+        if kind not in _faults and self.call is not None:
+            alike = self.batch == 0 or self.kind(name, _ROWS) == kind
+            rows = _ROWS if alike else self.batch
+            _keep(_faults, kind, contest.fault(self.call, name, rows, self.in_torch, self.key.tf32))
+        fault = _faults.get(kind)
+        if fault and name not in self.failed:
+            self.failed += f"; {name} has failed: {fault}"
         return not fault
-
-    names, why = list(ours), "torch's kernels cannot serve the call"
-    if in_torch:
-        names, why = _ranking(where, batch, names, passes, call)
-    found = next(filter(passes, names), "torch" if in_torch else "reference")
-    of_plan = f"{ours[found]}; " if found in ours else ""
-    return Decision(found, of_plan + why + "".join(dict.fromkeys(failed)))
-
-
-_IN_TORCH = ("rectangular", "packed", "cell")
-
-
-def _ranking(
-    where: Where, batch: int, ours: list[str], passes: Callable[[str], bool], call: Call | None
-) -> tuple[list[str], str]:
-    """Those of ours that are to serve rather than torch's kernels, the best first, and why."""
-    device, may_measure, key = parts_of(where)
-    mode, known = mode_on(device), known_of(device)
-    if mode in ("torch", "ours"):
-        return ours if mode == "ours" else [], f"the choice is {mode!r}"
-    is_first = not (distributed.is_available() and distributed.is_initialized() and distributed.get_rank())
-    measures = mode == "measure" and is_first and may_measure and call is not None and key.steps * key.rows > 0
-    for times, source in known.times(key, nearest=not measures):
-        here = {name: ms for name, ms in times.items() if name in ("torch", *ours)}
-        if len(here) > 1:
-            return ranked(here), f"{source}: {described(here)}"
-    if call is None or not measures:
-        return ours, "nothing was measured"
-    passed = list(filter(passes, ours))
-    if not passed:
-        return [], "nothing was measured"
-    times, errors = contest.race(call, ["torch", *passed], key.trained)
-    for name, error in errors.items():
-        _keep(_faults, _kind(name, where, batch), error)
-        passes(name)  # not any more, which is to be told
-    if len(times) > 1:
-        known.add(key, times)
-    return ranked(times), f"measured here: {described(times)}"
-
-
-def _kind(name: str, where: Where, batch: int) -> tuple[Any, ...]:
-    """What a check holds for."""
-    device, _, key = parts_of(where)
-    layer = key.cell, getattr(torch, key.dtype), key.hidden, batch, key.directions == 2, key.outputs != key.hidden
-    plans = (BACKENDS[name].load().reason(device, *layer, backward) for backward in (False, True))
-    return name, device, *layer[:3], key.outputs, key.tf32, key.directions, key.form, *plans
-
-
-def _fault(name: str, where: Where, batch: int, in_torch: bool, call: Call | None) -> str | None:
-    """What is known to be wrong with a backend, or with a call is found out."""
-    kind, few = _kind(name, where, batch), _kind(name, where, _ROWS)
-    if kind not in _faults and call is not None:
-        found = contest.fault(call, name, batch if batch and few != kind else _ROWS, in_torch, parts_of(where)[2].tf32)
-        _keep(_faults, kind, found)
-    return _faults.get(kind)

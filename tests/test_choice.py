@@ -260,16 +260,28 @@ def test_nothing_runs_beside_a_capture(contenders: Contest, monkeypatch: pytest.
     assert served_by(contenders, module, x) == "torch" and len(contenders.ran) == first
 
 
-def test_nothing_runs_within_a_backward(contenders: Contest) -> None:
+@pytest.mark.parametrize("serving", ("cuda", "torch"))
+def test_nothing_runs_within_a_backward(contenders: Contest, monkeypatch: pytest.MonkeyPatch, serving: str) -> None:
+    contenders.cost["cuda"] = {"cuda": 1.0, "torch": 3.0}[serving]
+    monkeypatch.setattr(aten, "_can_derive_twice", lambda x: False)  # as on a GPU
     module, x = problem()
-    y = checkpoint(lambda x: module(x)[0], x.requires_grad_(), use_reentrant=False)
-    first = len(contenders.ran)
-    assert first
-    y.sum().backward()
+    asked = [x.requires_grad_(), *module.parameters()]
+    with rnnfast.use_backend("reference"):
+        expected = torch.autograd.grad(module(x)[0].square().sum(), asked)
+    for reentrant in (False, True):
+        y = checkpoint(lambda x: module(x)[0], x, use_reentrant=reentrant)
+        first = len(contenders.ran)
+        y.square().sum().backward()
+        assert len(contenders.ran) == first > 0 and contenders.served[-1] == serving
+        torch.testing.assert_close([t.grad for t in asked], list(expected), rtol=1e-2, atol=1e-2)  # of TF32
+        for t in asked:
+            t.grad = None
+    timings.known_of(CPU).path.unlink()  # what a backward is the first to call takes what the tables say
+    choice.forget()
     y = checkpoint(lambda x: module(x)[0], x, use_reentrant=True)
     first = len(contenders.ran)
     y.sum().backward()
-    assert len(contenders.ran) == first
+    assert len(contenders.ran) == first and contenders.served[-1] == "cuda" and len(choice._unmeasured) == 1
 
 
 def test_nothing_runs_while_compiled_or_transformed(contenders: Contest, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -747,6 +747,26 @@ def test_backend_torch_is_derived_twice(of_any_order: bool, name: str, monkeypat
     assert_same({"": per_sample[1]}, {"": first})
 
 
+@layers
+@pytest.mark.parametrize("of_any_order", [True, False], ids=["as on a CPU", "as on a GPU"])
+def test_backend_torch_takes_batched_gradients(of_any_order: bool, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also on a GPU, where torch's own backward does not: it is not to be seen here."""
+    monkeypatch.setattr(aten, "_can_derive_twice", lambda x: of_any_order)
+    of_reference = []
+    reference = aten._reference
+    monkeypatch.setattr(aten, "_reference", lambda *args: of_reference.append(1) or reference(*args))
+    module = getattr(rnnfast, name)(2, 3, **STACK, dtype=DOUBLE)
+    x, grads = torch.randn(2, 1, 2, dtype=DOUBLE, requires_grad=True), torch.randn(4, 2, 1, 6, dtype=DOUBLE)
+    asked = [x, *module.parameters()]
+    with rnnfast.use_backend("torch"):
+        y = module(x)[0]
+        derive = lambda g, **options: torch.autograd.grad(y, asked, g, retain_graph=True, **options)
+        expected = [torch.stack(of) for of in zip(*map(derive, grads))]
+        for found in (derive(grads, is_grads_batched=True), torch.func.vmap(derive)(grads)):
+            torch.testing.assert_close(list(found), expected)
+    assert len(of_reference) == (0 if of_any_order else 2)
+
+
 def test_backend_torch_on_meta() -> None:
     for name in LAYERS + CELL_MODULES:
         module, x = _module(name, device="meta"), _input(name).to("meta")
