@@ -256,6 +256,7 @@ def choose_backend(
     bidirectional: bool = False,
     projected: bool = False,
     extended: bool = False,
+    opaque: bool = False,
 ) -> tuple[str, str]:
     """The backend that serves a layer, and why: a matter of the arguments, and of what this machine has.
 
@@ -266,10 +267,11 @@ def choose_backend(
             for GPUs have several kernels; with H given, the reason says which one runs a forward, by the tables in
             ``csrc/cuda/plan.h`` and ``triton/plan.py``.
         extended: whether the call has resets, or asks for the states of every step: torch's kernels know neither.
+        opaque: whether those can serve it while it is compiled, as an operator that nothing traces into.
     """
     forced, forward_mode, recorded, compiled, transformed = circumstances
     extended = extended or mode not in OF_TORCH
-    in_torch = not (extended or transformed or (compiled and not recorded))
+    in_torch = not (extended or transformed or (compiled and not recorded and not opaque))
     if forced == "reference":
         return "reference", "asked for by use_backend"
     if forward_mode:  # as second derivatives are, whatever the backend
@@ -312,5 +314,5 @@ def launches_steps(name: str, reason: str) -> bool:
 OF_TORCH = ("RNN_TANH", "RNN_RELU", "LSTM", "GRU")
 _NOT_IN_TORCH = (
     "torch's kernels know neither other cells, nor resets, nor the states of every step, nor torch.func, "
-    "nor torch.compile"
+    "nor torch.export, nor lengths or single cells under torch.compile"
 )

@@ -131,7 +131,9 @@ def choose(
 ) -> str:  # fmt: skip
     """What serves a call of ``functional.rnn``, or without options of ``functional.cell``, in place of a backend."""
     if seen is not USUAL or _dispatch_modes():
-        return backend if seen.forced else _unless_faulty(backend, mode, x.device, x.dtype)
+        in_torch = mode in OF_TORCH and bool(options) and not seen.transformed and not torch.compiler.is_exporting()
+        in_torch = in_torch and all(options[name] is None or options[name] is False for name in _NOT_OF_TORCH)
+        return backend if seen.forced else _untried(backend, mode, x.device, x.dtype, in_torch)
     trained = _has_gradients() and (
         weights[0].requires_grad or any(t is not None and t.requires_grad for t in (x, h0, c0, *weights))
     )
@@ -178,13 +180,15 @@ def parts_of(where: Where) -> tuple[torch.device, bool, Key]:
     return device, may_measure, Key(mode, _NAMES[dtype], *rest)
 
 
-def _unless_faulty(backend: str, mode: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Where nothing can be run, and torch's kernels do not serve."""
+def _untried(backend: str, mode: str, device: torch.device, dtype: torch.dtype, in_torch: bool) -> str:
+    """What serves where nothing can be run."""
     faulty = any(fault and kind[:4] == (backend, device, mode, dtype) for kind, fault in list(_faults.items()))
+    if in_torch and (faulty or _mode == "torch"):
+        return "torch"
     return "reference" if faulty else backend
 
 
-_unless_faulty._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_untried._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def explained(where: Where, batch: int) -> Decision:

@@ -82,7 +82,8 @@ def rnn(
 
     extended = resets is not None or return_states
     seen = circumstances()
-    backend, _ = choose_backend(seen, mode, input.device, input.dtype, extended=extended)
+    opaque = seen.compiled and lengths is None and not torch.compiler.is_exporting()
+    backend, _ = choose_backend(seen, mode, input.device, input.dtype, extended=extended, opaque=opaque)
     if backend in choice.RACED:
         backend = choice.choose(
             seen, backend, mode, input, h0, c0, weights, num_layers=num_layers, bidirectional=bidirectional,

@@ -302,11 +302,18 @@ def test_nothing_runs_while_compiled_or_transformed(contenders: Contest, monkeyp
     broken(monkeypatch, "wrong")
     with pytest.warns(RuntimeWarning):
         module(x)
-    for call in calls:
+    for call, backend in zip(calls, ("torch", "reference")):
         torch._dynamo.reset()
         contenders.served.clear()
         torch.testing.assert_close(call(), expected, rtol=1e-4, atol=1e-4)
-        assert "cuda" not in contenders.served
+        assert set(contenders.served) == {backend}
+    rnnfast.set_choice("torch")
+    torch._dynamo.reset()
+    contenders.served.clear()
+    monkeypatch.setattr(choice, "_faults", {})
+    torch.testing.assert_close(calls[0](), expected, rtol=1e-4, atol=1e-4)
+    assert contenders.served == ["torch"]
+    torch._dynamo.reset()
 
 
 def test_modes_and_hooks_of_the_caller_do_not_hold(contenders: Contest) -> None:

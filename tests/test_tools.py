@@ -785,9 +785,12 @@ def test_backend_torch_draws_dropout_as_the_others_do() -> None:
 
 @pytest.mark.parametrize("form", ["plain", "packed", "lengths"])
 @layers
-def test_backend_torch_compiles(name: str, form: str) -> None:
-    """As one operator, of plain torch: neither Dynamo nor autograd can take torch's own apart in every form."""
+def test_backend_torch_compiles(name: str, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one operator, with lengths of plain torch: Dynamo and autograd cannot take torch's own apart in every form."""
     torch._dynamo.reset()
+    called: list[int] = []
+    call = aten._call
+    monkeypatch.setattr(aten, "_call", lambda *args: called.append(1) or call(*args))
     module, x = _module(name, dtype=DOUBLE), torch.randn(7, 3, 4, dtype=DOUBLE)
     args = (pack_padded_sequence(x, torch.tensor([7, 4, 2])),) if form == "packed" else (x,)
     kwargs = {"lengths": torch.tensor([3, 0, 7])} if form == "lengths" else {}
@@ -795,7 +798,24 @@ def test_backend_torch_compiles(name: str, form: str) -> None:
     with rnnfast.use_backend("torch"):
         found = values_and_grads(torch.compile(module, backend="aot_eager", fullgraph=True), *args, **kwargs)
     assert_same({key.replace("_orig_mod.", ""): t for key, t in found.items()}, expected)
+    assert len(called) == (0 if form == "lengths" else 2)  # for real, forward and backward
     torch._dynamo.reset()
+
+
+@layers
+def test_the_operator_of_torchs_stacks(name: str) -> None:
+    module, x = getattr(torch.nn, name)(4, 5, 2, bidirectional=True), torch.randn(7, 3, 4, requires_grad=True)
+    hx = [torch.randn(4, 3, 5, requires_grad=True) for _ in range(1 + (name == "LSTM"))]
+    weights, operator = list(module.parameters()), torch.ops.rnnfast.torch_stack
+    arguments = module.mode, 2, True, None, x, hx, weights, True
+    torch.library.opcheck(operator.default, arguments)
+    y, *finals = operator(*arguments)
+    expected = tensors_of(module(x, tuple(hx) if name == "LSTM" else hx[0]))
+    torch.testing.assert_close([y, *finals], expected)
+    for k in range(len(expected)):  # of one output alone, too
+        found = [torch.autograd.grad(of[k].sum(), [x, *hx, *weights], retain_graph=True, allow_unused=True,
+                                     materialize_grads=True) for of in ([y, *finals], expected)]  # fmt: skip
+        torch.testing.assert_close(*found)
 
 
 def test_backend_torch_refuses_what_torch_has_not() -> None:
