@@ -2,6 +2,7 @@
 
 from . import flops, functional  # noqa: F401  flops is known to torch from here on
 from .backends import backends, use_backend
+from .choice import set_choice, share_choice
 from .convert import convert, revert
 from .explain import explain
 from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
@@ -21,5 +22,7 @@ __all__ = [
     "explain",
     "functional",
     "revert",
+    "set_choice",
+    "share_choice",
     "use_backend",
 ]

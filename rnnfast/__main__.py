@@ -1,19 +1,37 @@
-"""``python -m rnnfast``: what this machine can use, and a parity check against torch.nn run on the spot."""
+"""``python -m rnnfast``: what this machine can use, and a parity check against torch.nn run on the spot.
+
+``python -m rnnfast tune`` measures on a GPU which backend serves which call.
+"""
 
 from __future__ import annotations
 
+import argparse
 import platform
 import sys
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 import rnnfast
 
+from . import choice, tune
+
 _ROUNDING = 1e-5  # float32: the largest difference that is rounding, relative to the largest value
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line; the exit code is 1 if something fails."""
+    about = "Show what this machine can use, and check it."
+    parser = argparse.ArgumentParser(prog="python -m rnnfast", description=about)
+    commands = parser.add_subparsers(dest="command")
+    about = "Measure on a GPU which backend serves which call, keep that in the user's cache folder, and print it."
+    tune.add_arguments(commands.add_parser("tune", help="measure on a GPU", description=about))
+    args = parser.parse_args(arguments)
+    return tune.tune(args) if args.command else _check()
+
+
+def _check() -> int:
     """Print versions, backends and the parity check; the exit code is 1 if the check fails."""
     print(f"rnnfast {rnnfast.__version__}, torch {torch.__version__}, Python {platform.python_version()}")
     print(f"{platform.machine()}, {torch.get_num_threads()} threads\n")
@@ -21,6 +39,8 @@ def main() -> int:
     for name, backend in rnnfast.backends().items():
         print(f"{name:<10} {'yes' if backend.available else 'no ':<4} {backend.detail}")
         available += [name] if backend.available else []
+    for index in range(torch.cuda.device_count()):
+        print(choice.known_on(torch.device("cuda", index)))
 
     print("\nparity with torch.nn, float32: largest difference of outputs and gradients, relative to the largest value")
     passed = True

@@ -60,7 +60,10 @@ def stack(
         return _padded(mode, x, h0, c0, weights, lengths, num_layers, bidirectional, training)
     states = _states(mode, x, h0, c0, weights, batch_sizes, num_layers * (1 + bidirectional))
     form, inputs = (mode, num_layers, bidirectional, batch_sizes, len(states)), (x, *states, *weights)
-    is_traced = is_recorded() or torch.compiler.is_compiling()
+    is_traced = is_recorded()
+    if torch.compiler.is_compiling() and not is_traced:
+        y, h_n, *c_n = torch.ops.rnnfast.torch_stack(*form[:-1], x, states, weights, training)
+        return y, h_n, c_n[0] if c_n else x.new_empty(0)
     if not is_traced and all(isinstance(w, nn.Parameter) for w in weights):
         _flatten(mode, weights, num_layers, bidirectional)
     if is_traced or _can_derive_twice(x) or not _is_differentiated(inputs):
@@ -158,6 +161,12 @@ def derivable(inputs: Inputs) -> tuple[Tensor, ...]:
     return _call((x, *states, *weights), False, mode, 1, bidirectional, batch_sizes, len(states))
 
 
+def _is_batched(t: Tensor) -> bool:
+    """Whether by a vmap, of torch.func or the one before."""
+    functorch = torch._C._functorch
+    return functorch.is_batchedtensor(t) or functorch.is_legacy_batchedtensor(t)
+
+
 class _Stack(torch.autograd.Function):
     """What torch has kernels for that can be derived once; a derivative of that goes through plain torch."""
 
@@ -179,12 +188,13 @@ class _Stack(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         leaves, twice = ctx.saved_tensors, torch.is_grad_enabled()
         keep = twice or torch._C._autograd._get_current_graph_task_keep_graph()
-        if twice:
-            outputs = _reference(leaves, *ctx.form)
+        if twice or any(grad is not None and _is_batched(grad) for grad in grads):
+            with torch.enable_grad():  # cuDNN's backward knows no batches of gradients either
+                outputs = _reference(leaves, *ctx.form)
         else:
             outputs, leaves = ctx.graph
-            if not keep:
-                del ctx.graph
+        if not keep:
+            del ctx.graph
         live = [(output, grad) for output, grad in zip(outputs, grads) if grad is not None]
         needs = ctx.needs_input_grad[5:]
         wanted = [leaf for leaf, need in zip(leaves, needs) if need]
@@ -241,3 +251,71 @@ def _padded(
     for i, initial in enumerate(initials):
         finals[i] = torch.where((lengths > 0)[:, None], finals[i].index_select(1, inverse), initial)
     return y, finals[0], finals[1]
+
+
+# For torch.compile a whole stack is one operator. Its backward runs the forward once more, as none hands a graph on.
+
+_LIBRARY = torch.library.Library("rnnfast", "FRAGMENT")
+_ARGUMENTS = (
+    "str mode, int num_layers, bool bidirectional, Tensor? batch_sizes, Tensor x, Tensor[] hx, Tensor[] weights"
+)
+_RECORDING = ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor", "ADInplaceOrView")
+
+
+def _operator(
+    mode: str, layers: int, bidirectional: bool, sizes: Any, x: Tensor, hx: Any, weights: Any, training: bool
+) -> Any:
+    return list(_call((x, *hx, *weights), training, mode, layers, bidirectional, sizes, len(hx)))
+
+
+def _operator_fake(mode: str, layers: int, bidirectional: bool, sizes: Any, x: Tensor, hx: Any, *rest: Any) -> Any:
+    return [x.new_empty(*x.shape[:-1], hx[0].size(2) * (1 + bidirectional)), *map(torch.empty_like, hx)]
+
+
+def _derivative(
+    mode: str, layers: int, bidirectional: bool, sizes: Any, x: Tensor, hx: Any, weights: Any, grads: Any
+) -> Any:
+    leaves = [t.detach().requires_grad_() for t in (x, *hx, *weights)]
+    excluded = torch._C._dispatch_tls_local_exclude_set()  # within an operator nothing is recorded unless asked for
+    for key in _RECORDING:
+        excluded = excluded.remove(getattr(torch._C.DispatchKey, key))
+    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded), torch.enable_grad():
+        outputs = _call(leaves, True, mode, layers, bidirectional, sizes, len(hx))
+        live = [(output, grad) for output, grad in zip(outputs, grads) if grad is not None]
+        found = torch.autograd.grad(
+            [output for output, _ in live], leaves, [grad for _, grad in live], materialize_grads=True
+        )
+    return list(found)
+
+
+def _derivative_fake(
+    mode: str, layers: int, bidirectional: bool, sizes: Any, x: Tensor, hx: Any, weights: Any, grads: Any
+) -> Any:
+    return list(map(torch.empty_like, (x, *hx, *weights)))
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    *ctx.form, batch_sizes, x, hx, weights, _ = inputs
+    ctx.states, ctx.packed = len(hx), batch_sizes is not None
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*(t for t in (batch_sizes, x, *hx, *weights) if t is not None))
+
+
+def _derive(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    saved, last = list(ctx.saved_tensors), 1 + ctx.states
+    batch_sizes = saved.pop(0) if ctx.packed else None
+    if all(grad is None for grad in grads):
+        return (None,) * 8
+    form = *ctx.form, batch_sizes, saved[0], saved[1:last], saved[last:]
+    found = torch.ops.rnnfast.torch_stack_backward(*form, grads)
+    return None, None, None, None, found[0], found[1:last], found[last:], None
+
+
+for _name, _more, _kernel, _fake in (
+    ("torch_stack", "bool training", _operator, _operator_fake),
+    ("torch_stack_backward", "Tensor?[] grads", _derivative, _derivative_fake),
+):
+    _LIBRARY.define(f"{_name}({_ARGUMENTS}, {_more}) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"rnnfast::{_name}", _fake, lib=_LIBRARY)
+torch.library.register_autograd("rnnfast::torch_stack", _derive, setup_context=_setup, lib=_LIBRARY)

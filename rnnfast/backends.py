@@ -148,7 +148,7 @@ BACKENDS = {
     "cuda": Backend(_cuda, ("cuda",), module="cuda"),
 }
 WITH_OPERATORS = tuple(name for name, backend in BACKENDS.items() if backend.has_operators)
-_OF_DEVICE = {
+OF_DEVICE = {
     of: tuple(name for name in reversed(BACKENDS) if of in BACKENDS[name].devices)
     for of in {of for backend in BACKENDS.values() for of in backend.devices}
 }
@@ -263,6 +263,7 @@ def choose_backend(
     bidirectional: bool = False,
     projected: bool = False,
     extended: bool = False,
+    opaque: bool = False,
 ) -> tuple[str, str]:
     """The backend that serves a layer, and why: a matter of the arguments, and of what this machine has.
 
@@ -273,10 +274,11 @@ def choose_backend(
             for GPUs have several kernels; with H given, the reason says which one runs a forward, by the tables in
             ``csrc/cuda/plan.h`` and ``triton/plan.py``.
         extended: whether the call has resets, or asks for the states of every step: torch's kernels know neither.
+        opaque: whether those can serve it while it is compiled, as an operator that nothing traces into.
     """
     forced, forward_mode, recorded, compiled, transformed = circumstances
-    extended = extended or mode not in _OF_TORCH
-    in_torch = not (extended or transformed or (compiled and not recorded))
+    extended = extended or mode not in OF_TORCH
+    in_torch = not (extended or transformed or (compiled and not recorded and not opaque))
     if forced == "reference":
         return "reference", "asked for by use_backend"
     if forward_mode:  # as second derivatives are, whatever the backend
@@ -286,7 +288,7 @@ def choose_backend(
             raise RuntimeError(f"backend 'torch' cannot serve this call: {_NOT_IN_TORCH}")
         why = "asked for by use_backend" if forced else "a graph is recorded that others run"
         return ("torch", why) if in_torch else ("reference", _NOT_IN_TORCH)
-    names = _OF_DEVICE.get(device.type, ()) if forced is None else (forced,)
+    names = OF_DEVICE.get(device.type, ()) if forced is None else (forced,)
     reasons: list[str] = []
     for name in names:
         backend = BACKENDS[name]
@@ -296,7 +298,11 @@ def choose_backend(
         if found.available and (hidden is None or backend.module is None):
             return name, found.detail
         if found.available:
-            return name, backend.load().reason(device, mode, dtype, hidden, batch, bidirectional, projected)
+            assert hidden is not None
+            reason = backend.load().reason(device, mode, dtype, hidden, batch, bidirectional, projected)
+            if in_torch and forced is None and launches_steps(name, reason):
+                return "torch", f"its launches of single steps take less than Triton's, {reason}"
+            return name, reason
         if found.detail not in reasons:
             reasons.append(found.detail)
     reason = "; ".join(reasons) or f"no fused backend serves {dtype if names else f'device {device.type!r}'}"
@@ -307,8 +313,13 @@ def choose_backend(
     return "torch" if in_torch else "reference", reason
 
 
-_OF_TORCH = ("RNN_TANH", "RNN_RELU", "LSTM", "GRU")
+def launches_steps(name: str, reason: str) -> bool:
+    """Whether a backend launches every step from Python, where cuDNN does it in less than half of the time."""
+    return name == "triton" and torch.version.hip is None and reason.startswith("stepwise")
+
+
+OF_TORCH = ("RNN_TANH", "RNN_RELU", "LSTM", "GRU")
 _NOT_IN_TORCH = (
     "torch's kernels know neither other cells, nor resets, nor the states of every step, nor torch.func, "
-    "nor torch.compile"
+    "nor torch.export, nor lengths or single cells under torch.compile"
 )

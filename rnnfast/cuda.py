@@ -13,12 +13,13 @@ from .records import BackwardSteps, ForwardSteps, StepWeights, Switches
 
 
 def reason(
-    device: torch.device, mode: str, dtype: torch.dtype, hidden: int, batch: int, bidirectional: bool, projected: bool
-) -> str:
-    """Of the forward; the backward has a choice of its own."""
+    device: torch.device, mode: str, dtype: torch.dtype, hidden: int, batch: int, bidirectional: bool, projected: bool,
+    backward: bool = False,
+) -> str:  # fmt: skip
+    """Which kernels run a forward, or a backward, which has a choice of its own."""
     index = torch.cuda.current_device() if device.type == "cuda" and device.index is None else device.index or 0
     found: str = torch.ops.rnnfast.cuda_plan(
-        mode, dtype, batch, hidden, bidirectional, projected, gpu.allows_tf32(), False, index
+        mode, dtype, batch, hidden, bidirectional, projected, gpu.allows_tf32(), backward, index
     )
     return found
 

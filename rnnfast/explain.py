@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from .backends import choose_backend, circumstances
+from . import choice
+from .backends import USUAL, choose_backend, circumstances
 from .functional import autocast_dtype
 from .modules import _Cell, _Recurrent
 
@@ -45,26 +46,27 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> Explanation:
 
     Returns:
         A :class:`Choice` for each call of a module of ours, in the order of the calls; it prints as a table. A
-        torch.nn recurrent module is named with the backend ``"torch.nn"``.
+        torch.nn recurrent module is named with the backend ``"torch.nn"``. On a GPU the reason says where the choice
+        came from, and the times: of a call with gradients where they are enabled here, of which this measures none.
     """
     found = Explanation()
     recurrent = (nn.RNNBase, nn.RNNCellBase)
     names: dict[nn.Module, str] = {m: name for name, m in model.named_modules() if isinstance(m, recurrent)}
 
-    def record(module: nn.Module, args: tuple[Any, ...], call_kwargs: dict[str, Any]) -> None:
+    trained, training = torch.is_grad_enabled(), [module for module in model.modules() if module.training]
+
+    def record(module: nn.Module, args: tuple[Any, ...], call_kwargs: dict[str, Any], output: Any) -> None:
+        options = ((name, call_kwargs.get(name)) for name in ("lengths", "resets", "return_states"))
+        more = [name for name, value in options if value is not None and value is not False]
         input = args[0] if args else call_kwargs["input"]
-        data = input.data if isinstance(input, PackedSequence) else input
-        extended = call_kwargs.get("resets") is not None or call_kwargs.get("return_states", False)
-        steps = _steps(module, input) if call_kwargs.get("lengths") is None else None
-        found.append(_choice(names[module], module, data, _batch(module, input), extended, steps))
+        found.append(_choice(names[module], module, input, more, trained, module in training))
 
     if not (inputs or kwargs):
         for module, name in names.items():
             weight: Any = module._flat_weights[0] if isinstance(module, nn.RNNBase) else module.weight_ih
-            found.append(_choice(name, module, weight))
+            found.append(_choice(name, module, weight, None, trained))
         return found
-    hooks = [module.register_forward_pre_hook(record, with_kwargs=True) for module in names]
-    training = [module for module in model.modules() if module.training]
+    hooks = [module.register_forward_hook(record, with_kwargs=True) for module in names]
     try:
         with torch.no_grad(), torch.random.fork_rng():
             model.eval()(*inputs, **kwargs)
@@ -76,36 +78,48 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> Explanation:
     return found
 
 
-def _batch(module: nn.Module, input: Tensor | PackedSequence) -> int:
+def _sizes(module: nn.Module, input: Tensor | PackedSequence) -> tuple[int, int, int]:
+    """T, N, and the rows of a step, in the mean of packed ones."""
     if isinstance(input, PackedSequence):
-        return int(input.batch_sizes[0])
+        steps = len(input.batch_sizes)
+        return steps, int(input.batch_sizes[0]), -(-len(input.data) // steps)
     if isinstance(module, nn.RNNCellBase):
-        return input.size(0) if input.dim() == 2 else 1
-    return input.size(0 if module.batch_first else 1) if input.dim() == 3 else 1
-
-
-def _steps(module: nn.Module, input: Tensor | PackedSequence) -> int | None:
-    """Of a rectangular input."""
-    if isinstance(module, nn.RNNCellBase):
-        return 1
-    if isinstance(input, PackedSequence):
-        return None
-    return input.size(1 if module.batch_first and input.dim() == 3 else 0)
+        batch = input.size(0) if input.dim() == 2 else 1
+        return 1, batch, batch
+    batch = input.size(0 if module.batch_first else 1) if input.dim() == 3 else 1
+    return input.size(1 if module.batch_first and input.dim() == 3 else 0), batch, batch
 
 
 def _choice(
-    name: str, module: nn.Module, data: Tensor, batch: int = 1, extended: bool = False, steps: int | None = None
-) -> Choice:
+    name: str, module: nn.Module, input: Tensor | PackedSequence, more: list[str] | None, trained: bool,
+    training: bool = False,
+) -> Choice:  # fmt: skip
+    """Of a call, with what else was given to it, or with None of a weight, for a single row of unknown length."""
+    data = input.data if isinstance(input, PackedSequence) else input
     dtype = autocast_dtype(data.device.type, data.dtype)
     layer = f"{type(module).__name__}({module.extra_repr()})"
     described = f"{dtype} on {data.device}"
     if not isinstance(module, (_Recurrent, _Cell)):
         return Choice(name, layer, described, "torch.nn", "not an rnnfast module; rnnfast.convert would make it one")
+    steps, batch, rows = (0, 1, 1) if more is None else _sizes(module, input)
     mode = module.mode if isinstance(module, _Recurrent) else module._mode
-    sizes = module.hidden_size, batch, getattr(module, "bidirectional", False), getattr(module, "proj_size", 0) > 0
-    backend, reason = choose_backend(circumstances(), mode, data.device, dtype, *sizes, extended)
+    extended = more is not None and not {"resets", "return_states"}.isdisjoint(more)
+    outputs: int = getattr(module, "proj_size", 0) or module.hidden_size
+    bidirectional: bool = getattr(module, "bidirectional", False)
+    projected = outputs < module.hidden_size
+    seen, of = circumstances(), (mode, data.device, dtype)
+    backend, reason = choose_backend(seen, *of, module.hidden_size, batch, bidirectional, projected, extended)
     is_derived = any(parameter.requires_grad for parameter in module.parameters())
-    if backend == "cpu" and steps == 1 and not extended and is_derived:
+    if more is not None and seen is USUAL and choose_backend(seen, *of, extended=extended)[0] in choice.RACED:
+        key_of: tuple[Any, ...] = steps, rows, trained and is_derived
+        if isinstance(module, _Recurrent):
+            form = "packed" if isinstance(input, PackedSequence) else "rectangular"
+            form = " ".join((form, *more, *["recompute"] * module.recompute))
+            apart = training and module.num_layers > 1 and module.dropout > 0
+            key_of += module.num_layers, bidirectional, form, apart
+        where = choice.where_of(mode, data.get_device(), dtype, module.input_size, module.hidden_size, outputs, *key_of)
+        backend, reason = choice.explained(where, batch)
+    if backend == "cpu" and steps == 1 and not more and is_derived:
         with torch.enable_grad():
             if module._is_quicker_by_torch(data):
                 reason += "; under autograd a single step is quicker by torch's, which serve it"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import aten, ops, recurrence
+from . import aten, choice, ops, recurrence
 from .backends import BACKENDS, USUAL, Circumstances, choose_backend, circumstances, is_recorded
 from .border import DTYPE_NAMES
 from .cells import GATES, HAS_CELL_STATE
@@ -81,7 +81,15 @@ def rnn(
         _check_resets(input, resets)
 
     extended = resets is not None or return_states
-    backend, _ = choose_backend(circumstances(), mode, input.device, input.dtype, extended=extended)
+    seen = circumstances()
+    opaque = seen.compiled and lengths is None and not torch.compiler.is_exporting()
+    backend, _ = choose_backend(seen, mode, input.device, input.dtype, extended=extended, opaque=opaque)
+    if backend in choice.RACED:
+        backend = choice.choose(
+            seen, backend, mode, input, h0, c0, weights, num_layers=num_layers, bidirectional=bidirectional,
+            dropout=dropout, training=training, batch_sizes=batch_sizes, lengths=lengths, resets=resets,
+            return_states=return_states, recompute=recompute,
+        )  # fmt: skip
     if backend == "torch" and "w_hr" in names and torch.onnx.is_in_onnx_export():
         backend = "reference"  # ONNX has no operator with a projection, and torch's translation of it does not run
     by_torch = None
@@ -145,7 +153,10 @@ def cell(mode: str, input: Tensor, hx: Sequence[Tensor] | None, weights: Sequenc
             raise RuntimeError(f"hidden{k} has inconsistent hidden_size: got {state.size(1)}, expected {hidden}")
     h0, c0 = (None, None) if hx is None else (hx[0], hx[1] if HAS_CELL_STATE[mode] else None)
     input, h0, c0, weights = _operands(input, h0, c0, weights)
-    backend, _ = choose_backend(circumstances(), mode, input.device, input.dtype)
+    seen = circumstances()
+    backend, _ = choose_backend(seen, mode, input.device, input.dtype)
+    if backend in choice.RACED:
+        backend = choice.choose(seen, backend, mode, input, h0, c0, weights)
     if backend == "torch":
         return aten.cell(mode, input, h0, c0, weights)
     if h0 is not None:

@@ -548,7 +548,7 @@ def test_command_fails_without_parity(
     monkeypatch.setattr(rnnfast.LSTM, "forward", spoilt)
     found = rnnfast.backends()
     monkeypatch.setattr(rnnfast, "backends", lambda: {name: found[name] for name in ("reference", "cpu")})
-    assert command.main() == 1
+    assert command.main([]) == 1
     printed = capsys.readouterr().out
     assert "LSTM  " in printed
     failed = [line for line in printed.splitlines() if line.endswith(" FAILED")]

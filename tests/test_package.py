@@ -96,6 +96,8 @@ def test_public_names() -> None:
         "explain",
         "functional",
         "revert",
+        "set_choice",
+        "share_choice",
         "use_backend",
     ]
     for name in rnnfast.__all__:

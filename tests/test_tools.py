@@ -761,6 +761,26 @@ def test_backend_torch_is_derived_twice(of_any_order: bool, name: str, monkeypat
     assert_same({"": per_sample[1]}, {"": first})
 
 
+@layers
+@pytest.mark.parametrize("of_any_order", [True, False], ids=["as on a CPU", "as on a GPU"])
+def test_backend_torch_takes_batched_gradients(of_any_order: bool, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also on a GPU, where torch's own backward does not: it is not to be seen here."""
+    monkeypatch.setattr(aten, "_can_derive_twice", lambda x: of_any_order)
+    of_reference = []
+    reference = aten._reference
+    monkeypatch.setattr(aten, "_reference", lambda *args: of_reference.append(1) or reference(*args))
+    module = getattr(rnnfast, name)(2, 3, **STACK, dtype=DOUBLE)
+    x, grads = torch.randn(2, 1, 2, dtype=DOUBLE, requires_grad=True), torch.randn(4, 2, 1, 6, dtype=DOUBLE)
+    asked = [x, *module.parameters()]
+    with rnnfast.use_backend("torch"):
+        y = module(x)[0]
+        derive = lambda g, **options: torch.autograd.grad(y, asked, g, retain_graph=True, **options)
+        expected = [torch.stack(of) for of in zip(*map(derive, grads))]
+        for found in (derive(grads, is_grads_batched=True), torch.func.vmap(derive)(grads)):
+            torch.testing.assert_close(list(found), expected)
+    assert len(of_reference) == (0 if of_any_order else 2)
+
+
 def test_backend_torch_on_meta() -> None:
     for name in LAYERS + CELL_MODULES:
         module, x = _module(name, device="meta"), _input(name).to("meta")
@@ -779,9 +799,12 @@ def test_backend_torch_draws_dropout_as_the_others_do() -> None:
 
 @pytest.mark.parametrize("form", ["plain", "packed", "lengths"])
 @layers
-def test_backend_torch_compiles(name: str, form: str) -> None:
-    """As one operator, of plain torch: neither Dynamo nor autograd can take torch's own apart in every form."""
+def test_backend_torch_compiles(name: str, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one operator, with lengths of plain torch: Dynamo and autograd cannot take torch's own apart in every form."""
     torch._dynamo.reset()
+    called: list[int] = []
+    call = aten._call
+    monkeypatch.setattr(aten, "_call", lambda *args: called.append(1) or call(*args))
     module, x = _module(name, dtype=DOUBLE), torch.randn(7, 3, 4, dtype=DOUBLE)
     args = (pack_padded_sequence(x, torch.tensor([7, 4, 2])),) if form == "packed" else (x,)
     kwargs = {"lengths": torch.tensor([3, 0, 7])} if form == "lengths" else {}
@@ -789,7 +812,24 @@ def test_backend_torch_compiles(name: str, form: str) -> None:
     with rnnfast.use_backend("torch"):
         found = values_and_grads(torch.compile(module, backend="aot_eager", fullgraph=True), *args, **kwargs)
     assert_same({key.replace("_orig_mod.", ""): t for key, t in found.items()}, expected)
+    assert len(called) == (0 if form == "lengths" else 2)  # for real, forward and backward
     torch._dynamo.reset()
+
+
+@layers
+def test_the_operator_of_torchs_stacks(name: str) -> None:
+    module, x = getattr(torch.nn, name)(4, 5, 2, bidirectional=True), torch.randn(7, 3, 4, requires_grad=True)
+    hx = [torch.randn(4, 3, 5, requires_grad=True) for _ in range(1 + (name == "LSTM"))]
+    weights, operator = list(module.parameters()), torch.ops.rnnfast.torch_stack
+    arguments = module.mode, 2, True, None, x, hx, weights, True
+    torch.library.opcheck(operator.default, arguments)
+    y, *finals = operator(*arguments)
+    expected = tensors_of(module(x, tuple(hx) if name == "LSTM" else hx[0]))
+    torch.testing.assert_close([y, *finals], expected)
+    for k in range(len(expected)):  # of one output alone, too
+        found = [torch.autograd.grad(of[k].sum(), [x, *hx, *weights], retain_graph=True, allow_unused=True,
+                                     materialize_grads=True) for of in ([y, *finals], expected)]  # fmt: skip
+        torch.testing.assert_close(*found)
 
 
 def test_backend_torch_refuses_what_torch_has_not() -> None:

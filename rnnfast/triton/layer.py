@@ -33,8 +33,9 @@ def plan_on(device: torch.device, mode: str, dtype: torch.dtype, hidden: int, pr
 
 
 def reason(
-    device: torch.device, mode: str, dtype: torch.dtype, hidden: int, batch: int, bidirectional: bool, projected: bool
-) -> str:
+    device: torch.device, mode: str, dtype: torch.dtype, hidden: int, batch: int, bidirectional: bool, projected: bool,
+    backward: bool = False,
+) -> str:  # fmt: skip
     return plan_on(device, mode, dtype, hidden, projected, batch).reason
 
 

@@ -1,0 +1,305 @@
+"""Which backend serves a call on a GPU: ours are checked where they first run, and raced against torch's kernels.
+
+What was decided stays in memory, so that a call of a kind that is known costs a look into a dictionary. Nothing is run
+beside a call that is captured, compiled or transformed, or made within a backward: such a call takes what the tables of
+``timings.py`` say. Of several ranks only the first one measures.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, distributed
+
+from . import contest
+from .backends import BACKENDS, DTYPES, OF_DEVICE, OF_TORCH, USUAL, Circumstances, choose_backend, launches_steps
+from .cells import GATES
+from .contest import Call
+from .timings import Key, described, known_of, ranked
+
+MODES = ("table", "measure", "torch", "ours")
+RACED = frozenset(name for name, backend in BACKENDS.items() if backend.module)  # those for GPUs
+_MOST = 4096  # decisions in memory: the oldest go first
+_ROWS = 9  # of a check
+
+
+class Decision(NamedTuple):
+    """A backend, and why."""
+
+    backend: str
+    reason: str
+
+
+# The index of a device, whether a time may decide (not where results have to be deterministic), and what a Key has,
+# with the dtype itself: hashes of devices take long.
+Where = tuple[Any, ...]
+_settled: dict[Where, Decision] = {}
+_unmeasured: dict[Where, Decision] = {}  # where nothing could be run, as it can in another call
+_faults: dict[tuple[Any, ...], str | None] = {}  # by backend, device, mode, dtype and more: what a check has found
+_told: set[tuple[Any, ...]] = set()  # those of which a warning has told
+_settling = threading.Lock()
+
+
+def _known_mode(mode: str | None) -> str | None:
+    if mode and mode not in MODES:
+        raise ValueError(f"unknown choice {mode!r}, expected one of {', '.join(MODES)}")
+    return mode or None
+
+
+_mode = _known_mode(os.environ.get("RNNFAST_CHOICE"))
+
+
+def set_choice(mode: str | None) -> None:
+    """Set how the backend of a call on a GPU is chosen, in the whole process from here on.
+
+    Whatever the mode, a backend of ours has to pass a check before it first serves a kind of layer: some steps, forward
+    and backward, with at most twice the error of torch's kernels. One that fails is not used, with a warning.
+
+    Args:
+        mode: ``"measure"``: where nothing was measured before, the first call of a kind waits for a race, of seven
+            calls of each backend; ``"table"``: by what was measured before, here or by us on such a GPU, and else ours;
+            ``"torch"``: torch's kernels wherever they can serve; ``"ours"``: never those. None is the default: what
+            the environment's ``RNNFAST_CHOICE`` says, or else ``"table"`` on a GPU of which the package has a table,
+            and ``"measure"`` on others.
+
+    Raises:
+        ValueError: there is no such mode.
+    """
+    global _mode
+    _mode = _known_mode(os.environ.get("RNNFAST_CHOICE") if mode is None else mode)
+    forget()
+
+
+def mode_on(device: torch.device) -> str:
+    return _mode or ("table" if known_of(device).shipped else "measure")
+
+
+def known_on(device: torch.device) -> str:
+    """What is known of a GPU, in a line."""
+    known = known_of(device)
+    found = [f"{len(known.shipped)} times shipped"] * bool(known.shipped)
+    found += [f"{len(known.measured)} times measured here, in {known.path}"] * bool(known.measured)
+    if not found:
+        found = ["nothing, which `python -m rnnfast tune` changes"]
+    return f"{known.name} ({device}): known are {' and '.join(found)}; the choice is {mode_on(device)!r}"
+
+
+def share_choice() -> None:
+    """Give all ranks what rank 0 has measured of its current GPU: a collective, which every rank has to call.
+
+    It is for processes that do not share a cache folder. Ranks other than 0 never measure: what rank 0 is the first to
+    measure, they take from the tables on disk, or from this.
+
+    Raises:
+        ValueError: there is no process group.
+    """
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    known = known_of(device)
+    sent: list[Any] = [(known.fingerprint, known.measured)]
+    distributed.broadcast_object_list(sent, src=0)
+    if sent[0][0] == known.fingerprint:
+        known.measured = sent[0][1]
+        _settled.clear()
+        _unmeasured.clear()
+
+
+def forget() -> None:
+    """Decide anew, and read the tables anew. What checks have found stays."""
+    _settled.clear()
+    _unmeasured.clear()
+    known_of.cache_clear()
+
+
+# At every call. To find these takes longer than to ask them.
+_precision = torch._C._get_fp32_precision_getter
+_is_deterministic, _has_cudnn = torch._C._get_deterministic_algorithms, torch._C._get_cudnn_enabled
+_has_gradients, _dispatch_modes = torch.is_grad_enabled, torch._C._len_torch_dispatch_stack
+_NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in DTYPES}
+_NOT_OF_TORCH = ("lengths", "resets", "return_states", "recompute")
+
+
+def choose(
+    seen: Circumstances, backend: str, mode: str, x: Tensor, h0: Tensor | None, c0: Tensor | None,
+    weights: Sequence[Tensor], **options: Any,
+) -> str:  # fmt: skip
+    """What serves a call of ``functional.rnn``, or without options of ``functional.cell``, in place of a backend."""
+    if seen is not USUAL or _dispatch_modes():
+        in_torch = mode in OF_TORCH and bool(options) and not seen.transformed and not torch.compiler.is_exporting()
+        in_torch = in_torch and all(options[name] is None or options[name] is False for name in _NOT_OF_TORCH)
+        return backend if seen.forced else _untried(backend, mode, x.device, x.dtype, in_torch)
+    trained = _has_gradients() and (
+        weights[0].requires_grad or any(t is not None and t.requires_grad for t in (x, h0, c0, *weights))
+    )
+    w_hh = weights[1].shape
+    more: Any = ()
+    if not options:
+        (rows, width), steps = x.shape, 1
+    else:
+        batch_sizes, form = options["batch_sizes"], "rectangular"
+        if batch_sizes is None:
+            steps, rows, width = x.shape
+        else:
+            (total, width), steps, form = x.shape, batch_sizes.size(0), "packed"
+            rows = -(-total // steps)
+        for name in _NOT_OF_TORCH:
+            if options[name] is not None and options[name] is not False:
+                form += f" {name}"
+        apart = options["dropout"] > 0 and options["training"] and options["num_layers"] > 1
+        more = options["num_layers"], options["bidirectional"], form, apart
+    where = where_of(mode, x.get_device(), x.dtype, width, w_hh[0] // GATES[mode], w_hh[1], steps, rows, trained, *more)
+    found = _settled.get(where)
+    if found is None:
+        found = _settle(where, Call(mode, x, [t for t in (h0, c0) if t is not None], weights, options))
+    return found.backend
+
+
+def where_of(
+    mode: str, index: int, dtype: torch.dtype, inputs: int, hidden: int, outputs: int, steps: int, rows: int,
+    trained: bool, layers: int = 1, bidirectional: bool = False, form: str = "cell", apart: bool = False,
+) -> Where:  # fmt: skip
+    """What is decided once: calls on a device by what a Key has; those of a cell need not be told their form."""
+    is_float = dtype is torch.float32
+    return (
+        index, _has_cudnn() and not _is_deterministic(), mode, dtype,
+        is_float and _precision("cuda", "rnn") == "tf32", is_float and _precision("cuda", "matmul") == "tf32",
+        inputs, hidden, outputs, layers, 1 + bidirectional, form, apart, trained,
+        steps and 1 << (steps - 1).bit_length(), rows and 1 << (rows - 1).bit_length(),
+    )  # fmt: skip
+
+
+def parts_of(where: Where) -> tuple[torch.device, bool, Key]:
+    index, may_measure, mode, dtype, *rest = where
+    device = torch.device("cuda", index) if index >= 0 else torch.device("cpu")  # there tests have emulated kernels
+    return device, may_measure, Key(mode, _NAMES[dtype], *rest)
+
+
+def _untried(backend: str, mode: str, device: torch.device, dtype: torch.dtype, in_torch: bool) -> str:
+    """What serves where nothing can be run."""
+    faulty = any(fault and kind[:4] == (backend, device, mode, dtype) for kind, fault in list(_faults.items()))
+    if in_torch and (faulty or _mode == "torch"):
+        return "torch"
+    return "reference" if faulty else backend
+
+
+_untried._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def explained(where: Where, batch: int) -> Decision:
+    """The decision of a call, or what it would be if nothing could be run."""
+    return _settled.get(where) or _Question(where, batch).answer()
+
+
+def _settle(where: Where, call: Call) -> Decision:
+    # What a backward has called runs in a thread that others may wait for, so it must wait for nobody.
+    if _is_captured(call.x) or torch._C._current_graph_task_id() != -1:
+        if where not in _unmeasured:
+            _keep(_unmeasured, where, explained(where, call.batch))
+        return _unmeasured[where]
+    with _settling:
+        if where in _settled:
+            return _settled[where]
+        try:  # in a thread of its own none of the caller's modes, hooks and contexts hold
+            with ThreadPoolExecutor(1) as thread:
+                found = thread.submit(_Question(where, call.batch, call).answer_there).result()
+        except torch.OutOfMemoryError:
+            return explained(where, call.batch)
+        _keep(_settled, where, found)
+        new = [kind for kind, fault in _faults.items() if fault and kind not in _told]
+        _told.update(new)
+    for kind in new:
+        backend, of, mode, dtype, *_ = kind
+        text = f"rnnfast: backend {backend!r} is not used for this kind of {mode} in {dtype} on {of}: {_faults[kind]}"
+        warnings.warn(text, RuntimeWarning, stacklevel=4)
+    return found
+
+
+def _is_captured(x: Tensor) -> bool:
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _keep(table: dict[Any, Any], key: Any, value: Any) -> None:
+    table[key] = value
+    if len(table) > _MOST:
+        table.pop(next(iter(table)), None)
+
+
+class _Question:
+    """Which backend serves a call of so many rows; with the call, what is not known is checked and measured."""
+
+    def __init__(self, where: Where, batch: int, call: Call | None = None) -> None:
+        self.device, self.may_measure, self.key = parts_of(where)
+        self.batch, self.call, key, self.failed = batch, call, self.key, ""
+        self.in_torch = key.form in ("rectangular", "packed", "cell") and key.cell in OF_TORCH
+        self.of = key.cell, self.device, getattr(torch, key.dtype), key.hidden
+        self.rest = key.directions == 2, key.outputs != key.hidden
+
+    def answer_there(self) -> Decision:
+        """On the device, with its generator put back."""
+        gpus = [self.device] if self.device.type == "cuda" else []  # on a CPU tests have emulated kernels
+        with torch.random.fork_rng(gpus), torch.cuda.device(self.device) if gpus else contextlib.nullcontext():
+            return self.answer()
+
+    def answer(self) -> Decision:
+        layer = *self.of, self.batch, *self.rest
+        backend, why = choose_backend(USUAL, *layer, extended=not self.in_torch)
+        if backend not in RACED:
+            return Decision(backend, why)
+        ours = {}
+        for name in OF_DEVICE[self.device.type]:
+            with contextlib.suppress(RuntimeError):  # it is not here
+                _, reason = choose_backend(Circumstances(forced=name), *layer)
+                if not (self.in_torch and launches_steps(name, reason)):
+                    ours[name] = reason
+        names, why = list(ours), "torch's kernels cannot serve the call"
+        if self.in_torch:
+            names, why = self.ranking(names)
+        found = next(filter(self.passes, names), "torch" if self.in_torch else "reference")
+        return Decision(found, f"{ours[found]}; {why}" if found in ours else why + self.failed)
+
+    def ranking(self, ours: list[str]) -> tuple[list[str], str]:
+        """Those of ours that are to serve rather than torch's kernels, the best first, and why."""
+        key, call, mode, known = self.key, self.call, mode_on(self.device), known_of(self.device)
+        if mode in ("torch", "ours"):
+            return ours if mode == "ours" else [], f"the choice is {mode!r}"
+        is_first = not (distributed.is_available() and distributed.is_initialized() and distributed.get_rank())
+        measures = mode == "measure" and self.may_measure and is_first and key.steps * key.rows > 0
+        for times, source in known.times(key, nearest=call is None or not measures):
+            here = {name: ms for name, ms in times.items() if name in ("torch", *ours)}
+            if len(here) > 1:
+                return ranked(here), f"{source}: {described(here)}"
+        passed = list(filter(self.passes, ours))
+        if call is None or not measures or not passed:
+            return passed, "nothing was measured"
+        times, errors = contest.race(call, ["torch", *passed], key.trained)
+        for name, error in errors.items():
+            _keep(_faults, self.kind(name, self.batch), error)
+            self.passes(name)  # not any more, which is to be told
+        if len(times) > 1:
+            known.add(key, times)
+        return ranked(times), f"measured here: {described(times)}"
+
+    def kind(self, name: str, batch: int) -> tuple[Any, ...]:
+        """What a check of a backend holds for."""
+        key, reason = self.key, BACKENDS[name].load().reason
+        cell, device, *of = self.of
+        plans = (reason(device, cell, *of, batch, *self.rest, backward) for backward in (False, True))
+        return name, device, cell, *of, key.outputs, key.tf32, key.directions, key.form, *plans
+
+    def passes(self, name: str) -> bool:
+        """Whether nothing is known to be wrong with a backend; with a call that is found out."""
+        kind = self.kind(name, self.batch)
+        if kind not in _faults and self.call is not None:
+            alike = self.batch == 0 or self.kind(name, _ROWS) == kind
+            rows = _ROWS if alike else self.batch
+            _keep(_faults, kind, contest.fault(self.call, name, rows, self.in_torch, self.key.tf32))
+        fault = _faults.get(kind)
+        if fault and name not in self.failed:
+            self.failed += f"; {name} has failed: {fault}"
+        return not fault

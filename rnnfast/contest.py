@@ -1,0 +1,162 @@
+"""A backend run beside others on tensors of its own: whether its numbers are right, and how long it takes."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import functional
+from .backends import use_backend
+from .timings import Times
+
+_WARM_UPS, _TIMED, _SECONDS = 2, 5, 0.1  # of a race; its time begins when each has run once
+_STEPS = 4  # of a check
+# Of a check, relative to the largest value: a few roundings of the dtype, as in the tests.
+_FLOORS = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
+_FLOOR_OF_TF32 = 2e-3
+_clock = time.perf_counter
+
+
+class Call(NamedTuple):
+    """A call of ``functional.rnn``, or without options of ``functional.cell``."""
+
+    mode: str
+    x: Tensor
+    hx: Sequence[Tensor]
+    weights: Sequence[Tensor]
+    options: dict[str, Any]
+
+    @property
+    def batch(self) -> int:
+        sizes = self.options.get("batch_sizes")
+        return self.x.size(-2) if sizes is None else int(sizes[0])
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [self.x, *self.hx, *self.weights]
+
+    def run(self, backend: str, trained: bool) -> list[Tensor]:
+        """All outputs and, if trained, the gradients of some loss."""
+        call: Any = functional.rnn if self.options else functional.cell
+        with use_backend(backend), torch.set_grad_enabled(trained):
+            found = call(self.mode, self.x, self.hx or None, self.weights, **self.options)
+        outputs = [t for t in _tensors(found) if t.numel()]
+        if not trained:
+            return outputs
+        grads = [(torch.arange(t.numel(), device=t.device) % 7 / 4 - 1).to(t.dtype).view(t.shape) for t in outputs]
+        return [*outputs, *torch.autograd.grad(outputs, self.tensors, grads, materialize_grads=True)]
+
+    def twin(self) -> Call:
+        """Of the same sizes, with values of its own."""
+        tensors = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in self.tensors]
+        for i, t in enumerate(tensors):
+            scale = 1.0 if i <= len(self.hx) else t.size(-1) ** -0.5 if t.dim() > 1 else 0.5
+            t.uniform_(-scale, scale)
+            if self.mode == "RNN_RELU":  # units that are clearly on or off: at the kink rounding picks the gradient
+                t.abs_()
+                if i > len(self.hx):
+                    t.mul_(scale)[1::2].neg_()
+        return self.of(tensors)
+
+    def of(self, tensors: Sequence[Tensor]) -> Call:
+        """With other values."""
+        # Of Parameters torch's kernels are spared a copy in each call: see aten.py.
+        made = [nn.Parameter(t) if isinstance(old, nn.Parameter) else t for t, old in zip(tensors, self.tensors)]
+        x, *others = (t.requires_grad_() for t in made)
+        return self._replace(x=x, hx=others[: len(self.hx)], weights=others[len(self.hx) :])
+
+    def exact(self) -> Call:
+        """The same in float64."""
+        return self.of([t.detach().double() for t in self.tensors])
+
+    def small(self, rows: int) -> Call:
+        """Its first layer over few steps of some rows."""
+        x, options, per_layer = self.x, dict(self.options), len(self.weights)
+        if not options:
+            hx, x = [_like(h, rows) for h in self.hx], _like(x, rows)
+            return self._replace(x=x, hx=hx).twin()
+        per_layer //= options["num_layers"]
+        options["num_layers"] = 1
+        if options["batch_sizes"] is None:
+            x = _like(x, _STEPS, rows)
+        else:
+            options["batch_sizes"] = torch.tensor([rows - t * rows // _STEPS for t in range(_STEPS)])
+            x = _like(x, int(options["batch_sizes"].sum()))
+        if options["lengths"] is not None:
+            options["lengths"] = torch.arange(rows, device=x.device) % (_STEPS + 1)
+        if options["resets"] is not None:
+            options["resets"] = torch.arange(_STEPS * rows, device=x.device).view(_STEPS, rows) % 3 == 0
+        hx = [_like(h, 1 + options["bidirectional"], rows) for h in self.hx]
+        return self._replace(x=x, hx=hx, weights=self.weights[:per_layer], options=options).twin()
+
+
+def _like(t: Tensor, *sizes: int) -> Tensor:
+    """Of the same width."""
+    return t.new_empty(*sizes, t.size(-1))
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, (tuple, list)):
+        return [t for item in value for t in _tensors(item)]
+    return [] if value is None else [value]
+
+
+def fault(call: Call, backend: str, rows: int, in_torch: bool, tf32: bool) -> str | None:
+    """What is wrong with a backend's outputs and gradients in a small call of some rows, if anything.
+
+    As in the tests, they may be off from float64 by twice what torch's kernels are, or where those cannot serve plain
+    torch, plus a few roundings.
+    """
+    try:
+        small = call.small(rows)
+        exact = small.exact().run("reference", True)
+        baseline = small.run("torch" if in_torch else "reference", True)
+        actual = small.run(backend, True)
+        floor = _FLOOR_OF_TF32 if tf32 else _FLOORS[call.x.dtype]
+        for i, (a, b, e) in enumerate(zip(actual, baseline, exact)):
+            off, of_torch, scale = torch.stack([(a - e).abs().max(), (b - e).abs().max(), e.abs().max()]).tolist()
+            if not off <= 2 * of_torch + floor * scale:  # NaN is no number that this holds for
+                what = "an output" if i < len(actual) - len(small.tensors) else "a gradient"
+                return f"{what} is off by {off:.2e}, torch by {of_torch:.2e}, of {scale:.2e}"
+    except torch.OutOfMemoryError:  # of which it is not guilty
+        raise
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def race(call: Call, backends: Sequence[str], trained: bool) -> tuple[Times, dict[str, str]]:
+    """The median time of each, which take turns; and of those that failed, why."""
+    call, device = call.twin(), call.x.device
+    seconds: dict[str, list[float]] = {name: [] for name in backends}
+    errors: dict[str, str] = {}
+    began = _clock()
+    for turn in range(_WARM_UPS + _TIMED):
+        for name in list(seconds)[:: 1 - 2 * (turn % 2)]:
+            _wait(device)
+            start = _clock()
+            try:
+                call.run(name, trained)
+                _wait(device)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                errors[name] = f"{type(error).__name__}: {error}"
+                del seconds[name]
+                continue
+            seconds[name].append(_clock() - start)
+        if turn == 0:  # kernels were compiled
+            began = _clock()
+        elif _clock() - began > _SECONDS:
+            break
+    return {name: 1e3 * statistics.median(of[_WARM_UPS:] or of[1:]) for name, of in seconds.items()}, errors
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
