@@ -256,6 +256,7 @@ def choose_backend(
     bidirectional: bool = False,
     projected: bool = False,
     extended: bool = False,
+    reset_after: bool = True,
 ) -> tuple[str, str]:
     """The backend that serves a layer, and why: a matter of the arguments, and of what this machine has.
 
@@ -266,8 +267,13 @@ def choose_backend(
             for GPUs have several kernels; with H given, the reason says which one runs a forward, by the tables in
             ``csrc/cuda/plan.h`` and ``triton/plan.py``.
         extended: whether the call has resets, or asks for the states of every step: torch's kernels know neither.
+        reset_after: false for a GRU that resets h before the product.
     """
     forced, forward_mode, recorded, compiled, transformed = circumstances
+    if not reset_after:
+        if forced not in (None, "reference"):
+            raise RuntimeError(f"backend {forced!r} cannot serve this call: {_RESETS_FIRST}")
+        return "reference", _RESETS_FIRST
     extended = extended or mode not in _OF_TORCH
     in_torch = not (extended or transformed or (compiled and not recorded))
     if forced == "reference":
@@ -300,6 +306,7 @@ def choose_backend(
     return "torch" if in_torch else "reference", reason
 
 
+_RESETS_FIRST = "with reset_after=False a step has two products, one after the other, which only plain torch has"
 _OF_TORCH = ("RNN_TANH", "RNN_RELU", "LSTM", "GRU")
 _NOT_IN_TORCH = (
     "torch's kernels know neither other cells, nor resets, nor the states of every step, nor torch.func, "

@@ -103,7 +103,9 @@ def _choice(
         return Choice(name, layer, described, "torch.nn", "not an rnnfast module; rnnfast.convert would make it one")
     mode = module.mode if isinstance(module, _Recurrent) else module._mode
     sizes = module.hidden_size, batch, getattr(module, "bidirectional", False), getattr(module, "proj_size", 0) > 0
-    backend, reason = choose_backend(circumstances(), mode, data.device, dtype, *sizes, extended)
+    backend, reason = choose_backend(
+        circumstances(), mode, data.device, dtype, *sizes, extended, reset_after=module.reset_after
+    )
     is_derived = any(parameter.requires_grad for parameter in module.parameters())
     if backend == "cpu" and steps == 1 and not extended and is_derived:
         with torch.enable_grad():

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import aten, ops, recurrence
+from . import aten, ops, recurrence, reference
 from .backends import BACKENDS, USUAL, Circumstances, choose_backend, circumstances, is_recorded
 from .border import DTYPE_NAMES
 from .cells import GATES, HAS_CELL_STATE
@@ -35,6 +35,7 @@ def rnn(
     resets: Tensor | None = None,
     return_states: bool = False,
     recompute: bool = False,
+    reset_after: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | tuple[Tensor, Tensor] | None]:
     """A stack of recurrent layers: the function behind :class:`rnnfast.RNN`, ``LSTM`` and ``GRU``.
 
@@ -52,6 +53,7 @@ def rnn(
             direction, and the gradient is cut.
         return_states: whether to return h (and c) of every layer and step.
         recompute: keep only outputs (and c) for the backward, which computes the gates again.
+        reset_after: false for a GRU that resets h before the product, as :class:`rnnfast.GRU` has it.
 
     Returns:
         output ``[T, N, D*P]`` (or ``[R, D*P]``), h_n, c_n (shape ``[0]`` but for an LSTM) and the states: None, or
@@ -59,9 +61,11 @@ def rnn(
 
     Raises:
         RuntimeError: dtypes, devices or shapes do not fit, in torch's words; T is 0 and no lengths are given.
-        ValueError: lengths or resets have a wrong shape or dtype; lengths on the CPU leave 0..T.
+        ValueError: lengths or resets have a wrong shape or dtype; lengths on the CPU leave 0..T; reset_after is false
+            of another cell than a GRU, or together with recompute.
     """
     check_mode(mode)
+    check_reset_after(mode, reset_after, recompute)
     h0, c0 = (None, None) if hx is None else (hx[0], hx[1] if HAS_CELL_STATE[mode] else None)
     input, h0, c0, weights = _operands(input, h0, c0, weights)
     if input.size(-1) != weights[0].size(1):
@@ -81,7 +85,9 @@ def rnn(
         _check_resets(input, resets)
 
     extended = resets is not None or return_states
-    backend, _ = choose_backend(circumstances(), mode, input.device, input.dtype, extended=extended)
+    backend, _ = choose_backend(
+        circumstances(), mode, input.device, input.dtype, extended=extended, reset_after=reset_after
+    )
     if backend == "torch" and "w_hr" in names and torch.onnx.is_in_onnx_export():
         backend = "reference"  # ONNX has no operator with a projection, and torch's translation of it does not run
     by_torch = None
@@ -107,7 +113,10 @@ def rnn(
             y, h_n, c_n = by_torch(*of_layer)
         else:
             inputs = Inputs(mode, *of_layer[:3], batch_sizes, lengths, resets, bidirectional, names, of_layer[3])
-            y, h_n, c_n, c = recurrence.layer(backend, inputs, keep_c=return_states, recompute=recompute)
+            if reset_after:
+                y, h_n, c_n, c = recurrence.layer(backend, inputs, keep_c=return_states, recompute=recompute)
+            else:
+                y, h_n, c_n, c = reference.layer(inputs, reset_after)
             cs.append(c)
         h_ns.append(h_n)
         c_ns.append(c_n)
@@ -119,7 +128,9 @@ def rnn(
     return y, _join(torch.cat, h_ns), _join(torch.cat, c_ns), all_states
 
 
-def cell(mode: str, input: Tensor, hx: Sequence[Tensor] | None, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def cell(
+    mode: str, input: Tensor, hx: Sequence[Tensor] | None, weights: Sequence[Tensor], *, reset_after: bool = True
+) -> tuple[Tensor, Tensor]:
     """One step of a cell: the function behind :class:`rnnfast.RNNCell`, ``LSTMCell`` and ``GRUCell``.
 
     Args:
@@ -127,14 +138,17 @@ def cell(mode: str, input: Tensor, hx: Sequence[Tensor] | None, weights: Sequenc
         input: ``[N, I]``.
         hx: (h,) or, for an LSTM, (h, c), each ``[N, H]``; None is zeros.
         weights: weight_ih, weight_hh and, if there are biases, bias_ih and bias_hh; then as for :func:`rnn`.
+        reset_after: as for :func:`rnn`.
 
     Returns:
         h and c after the step, ``[N, H]``; c has shape ``[0]`` but for an LSTM.
 
     Raises:
         RuntimeError: dtypes, devices or shapes do not fit, in torch's words.
+        ValueError: reset_after is false of another cell than a GRU.
     """
     check_mode(mode)
+    check_reset_after(mode, reset_after)
     inputs, hidden = weights[0].size(1), weights[1].size(1)
     if input.size(1) != inputs:
         raise RuntimeError(f"input has inconsistent input_size: got {input.size(1)} expected {inputs}")
@@ -145,13 +159,14 @@ def cell(mode: str, input: Tensor, hx: Sequence[Tensor] | None, weights: Sequenc
             raise RuntimeError(f"hidden{k} has inconsistent hidden_size: got {state.size(1)}, expected {hidden}")
     h0, c0 = (None, None) if hx is None else (hx[0], hx[1] if HAS_CELL_STATE[mode] else None)
     input, h0, c0, weights = _operands(input, h0, c0, weights)
-    backend, _ = choose_backend(circumstances(), mode, input.device, input.dtype)
+    backend, _ = choose_backend(circumstances(), mode, input.device, input.dtype, reset_after=reset_after)
     if backend == "torch":
         return aten.cell(mode, input, h0, c0, weights)
     if h0 is not None:
         h0, c0 = h0.unsqueeze(0), c0 if c0 is None else c0.unsqueeze(0)
     form = None, None, None, False, names_of(mode, len(weights))
-    _, h_n, c_n, _ = recurrence.layer(backend, Inputs(mode, input.unsqueeze(0), h0, c0, *form, weights))
+    step = Inputs(mode, input.unsqueeze(0), h0, c0, *form, weights)
+    _, h_n, c_n, _ = recurrence.layer(backend, step) if reset_after else reference.layer(step, reset_after)
     return h_n.squeeze(0), c_n.squeeze(0) if HAS_CELL_STATE[mode] else c_n
 
 
@@ -206,6 +221,11 @@ def is_plain(input: Tensor, hx: Sequence[Tensor], weights: Sequence[Tensor]) -> 
         and _PLAIN_TYPES.issuperset(map(type, (*hx, *weights)))
         and not (torch.is_grad_enabled() and any(t.requires_grad for t in (input, *hx, *weights)))
     )
+
+
+def check_reset_after(mode: str, reset_after: bool, recompute: bool = False) -> None:
+    if not reset_after and (mode != "GRU" or recompute):
+        raise ValueError(f"reset_after=False is for a GRU without recompute, got {mode} with recompute={recompute}")
 
 
 def _join(function: Callable[[list[Tensor]], Tensor], tensors: list[Tensor]) -> Tensor:

@@ -32,6 +32,7 @@ class _Module(nn.Module):
     """
 
     _has_cell_state = False
+    recompute, reset_after = False, True
     # Of torch.nn: the class of the same name, whose forward is the quicker one for a single step under autograd, in
     # float32 on a CPU, from this many units on; bench/README.md has the figures.
     if TYPE_CHECKING:
@@ -53,12 +54,22 @@ class _Module(nn.Module):
             and input.dtype is torch.float32
             and input.is_cpu
             and self.hidden_size >= self._quicker_by_torch_from
+            and self.reset_after
             and circumstances() is USUAL
             and not torch.is_autocast_enabled("cpu")
         )
 
     def __prepare_scriptable__(self) -> nn.Module:
         return _scriptable(self)
+
+    def _set_options(self, **options: Any) -> None:
+        """Those that torch.nn does not have; a default leaves a module with torch.nn's attributes and no other."""
+        for name, value in options.items():
+            if value != getattr(type(self), name):
+                setattr(self, name, value)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + "".join(f", {option}" for option in options(self, OPTIONS))
 
     def _to_states(self, hx: Any) -> Sequence[Tensor]:
         """(h,) or (h, c) of what a caller gives."""
@@ -92,27 +103,35 @@ def _scriptable(module: nn.Module) -> nn.Module:
     ours = next(base for base in cls.__mro__ if base in OURS)
     if cls.forward is not ours.forward:
         return module  # a forward of the user's own, to be compiled
+    if own := options(module):
+        raise RuntimeError(f"torch.jit.script compiles torch.nn.{ours.__name__}, which has no {', '.join(own)}")
     twin = copy.copy(module)
     twin.__class__ = getattr(nn, ours.__name__)  # TorchScript knows its overloads; of a subclass it does not
     return twin
 
 
+# What a module of torch.nn does not have, and of that what makes other numbers.
+OPTIONS = ("recompute", "reset_after")
+OF_NUMBERS = ("reset_after",)
+
+
+def options(module: nn.Module, names: Sequence[str] = OF_NUMBERS) -> list[str]:
+    """Of a module of ours those that are not as by default."""
+    values = {name: getattr(module, name) for name in names}
+    return [f"{name}={value!r}" for name, value in values.items() if value != getattr(type(module), name)]
+
+
 class _Recurrent(_Module, nn.RNNBase, Generic[Hx, Hidden]):
     """The forward that RNN, LSTM and GRU share."""
 
-    recompute = False
     _tensor = ""
     if TYPE_CHECKING:  # TorchScript reads annotations, too
         _name: str
         _flat_weights: list[Any]  # Tensors, and None where one was deleted
 
-    def __init__(self, mode: str, recompute: bool, *args: Any) -> None:
+    def __init__(self, mode: str, *args: Any, **options: Any) -> None:
         nn.RNNBase.__init__(self, mode, *args)  # what convert makes has torch.nn.LSTM between, with another signature
-        if recompute:  # else a layer has torch.nn's attributes and no other
-            self.recompute = True
-
-    def extra_repr(self) -> str:
-        return super().extra_repr() + (", recompute=True" if self.recompute else "")
+        self._set_options(**options)
 
     def flatten_parameters(self) -> None:
         """Does nothing: weights are read where they lie, so they need no single chunk of memory."""
@@ -220,7 +239,7 @@ class _Recurrent(_Module, nn.RNNBase, Generic[Hx, Hidden]):
 
     def _plain(self, input: Any, hx: Any, weights: Sequence[Tensor]) -> tuple[Any, ...] | None:
         """What a single call of the CPU library makes of it, if that serves; else None."""
-        states = self._plain_states(hx)
+        states = self._plain_states(hx) if self.reset_after else None
         if states is None or (self.dropout and self.training) or not functional.is_plain(input, states, weights):
             return None
         form = self.num_layers, self.bidirectional, self.batch_first
@@ -297,6 +316,7 @@ class _Recurrent(_Module, nn.RNNBase, Generic[Hx, Hidden]):
             resets=resets,
             return_states=return_states,
             recompute=self.recompute,
+            reset_after=self.reset_after,
         )
         final = (h_n, c_n) if self._has_cell_state else (h_n,)
         return output, final, self._to_states(all_states) if return_states else ()
@@ -386,7 +406,7 @@ class RNN(_Recurrent[Tensor, Tensor]):
             raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
         self.nonlinearity = nonlinearity
         sizes = input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, 0
-        super().__init__(f"RNN_{nonlinearity.upper()}", recompute, *sizes, device, dtype)
+        super().__init__(f"RNN_{nonlinearity.upper()}", *sizes, device, dtype, recompute=recompute)
 
 
 class LSTM(_Recurrent[Sequence[Tensor], tuple[Tensor, Tensor]]):
@@ -416,7 +436,7 @@ class LSTM(_Recurrent[Sequence[Tensor], tuple[Tensor, Tensor]]):
         recompute: bool = False,
     ) -> None:
         sizes = input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size
-        super().__init__("LSTM", recompute, *sizes, device, dtype)
+        super().__init__("LSTM", *sizes, device, dtype, recompute=recompute)
 
     # torch.nn.LSTM's module interface, itself no base of ours: its methods serve as they are.
     get_expected_cell_size = nn.LSTM.get_expected_cell_size
@@ -447,6 +467,13 @@ class GRU(_Recurrent[Tensor, Tensor]):
     Maths, shapes and errors: the page of ``torch.nn.GRU``. :meth:`forward` takes ``lengths``, ``resets`` and
     ``return_states`` beside. With ``recompute=True`` a layer keeps only its output (and c) from forward to backward,
     which then computes the gates again.
+
+    With ``reset_after=False`` the reset gate comes before the product, as Cho et al. have it ("Learning Phrase
+    Representations using RNN Encoder-Decoder", 2014), and by default ONNX:
+    ``n = tanh(W_in x + b_in + W_hn (r * h) + b_hn)``. That is plain torch, step by step, on every device.
+
+    Raises:
+        ValueError: reset_after is false and recompute true.
     """
 
     _name = "GRU"
@@ -465,11 +492,13 @@ class GRU(_Recurrent[Tensor, Tensor]):
         dtype: torch.dtype | None = None,
         *,
         recompute: bool = False,
+        reset_after: bool = True,
         proj_size: None = None,
     ) -> None:
         _refuse_projection(proj_size)
+        functional.check_reset_after("GRU", reset_after, recompute)
         sizes = input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, 0
-        super().__init__("GRU", recompute, *sizes, device, dtype)
+        super().__init__("GRU", *sizes, device, dtype, recompute=recompute, reset_after=reset_after)
 
 
 def _refuse_projection(proj_size: int | None) -> None:
@@ -514,7 +543,7 @@ class _Cell(_Module, nn.RNNCellBase, Generic[Hx, Hidden]):
         if dims == 1:
             input = input.unsqueeze(0)
             states = None if states is None else [state.unsqueeze(0) for state in states]
-        h, c = functional.cell(self._mode, input, states, weights)
+        h, c = functional.cell(self._mode, input, states, weights, reset_after=self.reset_after)
         if dims == 1:
             h, c = h.squeeze(0), c.squeeze(0)
         return self._to_hidden((h, c))  # type: ignore[no-any-return]
@@ -532,7 +561,7 @@ class _Cell(_Module, nn.RNNCellBase, Generic[Hx, Hidden]):
 
     def _plain(self, input: Any, hx: Any, weights: Sequence[Tensor]) -> Any:
         """What a single call of the CPU library makes of it, if that serves; else None."""
-        states = self._plain_states(hx)
+        states = self._plain_states(hx) if self.reset_after else None
         if states is None or not functional.is_plain(input, states, weights):
             return None
         found = functional.plain_cell(self._mode, input, states, weights)
@@ -591,10 +620,26 @@ class LSTMCell(_Cell[Sequence[Tensor], tuple[Tensor, Tensor]], nn.LSTMCell):
 
 
 class GRUCell(_Cell[Tensor, Tensor], nn.GRUCell):
-    """``torch.nn.GRUCell`` on fused kernels: the same arguments, parameters, state_dict and results."""
+    """``torch.nn.GRUCell`` on fused kernels: the same arguments, parameters, state_dict and results.
+
+    ``reset_after``: as of :class:`rnnfast.GRU`.
+    """
 
     _name, _mode = "GRUCell", "GRU"
     _theirs, _quicker_by_torch_from = nn.GRUCell, 128
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        *,
+        reset_after: bool = True,
+    ) -> None:
+        nn.GRUCell.__init__(self, input_size, hidden_size, bias, device, dtype)
+        self._set_options(reset_after=reset_after)
 
 
 OURS = (RNN, LSTM, GRU, RNNCell, LSTMCell, GRUCell)
