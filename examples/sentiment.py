@@ -24,11 +24,10 @@ class Classifier(nn.Module):
         super().__init__()
         self.cell, self.pooling, self.state = args.cell, args.pooling, args.state
         self.embedding = nn.Embedding.from_pretrained(vectors, freeze=args.freeze, padding_idx=PAD)
-        self.rnn = CELLS[args.cell](vectors.size(1), args.hidden, 2, batch_first=True, dropout=0.4, bidirectional=True)
-        if args.cell == "lstm":  # forget gates that start open let gradients reach the first words
-            for name, bias in self.rnn.named_parameters():
-                if name.startswith("bias_hh"):
-                    nn.init.ones_(bias.data[args.hidden : 2 * args.hidden])
+        # Forget gates that start open let gradients reach the first words.
+        options = {"forget_bias": 1.0} if args.cell == "lstm" else {}
+        form = {"batch_first": True, "dropout": 0.4, "bidirectional": True}
+        self.rnn = CELLS[args.cell](vectors.size(1), args.hidden, 2, **form, **options)
         self.dropout = nn.Dropout(0.4)
         features = args.hidden * (4 if args.pooling == "outputs" else 2)
         self.head = nn.Sequential(nn.Linear(features, 20), nn.ReLU(), nn.Linear(20, 2))

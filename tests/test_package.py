@@ -130,12 +130,14 @@ def test_constructors_name_their_parameters(name: str) -> None:
         assert [p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in positional] == documented
     keywords = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
     expected = {
-        "RNN": ["recompute", "proj_size"],
-        "LSTM": ["recompute"],
-        "GRU": ["recompute", "reset_after", "proj_size"],
-        "GRUCell": ["reset_after"],
+        "RNN": ["recompute", "init", "weight_dropout", "proj_size"],
+        "LSTM": ["recompute", "init", "forget_bias", "weight_dropout"],
+        "GRU": ["recompute", "reset_after", "init", "weight_dropout", "proj_size"],
+        "RNNCell": ["init"],
+        "LSTMCell": ["init", "forget_bias"],
+        "GRUCell": ["reset_after", "init"],
     }
-    assert keywords == expected.get(name, [])
+    assert keywords == expected[name]
 
 
 def test_version() -> None:
