@@ -12,7 +12,7 @@ import torch
 from common import CELLS, BadInput, Checkpoint, compare, make_parser, plot_progress, positive, report, run, save
 from reviews import PAD, UNK, encode, make_batches, make_vocabulary, read_glove, read_reviews, words_of
 from torch import distributed, nn
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from tqdm import tqdm
 
@@ -24,11 +24,10 @@ class Classifier(nn.Module):
         super().__init__()
         self.cell, self.pooling, self.state = args.cell, args.pooling, args.state
         self.embedding = nn.Embedding.from_pretrained(vectors, freeze=args.freeze, padding_idx=PAD)
-        self.rnn = CELLS[args.cell](vectors.size(1), args.hidden, 2, batch_first=True, dropout=0.4, bidirectional=True)
-        if args.cell == "lstm":  # forget gates that start open let gradients reach the first words
-            for name, bias in self.rnn.named_parameters():
-                if name.startswith("bias_hh"):
-                    nn.init.ones_(bias.data[args.hidden : 2 * args.hidden])
+        # Forget gates that start open let gradients reach the first words.
+        options = {"forget_bias": 1.0} if args.cell == "lstm" else {}
+        form = {"batch_first": True, "dropout": 0.4, "bidirectional": True}
+        self.rnn = CELLS[args.cell](vectors.size(1), args.hidden, 2, **form, **options)
         self.dropout = nn.Dropout(0.4)
         features = args.hidden * (4 if args.pooling == "outputs" else 2)
         self.head = nn.Sequential(nn.Linear(features, 20), nn.ReLU(), nn.Linear(20, 2))
@@ -61,20 +60,11 @@ def train(model, optimizer, batches, device, title=None):
         loss = nn.functional.cross_entropy(model(words.to(device), lengths), labels.to(device))
         optimizer.zero_grad()
         loss.backward()
-        if RANKS > 1:
-            average([p.grad for p in model.parameters() if p.grad is not None])
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         losses.append(loss.item())
         progress.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
     return losses
-
-
-def average(gradients):
-    """Data-parallel training: each rank saw its share of the batch, and all take the mean of their steps."""
-    vector = parameters_to_vector(gradients)
-    distributed.all_reduce(vector)
-    vector_to_parameters(vector / RANKS, gradients)
 
 
 @torch.inference_mode()
@@ -132,8 +122,10 @@ def main(args):
 
     reviews, held_out = (encode(part, vocabulary, args.max_length) for part in (reviews, held_out))
     held_out = make_batches(held_out, args.batch_size, args.seed)
-    if RANKS > 1:
+    trained = model
+    if RANKS > 1:  # each process sees its share of a batch, and all take the mean of their gradients
         distributed.init_process_group("gloo")
+        trained = DistributedDataParallel(model)
 
     def keep():
         if args.save and RANK == 0:
@@ -146,7 +138,7 @@ def main(args):
         torch.manual_seed(args.seed + epoch + 1000 * RANK)  # a run that goes on draws what an unbroken one does
         optimizer.param_groups[0]["lr"] = args.lr * 0.5 ** max(0, epoch - 2)  # halved every epoch from the third on
         batches = make_batches(reviews, args.batch_size, args.seed + epoch, RANK, RANKS)
-        losses += train(model, optimizer, batches, args.device, f"epoch {epoch}")
+        losses += train(trained, optimizer, batches, args.device, f"epoch {epoch}")
         accuracies.append(accuracy(model, held_out, args.device))
         keep()
     if RANK == 0:
@@ -156,6 +148,7 @@ def main(args):
             batches = make_batches(reviews, args.batch_size, args.seed)[:10]
             compare(model, lambda model: train(model, make_optimizer(model), batches, args.device))
     if RANKS > 1:
+        del trained  # it holds the group, whose threads must end before the interpreter does
         distributed.destroy_process_group()
 
 

@@ -264,6 +264,7 @@ def choose_backend(
     projected: bool = False,
     extended: bool = False,
     opaque: bool = False,
+    reset_after: bool = True,
 ) -> tuple[str, str]:
     """The backend that serves a layer, and why: a matter of the arguments, and of what this machine has.
 
@@ -275,8 +276,13 @@ def choose_backend(
             ``csrc/cuda/plan.h`` and ``triton/plan.py``.
         extended: whether the call has resets, or asks for the states of every step: torch's kernels know neither.
         opaque: whether those can serve it while it is compiled, as an operator that nothing traces into.
+        reset_after: false for a GRU that resets h before the product.
     """
     forced, forward_mode, recorded, compiled, transformed = circumstances
+    if not reset_after:
+        if forced not in (None, "reference"):
+            raise RuntimeError(f"backend {forced!r} cannot serve this call: {_RESETS_FIRST}")
+        return "reference", _RESETS_FIRST
     extended = extended or mode not in OF_TORCH
     in_torch = not (extended or transformed or (compiled and not recorded and not opaque))
     if forced == "reference":
@@ -319,6 +325,7 @@ def launches_steps(name: str, reason: str) -> bool:
 
 
 OF_TORCH = ("RNN_TANH", "RNN_RELU", "LSTM", "GRU")
+_RESETS_FIRST = "with reset_after=False a step has two products, one after the other, which only plain torch has"
 _NOT_IN_TORCH = (
     "torch's kernels know neither other cells, nor resets, nor the states of every step, nor torch.func, "
     "nor torch.export, nor lengths or single cells under torch.compile"

@@ -123,7 +123,7 @@ def revert(model: Model) -> Model:
 
     Returns:
         The model, which needs rnnfast no more. Its attribute ``rnnfast_report`` has the names ``reverted``, and by name
-        what was ``left_alone`` and why: subclasses of our classes.
+        what was ``left_alone`` and why: subclasses of our classes, and options that torch.nn does not have.
     """
     report = SimpleNamespace(reverted=[], left_alone={})  # no type of ours: a pickle of the model would ask for it
     for name, module in model.named_modules():
@@ -136,8 +136,12 @@ def revert(model: Model) -> Model:
             ours = next(base for base in cls.__mro__ if base in _TORCHS)
             report.left_alone[name] = f"{cls.__qualname__} is a subclass of rnnfast.{ours.__name__}"
             continue
+        if own := modules.options(module):
+            report.left_alone[name] = f"torch.nn.{theirs.__name__} has no {', '.join(own)}"
+            continue
         _become(module, theirs)
-        module.__dict__.pop("recompute", None)
+        for option in modules.OPTIONS:
+            module.__dict__.pop(option, None)
         report.reverted.append(name)
     model.rnnfast_report = report  # type: ignore[assignment]
     return model

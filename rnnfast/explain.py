@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -108,9 +109,10 @@ def _choice(
     bidirectional: bool = getattr(module, "bidirectional", False)
     projected = outputs < module.hidden_size
     seen, of = circumstances(), (mode, data.device, dtype)
-    backend, reason = choose_backend(seen, *of, module.hidden_size, batch, bidirectional, projected, extended)
+    choose = functools.partial(choose_backend, seen, *of, extended=extended, reset_after=module.reset_after)
+    backend, reason = choose(hidden=module.hidden_size, batch=batch, bidirectional=bidirectional, projected=projected)
     is_derived = any(parameter.requires_grad for parameter in module.parameters())
-    if more is not None and seen is USUAL and choose_backend(seen, *of, extended=extended)[0] in choice.RACED:
+    if more is not None and seen is USUAL and choose()[0] in choice.RACED:
         key_of: tuple[Any, ...] = steps, rows, trained and is_derived
         if isinstance(module, _Recurrent):
             form = "packed" if isinstance(input, PackedSequence) else "rectangular"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import aten, choice, ops, recurrence
+from . import aten, choice, ops, recurrence, reference
 from .backends import BACKENDS, USUAL, Circumstances, choose_backend, circumstances, is_recorded
 from .border import DTYPE_NAMES
 from .cells import GATES, HAS_CELL_STATE
@@ -35,6 +35,7 @@ def rnn(
     resets: Tensor | None = None,
     return_states: bool = False,
     recompute: bool = False,
+    reset_after: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | tuple[Tensor, Tensor] | None]:
     """A stack of recurrent layers: the function behind :class:`rnnfast.RNN`, ``LSTM`` and ``GRU``.
 
@@ -52,6 +53,7 @@ def rnn(
             direction, and the gradient is cut.
         return_states: whether to return h (and c) of every layer and step.
         recompute: keep only outputs (and c) for the backward, which computes the gates again.
+        reset_after: false for a GRU that resets h before the product, as :class:`rnnfast.GRU` has it.
 
     Returns:
         output ``[T, N, D*P]`` (or ``[R, D*P]``), h_n, c_n (shape ``[0]`` but for an LSTM) and the states: None, or
@@ -59,9 +61,11 @@ def rnn(
 
     Raises:
         RuntimeError: dtypes, devices or shapes do not fit, in torch's words; T is 0 and no lengths are given.
-        ValueError: lengths or resets have a wrong shape or dtype; lengths on the CPU leave 0..T.
+        ValueError: lengths or resets have a wrong shape or dtype; lengths on the CPU leave 0..T; reset_after is false
+            of another cell than a GRU, or together with recompute.
     """
     check_mode(mode)
+    check_reset_after(mode, reset_after, recompute)
     h0, c0 = (None, None) if hx is None else (hx[0], hx[1] if HAS_CELL_STATE[mode] else None)
     input, h0, c0, weights = _operands(input, h0, c0, weights)
     if input.size(-1) != weights[0].size(1):
@@ -83,7 +87,9 @@ def rnn(
     extended = resets is not None or return_states
     seen = circumstances()
     opaque = seen.compiled and lengths is None and not torch.compiler.is_exporting()
-    backend, _ = choose_backend(seen, mode, input.device, input.dtype, extended=extended, opaque=opaque)
+    backend, _ = choose_backend(
+        seen, mode, input.device, input.dtype, extended=extended, opaque=opaque, reset_after=reset_after
+    )
     if backend in choice.RACED:
         backend = choice.choose(
             seen, backend, mode, input, h0, c0, weights, num_layers=num_layers, bidirectional=bidirectional,
@@ -115,7 +121,10 @@ def rnn(
             y, h_n, c_n = by_torch(*of_layer)
         else:
             inputs = Inputs(mode, *of_layer[:3], batch_sizes, lengths, resets, bidirectional, names, of_layer[3])
-            y, h_n, c_n, c = recurrence.layer(backend, inputs, keep_c=return_states, recompute=recompute)
+            if reset_after:
+                y, h_n, c_n, c = recurrence.layer(backend, inputs, keep_c=return_states, recompute=recompute)
+            else:
+                y, h_n, c_n, c = reference.layer(inputs, reset_after)
             cs.append(c)
         h_ns.append(h_n)
         c_ns.append(c_n)
@@ -127,7 +136,9 @@ def rnn(
     return y, _join(torch.cat, h_ns), _join(torch.cat, c_ns), all_states
 
 
-def cell(mode: str, input: Tensor, hx: Sequence[Tensor] | None, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def cell(
+    mode: str, input: Tensor, hx: Sequence[Tensor] | None, weights: Sequence[Tensor], *, reset_after: bool = True
+) -> tuple[Tensor, Tensor]:
     """One step of a cell: the function behind :class:`rnnfast.RNNCell`, ``LSTMCell`` and ``GRUCell``.
 
     Args:
@@ -135,14 +146,17 @@ def cell(mode: str, input: Tensor, hx: Sequence[Tensor] | None, weights: Sequenc
         input: ``[N, I]``.
         hx: (h,) or, for an LSTM, (h, c), each ``[N, H]``; None is zeros.
         weights: weight_ih, weight_hh and, if there are biases, bias_ih and bias_hh; then as for :func:`rnn`.
+        reset_after: as for :func:`rnn`.
 
     Returns:
         h and c after the step, ``[N, H]``; c has shape ``[0]`` but for an LSTM.
 
     Raises:
         RuntimeError: dtypes, devices or shapes do not fit, in torch's words.
+        ValueError: reset_after is false of another cell than a GRU.
     """
     check_mode(mode)
+    check_reset_after(mode, reset_after)
     inputs, hidden = weights[0].size(1), weights[1].size(1)
     if input.size(1) != inputs:
         raise RuntimeError(f"input has inconsistent input_size: got {input.size(1)} expected {inputs}")
@@ -154,7 +168,7 @@ def cell(mode: str, input: Tensor, hx: Sequence[Tensor] | None, weights: Sequenc
     h0, c0 = (None, None) if hx is None else (hx[0], hx[1] if HAS_CELL_STATE[mode] else None)
     input, h0, c0, weights = _operands(input, h0, c0, weights)
     seen = circumstances()
-    backend, _ = choose_backend(seen, mode, input.device, input.dtype)
+    backend, _ = choose_backend(seen, mode, input.device, input.dtype, reset_after=reset_after)
     if backend in choice.RACED:
         backend = choice.choose(seen, backend, mode, input, h0, c0, weights)
     if backend == "torch":
@@ -162,7 +176,8 @@ def cell(mode: str, input: Tensor, hx: Sequence[Tensor] | None, weights: Sequenc
     if h0 is not None:
         h0, c0 = h0.unsqueeze(0), c0 if c0 is None else c0.unsqueeze(0)
     form = None, None, None, False, names_of(mode, len(weights))
-    _, h_n, c_n, _ = recurrence.layer(backend, Inputs(mode, input.unsqueeze(0), h0, c0, *form, weights))
+    step = Inputs(mode, input.unsqueeze(0), h0, c0, *form, weights)
+    _, h_n, c_n, _ = recurrence.layer(backend, step) if reset_after else reference.layer(step, reset_after)
     return h_n.squeeze(0), c_n.squeeze(0) if HAS_CELL_STATE[mode] else c_n
 
 
@@ -217,6 +232,11 @@ def is_plain(input: Tensor, hx: Sequence[Tensor], weights: Sequence[Tensor]) -> 
         and _PLAIN_TYPES.issuperset(map(type, (*hx, *weights)))
         and not (torch.is_grad_enabled() and any(t.requires_grad for t in (input, *hx, *weights)))
     )
+
+
+def check_reset_after(mode: str, reset_after: bool, recompute: bool = False) -> None:
+    if not reset_after and (mode != "GRU" or recompute):
+        raise ValueError(f"reset_after=False is for a GRU without recompute, got {mode} with recompute={recompute}")
 
 
 def _join(function: Callable[[list[Tensor]], Tensor], tensors: list[Tensor]) -> Tensor:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, overload
 import torch
 from torch import Tensor, fx, nn
 from torch.fx import _symbolic_trace
+from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 from torch.types import Device
 
@@ -36,6 +37,8 @@ class _Module(nn.Module):
     """
 
     _has_cell_state = False
+    recompute, reset_after = False, True
+    init, forget_bias, weight_dropout = None, None, 0.0
     # Of torch.nn: the class of the same name, whose forward is the quicker one for a single step under autograd, in
     # float32 on a CPU, from this many units on; bench/README.md has the figures.
     if TYPE_CHECKING:
@@ -59,12 +62,45 @@ class _Module(nn.Module):
             and input.dtype is torch.float32
             and input.is_cpu
             and self.hidden_size >= self._quicker_by_torch_from
+            and self.reset_after
             and circumstances() is USUAL
             and not _is_any_autocast()
         )
 
     def __prepare_scriptable__(self) -> nn.Module:
         return _scriptable(self)
+
+    def _set_options(self, **options: Any) -> None:
+        """Those that torch.nn does not have; a default leaves a module with torch.nn's attributes and no other."""
+        init, forget_bias, dropped = (options.get(name) for name in ("init", "forget_bias", "weight_dropout"))
+        if init not in (None, "orthogonal"):
+            raise ValueError(f"init should be None or 'orthogonal', got {init!r}")
+        if forget_bias is not None and not self.bias:
+            raise ValueError("forget_bias is the start of a bias: it needs bias=True")
+        if dropped is not None and not 0 <= dropped <= 1:
+            raise ValueError(f"weight_dropout should be a number in the range [0, 1], got {dropped}")
+        for name, value in options.items():
+            if value != getattr(type(self), name):
+                setattr(self, name, value)
+        self._begin()
+
+    def reset_parameters(self) -> None:
+        """As torch.nn's, and then what ``init`` and ``forget_bias`` ask for."""
+        super().reset_parameters()  # type: ignore[misc]  # of nn.RNNBase or nn.RNNCellBase
+        self._begin()
+
+    @torch.no_grad()
+    def _begin(self) -> None:
+        for name, weight in self.named_parameters(recurse=False):
+            if self.init == "orthogonal" and name.startswith("weight_hh"):
+                for gate in weight.split(self.hidden_size):  # torch has no orthogonal matrices of half types
+                    made = torch.empty_like(gate, dtype=torch.promote_types(gate.dtype, torch.float32))
+                    gate.copy_(nn.init.orthogonal_(made))
+            if self.forget_bias is not None and name.startswith("bias"):
+                weight[self.hidden_size : 2 * self.hidden_size] = self.forget_bias if "_ih" in name else 0
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + "".join(f", {option}" for option in options(self, OPTIONS))
 
     def _to_states(self, hx: Any) -> Sequence[Tensor]:
         """(h,) or (h, c) of what a caller gives."""
@@ -98,33 +134,41 @@ def _scriptable(module: nn.Module) -> nn.Module:
     ours = next(base for base in cls.__mro__ if base in OURS)
     if cls.forward is not ours.forward:
         return module  # a forward of the user's own, to be compiled
+    if own := options(module):
+        raise RuntimeError(f"torch.jit.script compiles torch.nn.{ours.__name__}, which has no {', '.join(own)}")
     twin = copy.copy(module)
     twin.__class__ = getattr(nn, ours.__name__)  # TorchScript knows its overloads; of a subclass it does not
     return twin
 
 
+# What a module of torch.nn does not have, and of that what makes other numbers.
+OPTIONS = ("recompute", "reset_after", "init", "forget_bias", "weight_dropout")
+OF_NUMBERS = ("reset_after", "weight_dropout")
+
+
+def options(module: nn.Module, names: Sequence[str] = OF_NUMBERS) -> list[str]:
+    """Of a module of ours those that are not as by default."""
+    values = {name: getattr(module, name) for name in names}
+    return [f"{name}={value!r}" for name, value in values.items() if value != getattr(type(module), name)]
+
+
 class _Recurrent(_Module, nn.RNNBase, Generic[Hx, Hidden]):
     """The forward that RNN, LSTM and GRU share."""
 
-    recompute = False
     _tensor = ""
     _checks_as_ours = True  # none is overridden: a call that skips them would skip the user's
     if TYPE_CHECKING:  # TorchScript reads annotations, too
         _name: str
         _flat_weights: list[Any]  # Tensors, and None where one was deleted
 
-    def __init__(self, mode: str, recompute: bool, *args: Any) -> None:
+    def __init__(self, mode: str, *args: Any, **options: Any) -> None:
         nn.RNNBase.__init__(self, mode, *args)  # what convert makes has torch.nn.LSTM between, with another signature
-        if recompute:  # else a layer has torch.nn's attributes and no other
-            self.recompute = True
+        self._set_options(**options)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         ours = next((base for base in cls.__mro__ if base.__module__ == __name__), cls)
         cls._checks_as_ours = all(getattr(cls, name) is getattr(ours, name) for name in _CHECKS)
-
-    def extra_repr(self) -> str:
-        return super().extra_repr() + (", recompute=True" if self.recompute else "")
 
     def flatten_parameters(self) -> None:
         """Does nothing: weights are read where they lie, so they need no single chunk of memory."""
@@ -203,6 +247,11 @@ class _Recurrent(_Module, nn.RNNBase, Generic[Hx, Hidden]):
         if lengths is not None or resets is not None:
             _check_are_tensors(lengths=lengths, resets=resets)
         weights = self._weights()
+        if self.weight_dropout and self.training:
+            weights = [
+                F.dropout(weight, self.weight_dropout) if name.startswith("weight_hh") else weight
+                for name, weight in zip(self._flat_weights_names, weights)
+            ]
         if lengths is None and resets is None and not return_states:
             served = self._single(input, hx, weights) or self._plain(input, hx, weights)
             if served:
@@ -232,10 +281,8 @@ class _Recurrent(_Module, nn.RNNBase, Generic[Hx, Hidden]):
 
     def _plain(self, input: Any, hx: Any, weights: Sequence[Tensor]) -> tuple[Any, ...] | None:
         """What a single call of the CPU library makes of it, if that serves; else None."""
-        states = self._plain_states(hx)
-        if states is None or (self.dropout and self.training) or not self._checks_as_ours:
-            return None
-        if not functional.is_plain(input, states, weights):
+        states = self._plain_states(hx) if self.reset_after and self._checks_as_ours else None
+        if states is None or (self.dropout and self.training) or not functional.is_plain(input, states, weights):
             return None
         form = self.num_layers, self.bidirectional, self.batch_first
         found = functional.plain_rnn(self.mode, input, states, weights, *form)
@@ -311,6 +358,7 @@ class _Recurrent(_Module, nn.RNNBase, Generic[Hx, Hidden]):
             resets=resets,
             return_states=return_states,
             recompute=self.recompute,
+            reset_after=self.reset_after,
         )
         final = (h_n, c_n) if self._has_cell_state else (h_n,)
         return output, final, self._to_states(all_states) if return_states else ()
@@ -372,8 +420,17 @@ class RNN(_Recurrent[Tensor, Tensor]):
     """``torch.nn.RNN`` on fused kernels: the same arguments, parameters, state_dict and results.
 
     Maths, shapes and errors: the page of ``torch.nn.RNN``. :meth:`forward` takes ``lengths``, ``resets`` and
-    ``return_states`` beside. With ``recompute=True`` a layer keeps only its output (and c) from forward to backward,
-    which then computes the gates again.
+    ``return_states`` beside.
+
+    Args:
+        recompute: keep only the output from forward to backward, which then computes the gates again.
+        init: ``"orthogonal"``: weight_hh begins as an orthogonal matrix (Saxe et al., 2014); None: as torch.nn's.
+        weight_dropout: in training the chance of each number of weight_hh to be 0 in a call, in all of its steps; the
+            others are divided by 1 - weight_dropout (Merity et al., "Regularizing and Optimizing LSTM Language Models",
+            2018).
+
+    Raises:
+        ValueError: init or weight_dropout is none of these.
     """
 
     _name, _tensor = "RNN", " tensor"
@@ -393,6 +450,8 @@ class RNN(_Recurrent[Tensor, Tensor]):
         dtype: torch.dtype | None = None,
         *,
         recompute: bool = False,
+        init: str | None = None,
+        weight_dropout: float = 0.0,
         proj_size: None = None,
     ) -> None:
         _refuse_projection(proj_size)
@@ -400,15 +459,28 @@ class RNN(_Recurrent[Tensor, Tensor]):
             raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
         self.nonlinearity = nonlinearity
         sizes = input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, 0
-        super().__init__(f"RNN_{nonlinearity.upper()}", recompute, *sizes, device, dtype)
+        own = {"recompute": recompute, "init": init, "weight_dropout": weight_dropout}
+        super().__init__(f"RNN_{nonlinearity.upper()}", *sizes, device, dtype, **own)
 
 
 class LSTM(_Recurrent[Sequence[Tensor], tuple[Tensor, Tensor]]):
     """``torch.nn.LSTM`` on fused kernels: the same arguments, parameters, state_dict and results.
 
     Maths, shapes and errors: the page of ``torch.nn.LSTM``. :meth:`forward` takes ``lengths``, ``resets`` and
-    ``return_states`` beside. With ``recompute=True`` a layer keeps only its output (and c) from forward to backward,
-    which then computes the gates again.
+    ``return_states`` beside.
+
+    Args:
+        recompute: keep only the output and c from forward to backward, which then computes the gates again.
+        init: ``"orthogonal"``: the part of weight_hh of each gate begins as an orthogonal matrix, or with a projection
+            with orthogonal columns (Saxe et al., 2014); None: as torch.nn's.
+        forget_bias: what the bias of the forget gate begins with (Jozefowicz et al., 2015): bias_ih has it, and
+            bias_hh 0; None: as torch.nn's.
+        weight_dropout: in training the chance of each number of weight_hh to be 0 in a call, in all of its steps; the
+            others are divided by 1 - weight_dropout (Merity et al., "Regularizing and Optimizing LSTM Language Models",
+            2018).
+
+    Raises:
+        ValueError: init or weight_dropout is none of these; there is a forget_bias and no bias.
     """
 
     _name, _has_cell_state = "LSTM", True
@@ -428,9 +500,13 @@ class LSTM(_Recurrent[Sequence[Tensor], tuple[Tensor, Tensor]]):
         dtype: torch.dtype | None = None,
         *,
         recompute: bool = False,
+        init: str | None = None,
+        forget_bias: float | None = None,
+        weight_dropout: float = 0.0,
     ) -> None:
         sizes = input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size
-        super().__init__("LSTM", recompute, *sizes, device, dtype)
+        own = {"recompute": recompute, "init": init, "forget_bias": forget_bias, "weight_dropout": weight_dropout}
+        super().__init__("LSTM", *sizes, device, dtype, **own)
 
     # torch.nn.LSTM's module interface, itself no base of ours: its methods serve as they are.
     get_expected_cell_size = nn.LSTM.get_expected_cell_size
@@ -459,8 +535,21 @@ class GRU(_Recurrent[Tensor, Tensor]):
     """``torch.nn.GRU`` on fused kernels: the same arguments, parameters, state_dict and results.
 
     Maths, shapes and errors: the page of ``torch.nn.GRU``. :meth:`forward` takes ``lengths``, ``resets`` and
-    ``return_states`` beside. With ``recompute=True`` a layer keeps only its output (and c) from forward to backward,
-    which then computes the gates again.
+    ``return_states`` beside.
+
+    Args:
+        recompute: keep only the output from forward to backward, which then computes the gates again.
+        reset_after: False: the reset gate comes before the product, as Cho et al. have it ("Learning Phrase
+            Representations using RNN Encoder-Decoder", 2014), and by default ONNX:
+            ``n = tanh(W_in x + b_in + W_hn (r * h) + b_hn)``. That is plain torch, step by step, on every device.
+        init: ``"orthogonal"``: the part of weight_hh of each gate begins as an orthogonal matrix (Saxe et al., 2014);
+            None: as torch.nn's.
+        weight_dropout: in training the chance of each number of weight_hh to be 0 in a call, in all of its steps; the
+            others are divided by 1 - weight_dropout (Merity et al., "Regularizing and Optimizing LSTM Language Models",
+            2018).
+
+    Raises:
+        ValueError: init or weight_dropout is none of these; reset_after is false and recompute true.
     """
 
     _name = "GRU"
@@ -479,11 +568,16 @@ class GRU(_Recurrent[Tensor, Tensor]):
         dtype: torch.dtype | None = None,
         *,
         recompute: bool = False,
+        reset_after: bool = True,
+        init: str | None = None,
+        weight_dropout: float = 0.0,
         proj_size: None = None,
     ) -> None:
         _refuse_projection(proj_size)
+        functional.check_reset_after("GRU", reset_after, recompute)
         sizes = input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, 0
-        super().__init__("GRU", recompute, *sizes, device, dtype)
+        own = {"recompute": recompute, "reset_after": reset_after, "init": init, "weight_dropout": weight_dropout}
+        super().__init__("GRU", *sizes, device, dtype, **own)
 
 
 def _refuse_projection(proj_size: int | None) -> None:
@@ -529,7 +623,7 @@ class _Cell(_Module, nn.RNNCellBase, Generic[Hx, Hidden]):
         if dims == 1:
             input = input.unsqueeze(0)
             states = None if states is None else [state.unsqueeze(0) for state in states]
-        h, c = functional.cell(self._mode, input, states, weights)
+        h, c = functional.cell(self._mode, input, states, weights, reset_after=self.reset_after)
         if dims == 1:
             h, c = h.squeeze(0), c.squeeze(0)
         return self._to_hidden((h, c))  # type: ignore[no-any-return]
@@ -539,7 +633,7 @@ class _Cell(_Module, nn.RNNCellBase, Generic[Hx, Hidden]):
 
     def _plain(self, input: Any, hx: Any, weights: Sequence[Tensor]) -> Any:
         """What a single call of the CPU library makes of it, if that serves; else None."""
-        states = self._plain_states(hx)
+        states = self._plain_states(hx) if self.reset_after else None
         if states is None or not functional.is_plain(input, states, weights):
             return None
         found = functional.plain_cell(self._mode, input, states, weights)
@@ -566,10 +660,27 @@ class _Cell(_Module, nn.RNNCellBase, Generic[Hx, Hidden]):
 
 
 class RNNCell(_Cell[Tensor, Tensor], nn.RNNCell):
-    """``torch.nn.RNNCell`` on fused kernels: the same arguments, parameters, state_dict and results."""
+    """``torch.nn.RNNCell`` on fused kernels: the same arguments, parameters, state_dict and results.
+
+    ``init``: as of :class:`rnnfast.RNN`.
+    """
 
     _name = "RNNCell"
     _theirs, _quicker_by_torch_from = nn.RNNCell, 0
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        nonlinearity: str = "tanh",
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        *,
+        init: str | None = None,
+    ) -> None:
+        nn.RNNCell.__init__(self, input_size, hidden_size, bias, nonlinearity, device, dtype)
+        self._set_options(init=init)
 
     @property
     def _mode(self) -> str:  # type: ignore[override]  # nobody sets it
@@ -581,10 +692,27 @@ class RNNCell(_Cell[Tensor, Tensor], nn.RNNCell):
 
 
 class LSTMCell(_Cell[Sequence[Tensor], tuple[Tensor, Tensor]], nn.LSTMCell):
-    """``torch.nn.LSTMCell`` on fused kernels: the same arguments, parameters, state_dict and results."""
+    """``torch.nn.LSTMCell`` on fused kernels: the same arguments, parameters, state_dict and results.
+
+    ``init`` and ``forget_bias``: as of :class:`rnnfast.LSTM`.
+    """
 
     _name, _mode, _has_cell_state = "LSTMCell", "LSTM", True
     _theirs, _quicker_by_torch_from = nn.LSTMCell, 0
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        *,
+        init: str | None = None,
+        forget_bias: float | None = None,
+    ) -> None:
+        nn.LSTMCell.__init__(self, input_size, hidden_size, bias, device, dtype)
+        self._set_options(init=init, forget_bias=forget_bias)
 
     def _checked(self, hx: Sequence[Tensor]) -> Sequence[Tensor]:
         for idx, state in enumerate(hx):
@@ -598,10 +726,27 @@ class LSTMCell(_Cell[Sequence[Tensor], tuple[Tensor, Tensor]], nn.LSTMCell):
 
 
 class GRUCell(_Cell[Tensor, Tensor], nn.GRUCell):
-    """``torch.nn.GRUCell`` on fused kernels: the same arguments, parameters, state_dict and results."""
+    """``torch.nn.GRUCell`` on fused kernels: the same arguments, parameters, state_dict and results.
+
+    ``reset_after`` and ``init``: as of :class:`rnnfast.GRU`.
+    """
 
     _name, _mode = "GRUCell", "GRU"
     _theirs, _quicker_by_torch_from = nn.GRUCell, 128
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        *,
+        reset_after: bool = True,
+        init: str | None = None,
+    ) -> None:
+        nn.GRUCell.__init__(self, input_size, hidden_size, bias, device, dtype)
+        self._set_options(reset_after=reset_after, init=init)
 
 
 OURS = (RNN, LSTM, GRU, RNNCell, LSTMCell, GRUCell)

@@ -12,7 +12,7 @@ from .cells import GATES
 from .records import Inputs, names_of
 
 # Where ONNX's gates stand in torch's order: i o f c, and z r h.
-_ORDER = {"RNN_TANH": (0,), "RNN_RELU": (0,), "LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2)}
+ORDER = {"RNN_TANH": (0,), "RNN_RELU": (0,), "LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2)}
 _VERSION = 14  # of the operators, since which they have a layout
 
 
@@ -38,7 +38,7 @@ def layer(
 
     def onnx_order(weight: Tensor) -> Tensor:
         gates = weight.chunk(GATES[mode])
-        return torch.cat([gates[gate] for gate in _ORDER[mode]])
+        return torch.cat([gates[gate] for gate in ORDER[mode]])
 
     w = torch.stack([onnx_order(of.w_ih) for of in directions])
     r = torch.stack([onnx_order(of.w_hh) for of in directions])

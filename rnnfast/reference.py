@@ -42,6 +42,17 @@ def cell(
     return h, others[0] if others else None
 
 
+def gru_reset_before(x: Tensor, h: Tensor, w: Weights) -> Tensor:
+    """h after one step of a GRU as Cho et al. have it ("Learning Phrase Representations using RNN Encoder-Decoder",
+    2014), whose reset gate multiplies h before the product and not after it. Arguments as of :func:`cell`."""
+    w_rz, w_n = w.w_hh.tensor_split([2 * h.shape[1]])
+    b_rz, b_n = (None, None) if w.b_hh is None else w.b_hh.tensor_split([2 * h.shape[1]])
+    x_rz, x_n = x.tensor_split([2 * h.shape[1]], 1)
+    r, z = torch.sigmoid(x_rz + F.linear(h, w_rz, b_rz)).chunk(2, 1)
+    n = torch.tanh(x_n + F.linear((r * h).to(h.dtype), w_n, b_n))
+    return n + z * (h - n)
+
+
 def _arguments(
     of: Cell, x: Tensor, a: Tensor, h: Tensor, c: Tensor | None, w_units: Tensor | None
 ) -> tuple[Any, Any, Any, Any]:
@@ -106,15 +117,20 @@ class _Sequence(NamedTuple):
         return torch.where(border, torch.zeros_like(state), state)
 
 
-def _run(mode: str, x_gates: Tensor, h: Tensor, c: Tensor | None, w: Weights, sequence: _Sequence) -> _Steps:
+def _run(
+    mode: str, x_gates: Tensor, h: Tensor, c: Tensor | None, w: Weights, sequence: _Sequence, reset_after: bool
+) -> _Steps:
     steps = x_gates.shape[0]
     run = _Steps([(h, c)] * steps, [h] * steps, [] if c is None else [c] * steps, h, c)
     for t in sequence.steps(steps):
         h = sequence.cut(t, h)
         c = c if c is None else sequence.cut(t, c)
         run.entered[t] = h, c
-        a = F.linear(h, w.w_hh, w.b_hh).to(x_gates.dtype)
-        h_t, c_t = cell(mode, x_gates[t], a, h.to(x_gates.dtype), c, w.w_units)
+        if reset_after:
+            a = F.linear(h, w.w_hh, w.b_hh).to(x_gates.dtype)
+            h_t, c_t = cell(mode, x_gates[t], a, h.to(x_gates.dtype), c, w.w_units)
+        else:
+            h_t, c_t = gru_reset_before(x_gates[t], h, w), None
         h_t = h_t.to(h.dtype)
         h_t = h_t if w.w_hr is None else F.linear(h_t, w.w_hr)
         run.y[t], h = sequence.where_valid(t, h_t), sequence.where_valid(t, h_t, h)
@@ -123,7 +139,7 @@ def _run(mode: str, x_gates: Tensor, h: Tensor, c: Tensor | None, w: Weights, se
     return run._replace(h_n=h, c_n=c)
 
 
-def _directions(inputs: Inputs) -> Iterator[tuple[Weights, _Sequence, Tensor, _Steps]]:
+def _directions(inputs: Inputs, reset_after: bool = True) -> Iterator[tuple[Weights, _Sequence, Tensor, _Steps]]:
     """Of each direction its weights, sequence, ``W_ih x + b_ih`` and run."""
     mode, x, lengths = inputs.mode, inputs.x, inputs.lengths
     steps, batch = x.shape[:2]
@@ -137,18 +153,19 @@ def _directions(inputs: Inputs) -> Iterator[tuple[Weights, _Sequence, Tensor, _S
             c = x.new_zeros(batch, hidden, dtype=acc) if inputs.c0 is None else inputs.c0[d].to(acc)
         sequence = _Sequence(valid, inputs.resets, reverse=d == 1)
         x_gates = F.linear(x, w.w_ih, w.b_ih).to(acc)
-        yield w, sequence, x_gates, _run(mode, x_gates, h, c, w, sequence)
+        yield w, sequence, x_gates, _run(mode, x_gates, h, c, w, sequence, reset_after)
 
 
-def layer(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One layer with all its directions; argument and results as :func:`rnnfast.recurrence.layer`."""
+def layer(inputs: Inputs, reset_after: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One layer with all its directions; inputs and results as :func:`rnnfast.recurrence.layer`. Of a GRU the reset
+    gate may come before the product: :func:`gru_reset_before`."""
     mode, x = inputs.mode, inputs.x
     check_mode(mode)
     if inputs.batch_sizes is not None:
         pad, pack, padded = _padded(inputs, inputs.batch_sizes)
-        y, h_n, c_n, c = layer(padded)
+        y, h_n, c_n, c = layer(padded, reset_after)
         return pack(y), h_n, c_n, pack(c) if HAS_CELL_STATE[mode] else c
-    runs = [run for *_, run in _directions(inputs)]
+    runs = [run for *_, run in _directions(inputs, reset_after)]
     y = torch.cat([_stack(run.y, run.h_n) for run in runs], 2)
     h_n = torch.stack([run.h_n for run in runs])
     c_ns = [run.c_n for run in runs if run.c_n is not None]

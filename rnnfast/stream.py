@@ -183,9 +183,10 @@ class _Step:
         self._by_module(torch.zeros(self.shape, dtype=self.dtype, device=self.device))
         self._delete()
         self._run: Any = None
-        if self.device.type != "cpu" or self.dtype not in DTYPES or not BACKENDS["cpu"].probe(self.device).available:
-            return
         module = self.module
+        is_served = self.device.type == "cpu" and self.dtype in DTYPES and module.reset_after
+        if not is_served or not BACKENDS["cpu"].probe(self.device).available:
+            return
         # The library reads weights where they lie: no others than these, which nobody else can move or free.
         weights = [weight.detach().clone(memory_format=torch.contiguous_format) for weight in module._weights()]
         self._kept, self._places = weights, self._places_of_states()

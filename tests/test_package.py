@@ -125,13 +125,21 @@ def test_constructors_name_their_parameters(name: str) -> None:
     theirs = getattr(torch.nn, name)
     positional = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
     if name.endswith("Cell"):
-        assert positional == list(inspect.signature(theirs).parameters.values())
+        expected = inspect.signature(theirs).parameters.values()
+        assert [(p.name, p.default) for p in positional] == [(p.name, p.default) for p in expected]
     else:  # torch.nn's say *args, **kwargs, and what they mean by that at the beginning of their documentation
         documented = theirs.__doc__.partition("(")[2].partition(")")[0].replace(" ", "").split(",")
         assert [p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in positional] == documented
     keywords = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
-    refused = [] if name == "LSTM" else ["proj_size"]
-    assert keywords == ([] if name.endswith("Cell") else ["recompute", *refused])
+    expected = {
+        "RNN": ["recompute", "init", "weight_dropout", "proj_size"],
+        "LSTM": ["recompute", "init", "forget_bias", "weight_dropout"],
+        "GRU": ["recompute", "reset_after", "init", "weight_dropout", "proj_size"],
+        "RNNCell": ["init"],
+        "LSTMCell": ["init", "forget_bias"],
+        "GRUCell": ["reset_after", "init"],
+    }
+    assert keywords == expected[name]
 
 
 def test_version() -> None:
