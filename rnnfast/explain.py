@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from .backends import choose_backend, circumstances
+from .flex import FlexRNN
 from .functional import autocast_dtype
 from .modules import _Cell, _Recurrent
 
@@ -48,7 +49,7 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> Explanation:
         torch.nn recurrent module is named with the backend ``"torch.nn"``.
     """
     found = Explanation()
-    recurrent = (nn.RNNBase, nn.RNNCellBase)
+    recurrent = (nn.RNNBase, nn.RNNCellBase, FlexRNN)
     names: dict[nn.Module, str] = {m: name for name, m in model.named_modules() if isinstance(m, recurrent)}
 
     def record(module: nn.Module, args: tuple[Any, ...], call_kwargs: dict[str, Any]) -> None:
@@ -60,7 +61,8 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> Explanation:
 
     if not (inputs or kwargs):
         for module, name in names.items():
-            weight: Any = module._flat_weights[0] if isinstance(module, nn.RNNBase) else module.weight_ih
+            first = "weight_ih_l0" if isinstance(module, FlexRNN) else "weight_ih"
+            weight: Any = module._flat_weights[0] if isinstance(module, nn.RNNBase) else getattr(module, first)
             found.append(_choice(name, module, weight))
         return found
     hooks = [module.register_forward_pre_hook(record, with_kwargs=True) for module in names]
@@ -99,6 +101,8 @@ def _choice(
     dtype = autocast_dtype(data.device.type, data.dtype)
     layer = f"{type(module).__name__}({module.extra_repr()})"
     described = f"{dtype} on {data.device}"
+    if isinstance(module, FlexRNN):
+        return Choice(name, layer, described, *module._backend(data.device, dtype, batch, extended))
     if not isinstance(module, (_Recurrent, _Cell)):
         return Choice(name, layer, described, "torch.nn", "not an rnnfast module; rnnfast.convert would make it one")
     mode = module.mode if isinstance(module, _Recurrent) else module._mode
