@@ -476,6 +476,15 @@ class Cell:
         return [gate for gate, value in enumerate(self.inputs[which]) if value in read]
 
     @functools.cached_property
+    def twin(self) -> str | None:
+        """The mode of a cell that the kernels have, of the very same equations, if there is one."""
+        return next((mode for mode, of in CELLS.items() if of._form == self._form), None)
+
+    @property
+    def _form(self) -> tuple[Any, ...]:
+        return len(self.gates), len(self.states), len(self.weights), self.scalars, self.initial, self.program
+
+    @functools.cached_property
     def program(self) -> Program:
         """A step, from x and a by gate, the states before it, the units' weights and the scalars."""
         return Program.of(self.after, itertools.chain(*self.inputs.values()))
@@ -634,7 +643,14 @@ class Program(NamedTuple):
     @classmethod
     def of(cls, results: Sequence[Value], inputs: Iterable[Value]) -> Program:
         places: dict[Any, int] = {value: place for place, value in enumerate(inputs)}
-        values = [value for value in reachable(results) if value.op]
+        values: dict[Value, None] = {}  # in an order that says nothing of the one in which they were made
+        waiting = [value for value in reversed(results) if value.op]
+        while waiting:
+            value = waiting[-1]
+            missing = [arg for arg in value.args if isinstance(arg, Value) and arg.op and arg not in values]
+            waiting += missing[::-1]
+            if not missing:
+                values[waiting.pop()] = None
         # By their text: 0.0 and -0.0 are equal.
         texts = dict.fromkeys(repr(float(arg)) for v in values for arg in v.args if not isinstance(arg, Value))
         places |= {of: place for place, of in enumerate([*texts, *values], len(places))}

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from . import functional
 from .backends import choose_backend, circumstances
-from .cells import CELLS, Cell
+from .cells import Cell
 from .modules import _check_are_tensors, _Module
 from .reference import _Sequence, _stack
 
@@ -104,9 +104,9 @@ def _layer(
 class FlexRNN(_Module):
     """A stack of recurrent layers of any cell that :func:`rnnfast.cell` has declared.
 
-    Where the cell is one of torch's, or the peephole LSTM, and the recurrence is dense and undivided, the layers run on
-    the same kernels as :class:`rnnfast.LSTM`. Any other cell runs as plain torch, on the backend ``reference``: on any
-    device, in any dtype, with any derivative.
+    Where the cell has the equations of one of torch's, or of the peephole LSTM, as :mod:`rnnfast.cells` writes them,
+    and the recurrence is dense and undivided, the layers run on the same kernels as :class:`rnnfast.LSTM`. Any other
+    cell runs as plain torch, on the backend ``reference``: on any device, in any dtype, with any derivative.
 
     Args:
         cell: what :func:`rnnfast.cell` has made of a function; :mod:`rnnfast.cells` has some.
@@ -326,8 +326,8 @@ class FlexRNN(_Module):
             self._check_batch(states, x.size(1))
         names, count = self._names, 1 + self.bidirectional
         flat: Sequence[Tensor] = [getattr(self, name + suffix) for _, suffix in self._suffixes() for name in names]
-        if self._is_torch_like():
-            return self._torch_like(x, states, lengths, resets, return_states, flat)
+        if mode := self._mode():
+            return self._by_kernels(mode, x, states, lengths, resets, return_states, flat)
         self._backend(x.device, x.dtype)  # or it raises
         lengths = functional._check_lengths(x, lengths)
         functional._check_resets(x, resets)
@@ -351,13 +351,13 @@ class FlexRNN(_Module):
         of_steps = [torch.stack(of).to(x.dtype) for of in zip(*every)] if return_states else []
         return y, [torch.cat(of) for of in zip(*finals)], of_steps
 
-    def _is_torch_like(self) -> bool:
-        """Whether ``functional.rnn`` has the cell, with all its backends."""
-        is_whole = self.recurrent == "dense" and self.num_heads == 1
-        return is_whole and CELLS.get(self.cell.mode) is self.cell
+    def _mode(self) -> str | None:
+        """The mode by which ``functional.rnn`` has the cell, with all its backends; None if it has not."""
+        return self.cell.twin if self.recurrent == "dense" and self.num_heads == 1 else None
 
-    def _torch_like(
+    def _by_kernels(
         self,
+        mode: str,
         x: Tensor,
         states: Sequence[Tensor] | None,
         lengths: Tensor | None,
@@ -370,7 +370,7 @@ class FlexRNN(_Module):
             of_direction = [weights[at : at + each] for at in range(0, len(weights), each)]
             weights = [w for of in of_direction for w in (*of[:-count], torch.cat(list(of[-count:])))]
         y, h_n, c_n, every = functional.rnn(
-            self.cell.mode,
+            mode,
             x,
             states,
             weights,
@@ -391,10 +391,9 @@ class FlexRNN(_Module):
     ) -> tuple[str, str]:
         """As ``choose_backend``: the backend that serves a call, and why."""
         made = circumstances()
-        if self._is_torch_like():
-            return choose_backend(
-                made, self.cell.mode, device, dtype, self.hidden_size, batch, self.bidirectional, extended=extended
-            )
+        if mode := self._mode():
+            sizes = self.hidden_size, batch, self.bidirectional
+            return choose_backend(made, mode, device, dtype, *sizes, extended=extended)
         why = "the kernels are of torch's cells and the peephole LSTM, W_hh whole: any other runs as plain torch"
         if made.forced not in (None, "reference"):
             raise RuntimeError(f"backend {made.forced!r} cannot serve this call: {why}")

@@ -219,6 +219,17 @@ def test_refuses_names(options: dict[str, Any], message: str) -> None:
         cell(**options)
 
 
+def test_a_long_step() -> None:
+    def doubles(x: Any, a: Any, s: Any) -> Any:
+        h = x.g
+        for _ in range(5000):
+            h = h + 1
+        return h
+
+    x = torch.zeros(1)
+    assert cell(gates="g")(doubles).program.run([x, x, x])[0].item() == 5000
+
+
 def test_refuses_what_is_no_function() -> None:
     with pytest.raises(TypeError, match="declares a function of one step"):
         cell(gates="g")(torch.nn.Tanh())

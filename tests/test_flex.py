@@ -208,8 +208,13 @@ def test_second_derivatives(paper: Callable[..., Any]) -> None:
 
 
 def again(of: Cell) -> Cell:
-    """The same cell, declared by somebody else: no kernel knows it."""
-    return cells.cell(gates=of.gates, states=of.states, weights=of.weights)(of.function)
+    """The same cell, but for a factor of 1, by which no kernel knows it."""
+
+    def function(*given: Any) -> Any:
+        h, *others = of.function(*given) if len(of.states) > 1 else [of.function(*given)]
+        return h * 1.0, *others
+
+    return cells.cell(gates=of.gates, states=of.states, weights=of.weights)(function)
 
 
 OF_TORCH = {"LSTM": again(cells.lstm), "GRU": again(cells.gru), "RNN": again(cells.rnn_tanh)}
@@ -275,8 +280,30 @@ def test_torchs_cells_have_all_backends(of: Cell) -> None:
     x = torch.randn(T, N, I, dtype=DOUBLE)
     (choice,) = rnnfast.explain(kernels, x)
     assert choice.backend == "cpu"
+    assert again(of).twin is None
     for of_call in (*OF_FORM.values(), {"return_states": True}):
         assert_same(values_and_grads(kernels, x, **of_call), values_and_grads(loop, x, **of_call))
+
+
+def test_a_users_cell_of_the_same_equations_has_them_too() -> None:
+    @rnnfast.cell(gates=("in", "forget", "new", "out"), states=("y", "memory"))
+    def lstm(x: Any, r: Any, s: Any) -> Any:
+        out = torch.sigmoid(x.out + r.out)
+        forget, write = torch.sigmoid(x.forget + r.forget), torch.sigmoid(getattr(x, "in") + getattr(r, "in"))
+        memory = forget * s.memory + write * torch.tanh(x.new + r.new)
+        return out * torch.tanh(memory), memory
+
+    @rnnfast.cell(gates="i f g o", states="h c", initial={"c": 1.0})
+    def begins_elsewhere(x: Any, a: Any, s: Any) -> Any:
+        return cells.lstm.function(x, a, s)
+
+    assert lstm.twin == "LSTM" and begins_elsewhere.twin is None
+    net = FlexRNN(lstm, I, H, dtype=DOUBLE)
+    assert rnnfast.explain(net)[0].backend == "cpu"
+    loop = FlexRNN(again(cells.lstm), I, H, dtype=DOUBLE)
+    loop.load_state_dict(net.state_dict())
+    x = torch.randn(T, N, I, dtype=DOUBLE)
+    assert_same(values_and_grads(net, x), values_and_grads(loop, x))
 
 
 # Forms of W_hh.
@@ -383,9 +410,15 @@ X = torch.randn(T, N, I, dtype=DOUBLE, generator=torch.Generator().manual_seed(2
 
 
 def test_recompute(net: FlexRNN) -> None:
-    expected = values_and_grads(net, X)
-    net.recompute = True
-    assert_same(values_and_grads(net, X), expected, rtol=0, atol=0)
+    """The same numbers, of less that is kept."""
+    found = []
+    for net.recompute in (False, True):
+        kept: list[Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
+            net(X)
+        found.append((len(kept), values_and_grads(net, X)))
+    assert_same(found[1][1], found[0][1], rtol=0, atol=0)
+    assert 3 * found[1][0] < found[0][0]
 
 
 def test_scalars() -> None:
@@ -416,6 +449,8 @@ def test_dropout_is_torchs(net: FlexRNN) -> None:
     torch.manual_seed(3)
     assert torch.equal(first, net(X)[0])
     assert torch.equal(net.eval()(X)[0], net(X)[0])
+    of_one_layer = FlexRNN(cells.janet, I, H, dropout=0.5, dtype=DOUBLE)
+    assert torch.equal(of_one_layer(X)[0], of_one_layer.eval()(X)[0])
 
 
 def test_copies(net: FlexRNN) -> None:
