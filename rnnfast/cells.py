@@ -5,11 +5,12 @@ Of a step a cell sees, by name:
     x.i    gate i of ``W_ih x + b_ih``
     a.i    gate i of ``W_hh h + b_hh``
     s.h    a state as it was before the step
-    w.i    a weight of each unit's own, where the cell declares some
+    w.i    a weight of each unit's own, or a scalar of the layer's, where the cell declares some
 
 and returns its states after the step, h first. The function runs on tensors as it stands. Traced, it
 is a list of operations; reverse mode over that list gives the gradients; and what those need of the forward, and cannot
-make of the states before and after the step, is what a forward saves. ``codegen.py`` prints the kernels' cells from it.
+make of the states before and after the step, is what a forward saves. ``codegen.py`` prints the kernels' cells from it,
+and ``flex.py`` runs any of them.
 
 Torch is not imported here: the installation reads the names of the cells.
 """
@@ -17,12 +18,13 @@ Torch is not imported here: the installation reads the names of the cells.
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
 import keyword
 import sys
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from contextvars import ContextVar
-from types import FrameType
+from types import FunctionType, TracebackType
 from typing import Any, NamedTuple, TypeVar
 
 
@@ -32,6 +34,10 @@ class Value:
     __slots__ = ("args", "name", "number", "op")
 
     def __init__(self, op: str, *args: Any, name: str = "") -> None:
+        for arg in args:
+            if not isinstance(arg, (Value, int, float)):
+                kind = type(arg).__name__
+                raise TypeError(f"a cell computes with its values and Python's numbers, not with a {kind}: {_BRING_IN}")
         self.op, self.args, self.name = op, args, name
         self.number = next(_numbers)
 
@@ -84,7 +90,47 @@ class Value:
     def __bool__(self) -> bool:
         raise TypeError("a cell cannot branch on a value: use where(condition, this, that)")
 
+    def __pow__(self, exponent: Any) -> Value:
+        if exponent not in _POWERS:
+            raise TypeError(f"a cell raises to the powers {', '.join(map(str, _POWERS))}, not {exponent!r}")
+        return _POWERS[exponent](self)
 
+    # The rest is what a cell is refused, and torch's functions and methods.
+
+    def __repr__(self) -> str:
+        if _in_cell.get():
+            raise TypeError("a cell cannot print a value: it runs once, before there are any numbers")
+        return f"<{self.op or self.name} of a cell>"
+
+    def _refuse_in_place(self, *_: Any) -> Any:
+        raise TypeError("a cell cannot change a value in place: make a new one, as in b = a + 1")
+
+    __iadd__ = __isub__ = __imul__ = __itruediv__ = __setitem__ = _refuse_in_place
+
+    def _refuse_elements(self, *_: Any) -> Any:
+        raise TypeError(f"a cell cannot look into a value: {_BY_ITSELF}")
+
+    __iter__ = __len__ = __getitem__ = __matmul__ = __rmatmul__ = _refuse_elements
+
+    def _refuse_number(self, *_: Any, **__: Any) -> Any:
+        raise TypeError("a cell cannot make a number of a value: use torch's functions, which take values")
+
+    __float__ = __int__ = __index__ = __array__ = _refuse_number
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        if name in ("item", "tolist", "numpy"):
+            self._refuse_number()
+        return functools.partial(_of_torch, name, self)
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _of_torch(function.__name__, *args, **(kwargs or {}))
+
+
+_BRING_IN = "bring it in with the input, or declare it in weights or scalars"
+_BY_ITSELF = "it is a step of each unit of each row by itself"
 _numbers = itertools.count()
 _in_cell = ContextVar("_in_cell", default=False)  # whether the function of a cell is being traced
 
@@ -161,6 +207,82 @@ maximum = functools.partial(_primitive, "maximum")
 where: Callable[..., Any] = functools.partial(_primitive, "where")
 
 
+def logsigmoid(value: Any) -> Any:
+    return minimum(value, 0.0) - log1p(exp(-absolute(value)))
+
+
+def softplus(value: Any) -> Any:
+    return maximum(value, 0.0) + log1p(exp(-absolute(value)))
+
+
+def clamp(value: Any, min: Any = None, max: Any = None) -> Any:
+    value = value if min is None else maximum(value, min)
+    return value if max is None else minimum(value, max)
+
+
+_POWERS: dict[float, Callable[[Any], Value]] = {
+    2: lambda a: a * a,
+    3: lambda a: a * a * a,
+    0.5: sqrt,
+    -1: lambda a: 1 / a,
+    -0.5: lambda a: 1 / sqrt(a),
+}
+
+
+# What a cell may use of torch, by torch's names for its functions and methods.
+def _of_one(op: str) -> Callable[..., Any]:
+    return lambda a: _primitive(op, a)
+
+
+def _of_two(op: str) -> Callable[..., Any]:
+    return lambda a, b: _primitive(op, a, b)
+
+
+_OF_TORCH: dict[str, Callable[..., Any]] = {
+    **{op: _of_one(op) for op in ("sigmoid", "tanh", "relu", "exp", "log", "log1p", "sqrt", "abs", "negate")},
+    **{op: _of_two(op) for op in ("add", "subtract", "multiply", "divide", "minimum", "maximum", "less", "less_equal")},
+    "greater": lambda a, b: _primitive("less", b, a),
+    "greater_equal": lambda a, b: _primitive("less_equal", b, a),
+    "where": lambda condition, a, b: where(condition, a, b),
+    "rsqrt": lambda a: 1 / sqrt(a),
+    "square": lambda a: a * a,
+    "reciprocal": lambda a: 1 / a,
+    "pow": lambda a, b: a**b,
+    "lerp": lambda a, b, weight: a + weight * (b - a),
+    "clamp": clamp,
+    "zeros_like": lambda a: 0.0,
+    "ones_like": lambda a: 1.0,
+    "logsigmoid": logsigmoid,
+    "softplus": softplus,
+    "silu": lambda a: a * sigmoid(a),
+    "leaky_relu": lambda a, negative_slope=0.01: where(a > 0, a, negative_slope * a),
+    "elu": lambda a, alpha=1.0: where(a > 0, a, alpha * (exp(minimum(a, 0.0)) - 1)),
+    "hardtanh": lambda a, min_val=-1.0, max_val=1.0: clamp(a, min_val, max_val),
+    "hardsigmoid": lambda a: clamp(a / 6 + 0.5, 0.0, 1.0),
+}
+_ALIASES = {"absolute": "abs", "neg": "negate", "negative": "negate", "sub": "subtract", "mul": "multiply"}
+_ALIASES |= {"div": "divide", "true_divide": "divide", "max": "maximum", "min": "minimum", "clip": "clamp"}
+_ALIASES |= {"lt": "less", "le": "less_equal", "gt": "greater", "ge": "greater_equal"}
+_ALIASES |= {"log_sigmoid": "logsigmoid", "special_expit": "sigmoid"}
+_RANDOM = ("rand", "bernoulli", "dropout", "normal", "multinomial", "poisson", "gumbel", "rrelu")
+
+
+def _of_torch(name: str, *args: Any, **kwargs: Any) -> Any:
+    """A function or method of torch, applied to values of a cell."""
+    if any(word in name for word in _RANDOM):
+        raise TypeError(f"a cell cannot draw random numbers, as torch's {name} does: bring them in with the input")
+    if kwargs.pop("inplace", False) or "out" in kwargs or (name.endswith("_") and not name.startswith("_")):
+        raise TypeError(f"a cell cannot change a value in place, as torch's {name} does: make a new one")
+    function = _OF_TORCH.get(_ALIASES.get(name, name))
+    if function is None:
+        raise TypeError(f"a cell cannot use torch's {name}: {_BY_ITSELF}, made of {', '.join(_OF_TORCH)}")
+    try:
+        inspect.signature(function).bind(*args, **kwargs)
+    except TypeError as error:
+        raise TypeError(f"a cell cannot call torch's {name} so ({error}): {_BY_ITSELF}") from None
+    return function(*args, **kwargs)
+
+
 class Named:
     """Values by name."""
 
@@ -176,14 +298,16 @@ class _Watched(Named):
     """Values by name, and the frame of the function that read one last."""
 
     def __init__(self, what: str, names: Sequence[str], values: Sequence[Any]) -> None:
-        self._what, self._values = what, dict(zip(names, values))
-        self._reader: FrameType | None = None
+        self.__dict__.update(_what=what, _values=dict(zip(names, values)), _reader=None)
 
     def __getattr__(self, name: str) -> Any:
         if name not in self._values:
-            super().__getattr__(name)
-        self._reader = sys._getframe(1)
+            raise AttributeError(f"{self._what} has no {name!r}, it has {', '.join(self._values) or 'nothing'}")
+        self.__dict__["_reader"] = sys._getframe(1)
         return self._values[name]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise TypeError(f"a cell cannot set {self._what}.{name}: give the new value a name of its own")
 
 
 _Names = TypeVar("_Names", bound=Named)
@@ -225,51 +349,107 @@ class Gradient(NamedTuple):
 class Cell:
     """A declared cell. Names are in the order in which they were declared, and so lie the gates in every tensor."""
 
-    def __init__(self, function: Callable[..., Any], gates: str, states: str, weights: str) -> None:
+    def __init__(
+        self,
+        function: FunctionType,
+        gates: Sequence[str],
+        states: Sequence[str],
+        weights: Sequence[str],
+        scalars: Mapping[str, float],
+        initial: Mapping[str, float],
+    ) -> None:
         self.name, self.function = function.__name__, function
         self.mode = self.name.upper()  # torch's name
         self.cpp_name = self.name.title().replace("_", "")
-        self.gates, self.states, self.weights = gates.split(), states.split(), weights.split()
+        self.gates, self.states, self.weights = list(gates), list(states), list(weights)
+        self.scalars = dict(scalars)
+        self.initial = [float(initial.get(state, 0.0)) for state in states]
+        # As of the function, in whose place the cell stands: by these it is pickled.
+        self.__module__, self.__qualname__, self.__doc__ = function.__module__, function.__qualname__, function.__doc__
 
     def __repr__(self) -> str:
         return f"cell {self.name}"
+
+    def __reduce__(self) -> str:
+        """A cell is pickled by its name, as functions are; so it is one and the same after a copy."""
+        return self.__qualname__
 
     def step(
         self, x: Sequence[Any], a: Sequence[Any], states: Sequence[Any], weights: Sequence[Any] = ()
     ) -> tuple[Any, ...]:
         """The states after a step, from the gates of W_ih x + b_ih and of W_hh h + b_hh, the states before it, and the
-        weights of the units' own."""
-        return self._step(Named, x, a, states, weights)[0]
+        weights of the units' own, then the scalars."""
+        return self._step(self.function, Named, x, a, states, weights)[0]
 
-    def _step(self, named: type[_Names], *values: Sequence[Any]) -> tuple[tuple[Any, ...], list[_Names]]:
-        names = self.gates, self.gates, self.states, self.weights
-        given = [named(f"cell {self.name}: {which}", *of) for which, *of in zip("xasw", names, values)]
-        after = self.function(*given[: 4 if self.weights else 3])
+    def _step(
+        self, function: Callable[..., Any], named: type[_Names], *values: Sequence[Any]
+    ) -> tuple[tuple[Any, ...], list[_Names]]:
+        names = self.gates, self.gates, self.states, [*self.weights, *self.scalars]
+        given = [named(which, *of) for which, *of in zip("xasw", names, values)]
+        after = function(*given[: 4 if names[-1] else 3])
         after = after if isinstance(after, tuple) else (after,)
         if len(after) != len(self.states):
-            raise TypeError(f"{self} returns {len(after)} states, but has {' and '.join(self.states)}")
+            raise TypeError(f"it returns {len(after)} states, but has {' and '.join(self.states)}")
         return after, given
+
+    def traced(self) -> tuple[list[Value], list[_Watched]]:
+        """The states after a step, each a value of its own, and what was given to the function."""
+        # A copy, so that it sees another print than the rest of its module does.
+        function = FunctionType(
+            self.function.__code__,
+            {**self.function.__globals__, "print": _refuse_to_print},
+            self.name,
+            self.function.__defaults__,
+            self.function.__closure__,
+        )
+        function.__kwdefaults__ = self.function.__kwdefaults__
+        inputs = self.inputs
+        before = _in_cell.set(True)
+        try:
+            found, given = self._step(
+                function, _Watched, inputs["x"], inputs["a"], inputs["s"], [*inputs["w"], *inputs["scalars"]]
+            )
+            after: list[Value] = []
+            for state, value in zip(self.states, found):
+                if not isinstance(value, Value):
+                    raise TypeError(f"{state} after the step is no value made of the cell's, but {value!r}")
+                after.append(value + 0.0 if value.op == "" or any(value is other for other in after) else value)
+        except (TypeError, AttributeError) as error:
+            raise self._refusal(str(error), error.__traceback__) from error
+        finally:
+            _in_cell.reset(before)
+        return after, given
+
+    def _refusal(self, why: str, traceback: TracebackType | None = None) -> TypeError:
+        """Why the cell is refused, and the line where its function was when that was raised; or its first."""
+        code = self.function.__code__
+        line = code.co_firstlineno
+        while traceback is not None:
+            line = traceback.tb_lineno if traceback.tb_frame.f_code is code else line
+            traceback = traceback.tb_next
+        return TypeError(f"{self}, {code.co_filename}:{line}: {why}")
+
+    def check(self) -> None:
+        """Refuse what cannot be run as a cell."""
+        if self.program != Program.of(self.traced()[0], itertools.chain(*self.inputs.values())):
+            raise self._refusal("it computes something else each time: random numbers have to come in with the input")
+        if not self.gates_of_x:
+            raise self._refusal("it reads no gate of x, so the input would be nothing to it")
 
     @functools.cached_property
     def inputs(self) -> dict[str, list[Value]]:
-        """A step's ``x`` and ``a`` by gate, its states ``s`` and the units' weights ``w``."""
+        """A step's ``x`` and ``a`` by gate, its states ``s``, the units' weights ``w``, and the ``scalars``."""
         names = {which: [f"{which}.{gate}" for gate in self.gates] for which in "xa"}
         names["s"] = [f"old_{state}" for state in self.states]
         names["w"] = [f"w.{weight}" for weight in self.weights]
+        names["scalars"] = [f"w.{scalar}" for scalar in self.scalars]
         return {which: [Value("", name=name) for name in of] for which, of in names.items()}
 
     @functools.cached_property
     def after(self) -> list[Value]:
         """The states after a step, traced; the function's variables have given the values their names."""
-        inputs = self.inputs
-        before = _in_cell.set(True)
-        try:
-            after, given = self._step(_Watched, *inputs.values())
-        finally:
-            _in_cell.reset(before)
-        for k, (state, value) in enumerate(zip(self.states, after)):
-            if not isinstance(value, Value) or value.op == "" or value in after[:k]:
-                raise TypeError(f"{self}: {state} after the step is no value of its own")
+        (after, given), inputs = self.traced(), self.inputs
+        for state, value in zip(self.states, after):
             value.name = state
         taken = self._names_of_states
         for reader in filter(None, {of._reader for of in given}):
@@ -278,8 +458,36 @@ class Cell:
                     value.name = unlike(name, taken)
                     taken = {*taken, value.name}
         for of in given:
-            of._reader = None  # it holds what was read
-        return list(after)
+            of.__dict__["_reader"] = None  # it holds what was read
+        return after
+
+    @functools.cached_property
+    def gates_of_x(self) -> list[int]:
+        """The gates whose part of W_ih x is read."""
+        return self._are_read("x")
+
+    @functools.cached_property
+    def gates_of_a(self) -> list[int]:
+        """The gates whose part of W_hh h is read."""
+        return self._are_read("a")
+
+    def _are_read(self, which: str) -> list[int]:
+        read = set(reachable(self.after))
+        return [gate for gate, value in enumerate(self.inputs[which]) if value in read]
+
+    @functools.cached_property
+    def twin(self) -> str | None:
+        """The mode of a cell that the kernels have, of the very same equations, if there is one."""
+        return next((mode for mode, of in CELLS.items() if of._form == self._form), None)
+
+    @property
+    def _form(self) -> tuple[Any, ...]:
+        return len(self.gates), len(self.states), len(self.weights), self.scalars, self.initial, self.program
+
+    @functools.cached_property
+    def program(self) -> Program:
+        """A step, from x and a by gate, the states before it, the units' weights and the scalars."""
+        return Program.of(self.after, itertools.chain(*self.inputs.values()))
 
     @property
     def _names_of_states(self) -> set[str]:
@@ -424,10 +632,92 @@ class Cell:
         return gradients[: len(self.gates)], of_a, states, of_weights
 
 
-def cell(gates: str, states: str = "h", weights: str = "") -> Callable[[Callable[..., Any]], Cell]:
-    """Declare a cell: the names of its gates, of its states, and of the weights beside W_ih and W_hh that are a vector
-    of a number a unit, in their order; the first state is the output h. A cell with such weights takes them last."""
-    return lambda function: Cell(function, gates, states, weights)
+class Program(NamedTuple):
+    """Values as a list of operations. The places of what they read: first the inputs, then the numbers, then what each
+    operation makes."""
+
+    numbers: tuple[float, ...]
+    operations: tuple[tuple[str, tuple[int, ...]], ...]  # a primitive and the places of its arguments
+    results: tuple[int, ...]
+
+    @classmethod
+    def of(cls, results: Sequence[Value], inputs: Iterable[Value]) -> Program:
+        places: dict[Any, int] = {value: place for place, value in enumerate(inputs)}
+        values: dict[Value, None] = {}  # in an order that says nothing of the one in which they were made
+        waiting = [value for value in reversed(results) if value.op]
+        while waiting:
+            value = waiting[-1]
+            missing = [arg for arg in value.args if isinstance(arg, Value) and arg.op and arg not in values]
+            waiting += missing[::-1]
+            if not missing:
+                values[waiting.pop()] = None
+        # By their text: 0.0 and -0.0 are equal.
+        texts = dict.fromkeys(repr(float(arg)) for v in values for arg in v.args if not isinstance(arg, Value))
+        places |= {of: place for place, of in enumerate([*texts, *values], len(places))}
+        place = lambda arg: places[arg if isinstance(arg, Value) else repr(float(arg))]
+        operations = tuple((value.op, tuple(map(place, value.args))) for value in values)
+        return cls(tuple(map(float, texts)), operations, tuple(map(place, results)))
+
+    def run(self, inputs: Sequence[Any]) -> list[Any]:
+        """The results, of tensors."""
+        made = [*inputs, *self.numbers]
+        for op, places in self.operations:
+            made.append(PRIMITIVES[op].on_tensors(*[made[place] for place in places]))
+        return [made[place] for place in self.results]
+
+
+def _refuse_to_print(*_: Any, **__: Any) -> None:
+    raise TypeError("a cell cannot print: it runs once, before there are any numbers")
+
+
+def cell(
+    *,
+    gates: str | Sequence[str],
+    states: str | Sequence[str] = "h",
+    weights: str | Sequence[str] = (),
+    scalars: Mapping[str, float] | None = None,
+    initial: Mapping[str, float] | None = None,
+) -> Callable[[Callable[..., Any]], Cell]:
+    """Declare a recurrent cell: names, above a function of one step that reads as its paper's equations do.
+
+    The function takes ``(x, a, s)``, or ``(x, a, s, w)`` where there are weights or scalars, and returns the states
+    after the step, as a tuple if there are several. Of gate i, ``x.i`` is its part of ``W_ih x + b_ih`` and ``a.i``
+    that of ``W_hh h + b_hh``; ``s.h`` is a state before the step. All are values of a unit in a row: the function
+    computes with operators, Python's numbers and torch's elementwise functions (or those of this module), and branches
+    by ``torch.where``. It runs once, here; what it did is then done at every step.
+
+    Args:
+        gates, states, weights: names, in their order, as a sequence or in one string with spaces between. The first
+            state is the output h. Weights are vectors ``[H]``, a number for each unit, read as ``w.NAME``. A gate whose
+            ``x`` or ``a`` the function does not read has no rows in W_ih or W_hh.
+        scalars: numbers by name, read as ``w.NAME``, that a layer may have others of.
+        initial: by state its value at the beginning of a sequence, where that is not 0.
+
+    Raises:
+        TypeError: the function does what no cell can (draw random numbers, branch on a value, change one in place,
+            print, look across rows or units, use a tensor from outside, ...), reads a name that is not declared, or
+            returns another number of states. The message names the cell and the line.
+        ValueError: names are no identifiers, or not distinct, or initial has one that is no state.
+    """
+    gates, states, weights = (of.split() if isinstance(of, str) else list(of) for of in (gates, states, weights))
+    scalars, initial = scalars or {}, initial or {}
+    for what, of in {"gates": gates, "states": states, "weights and scalars": [*weights, *scalars]}.items():
+        wrong = [name for name in of if not isinstance(name, str) or not name.isidentifier() or name.startswith("_")]
+        if wrong or len(set(of)) < len(of):
+            raise ValueError(f"{what} have to be distinct identifiers with no underscore in front, got {of}")
+    if not gates or not states:
+        raise ValueError(f"a cell has one gate and one state at least, got gates {gates} and states {states}")
+    if unknown := initial.keys() - set(states):
+        raise ValueError(f"initial has values of {sorted(unknown)}, which are no states: those are {states}")
+
+    def declare(function: Callable[..., Any]) -> Cell:
+        if not isinstance(function, FunctionType):
+            raise TypeError(f"cell() declares a function of one step, got {function!r}")
+        declared = Cell(function, gates, states, weights, scalars, initial)
+        declared.check()
+        return declared
+
+    return declare
 
 
 def reachable(values: Iterable[Any], known: Container[Value] = ()) -> list[Value]:
@@ -524,6 +814,107 @@ def peephole_lstm(x, a, s, w):
 
 
 CELLS: dict[str, Cell] = {declared.mode: declared for declared in (rnn_tanh, rnn_relu, lstm, gru, peephole_lstm)}
+
+
+# Others, of which FlexRNN makes layers.
+
+
+# Greff et al., "LSTM: A Search Space Odyssey", 2015: what is not forgotten is written.
+@cell(gates="f g o", states="h c")
+def cifg(x, a, s):
+    """An LSTM with coupled input and forget gates."""
+    f = sigmoid(x.f + a.f)
+    c = f * s.c + (1 - f) * tanh(x.g + a.g)
+    return sigmoid(x.o + a.o) * tanh(c), c
+
+
+# As Le et al., "A Simple Way to Initialize Recurrent Networks of Rectified Linear Units", 2015, have it in RNNs.
+@cell(gates="i f g o", states="h c")
+def relu_lstm(x, a, s):
+    """An LSTM with relu for tanh."""
+    c = sigmoid(x.f + a.f) * s.c + sigmoid(x.i + a.i) * relu(x.g + a.g)
+    return sigmoid(x.o + a.o) * relu(c), c
+
+
+# Beck et al., "xLSTM: Extended Long Short-Term Memory", 2024, equations 8 to 17. The gates are exponentials, kept
+# within bounds by m; the normaliser n is 0 before the first step only, where m is that step's own.
+@cell(gates="i f z o", states="h c n m")
+def slstm(x, a, s):
+    """The sLSTM of xLSTM, whose heads are ``num_heads`` of FlexRNN."""
+    log_i = x.i + a.i
+    log_f = logsigmoid(x.f + a.f) + s.m
+    m = where(s.n > 0, maximum(log_f, log_i), log_i)
+    i = exp(log_i - m)
+    f = exp(log_f - m)
+    c = f * s.c + i * tanh(x.z + a.z)
+    n = f * s.n + i
+    return sigmoid(x.o + a.o) * (c / n), c, n, m
+
+
+# Van der Westhuizen and Lasenby, "The Unreasonable Effectiveness of the Forget Gate", 2018.
+@cell(gates="f g", scalars={"beta": 1.0})
+def janet(x, a, s, w):
+    """An LSTM with the forget gate alone."""
+    f = x.f + a.f
+    return sigmoid(f) * s.h + (1 - sigmoid(f - w.beta)) * tanh(x.g + a.g)
+
+
+# Zhou et al., "Minimal Gated Unit for Recurrent Neural Networks", 2016; but f multiplies W_hh h, as in torch's GRU.
+@cell(gates="f n")
+def mgu(x, a, s):
+    """The minimal gated unit: a GRU whose two gates are one."""
+    f = sigmoid(x.f + a.f)
+    return (1 - f) * s.h + f * tanh(x.n + f * a.n)
+
+
+# Ravanelli et al., "Light Gated Recurrent Units for Speech Recognition", 2018, without its batch normalisation.
+@cell(gates="z n")
+def ligru(x, a, s):
+    """A GRU with neither reset gate nor tanh."""
+    z = sigmoid(x.z + a.z)
+    return z * s.h + (1 - z) * relu(x.n + a.n)
+
+
+# Li et al., "Independently Recurrent Neural Network (IndRNN)", 2018.
+@cell(gates="g", weights="u")
+def indrnn(x, a, s, w):
+    """A unit sees no other unit's past."""
+    return relu(x.g + w.u * s.h)
+
+
+# Lei et al., "Simple Recurrent Units for Highly Parallelizable Recurrence", 2018; the highway carries the input by a
+# matrix of its own, gate k, as there where the sizes differ.
+@cell(gates="g f r k", states="h c", weights="f r")
+def sru(x, a, s, w):
+    """The simple recurrent unit."""
+    f = sigmoid(x.f + w.f * s.c)
+    r = sigmoid(x.r + w.r * s.c)
+    c = f * s.c + (1 - f) * x.g
+    return r * c + (1 - r) * x.k, c
+
+
+# Feng et al., "Were RNNs All We Needed?", 2024.
+@cell(gates="z n")
+def min_gru(x, a, s):
+    """A GRU whose gates see the input alone."""
+    z = sigmoid(x.z)
+    return (1 - z) * s.h + z * x.n
+
+
+@cell(gates="f i n")
+def min_lstm(x, a, s):
+    """An LSTM whose gates see the input alone, and sum to 1."""
+    f = sigmoid(x.f)
+    i = sigmoid(x.i)
+    return (f * s.h + i * x.n) / (f + i)
+
+
+# Jaeger et al., "Optimization and Applications of Echo State Networks with Leaky-Integrator Neurons", 2007; a CTRNN
+# in steps of Euler's.
+@cell(gates="g", scalars={"leak": 0.3})
+def leaky_rnn(x, a, s, w):
+    """A neuron of an echo state network, which leaks."""
+    return (1 - w.leak) * s.h + w.leak * tanh(x.g + a.g)
 
 
 # Of each cell, by torch's name of it: how many columns of H its gates have, what a forward keeps for the backward, and

@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import choice
 from .backends import USUAL, choose_backend, circumstances
+from .flex import FlexRNN
 from .functional import autocast_dtype
 from .modules import _Cell, _Recurrent
 
@@ -51,7 +52,7 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> Explanation:
         came from, and the times: of a call with gradients where they are enabled here, of which this measures none.
     """
     found = Explanation()
-    recurrent = (nn.RNNBase, nn.RNNCellBase)
+    recurrent = (nn.RNNBase, nn.RNNCellBase, FlexRNN)
     names: dict[nn.Module, str] = {m: name for name, m in model.named_modules() if isinstance(m, recurrent)}
 
     trained, training = torch.is_grad_enabled(), [module for module in model.modules() if module.training]
@@ -64,7 +65,8 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> Explanation:
 
     if not (inputs or kwargs):
         for module, name in names.items():
-            weight: Any = module._flat_weights[0] if isinstance(module, nn.RNNBase) else module.weight_ih
+            first = "weight_ih_l0" if isinstance(module, FlexRNN) else "weight_ih"
+            weight: Any = module._flat_weights[0] if isinstance(module, nn.RNNBase) else getattr(module, first)
             found.append(_choice(name, module, weight, None, trained))
         return found
     hooks = [module.register_forward_hook(record, with_kwargs=True) for module in names]
@@ -100,11 +102,13 @@ def _choice(
     dtype = autocast_dtype(data.device.type, data.dtype)
     layer = f"{type(module).__name__}({module.extra_repr()})"
     described = f"{dtype} on {data.device}"
+    steps, batch, rows = (0, 1, 1) if more is None else _sizes(module, input)
+    extended = more is not None and not {"resets", "return_states"}.isdisjoint(more)
+    if isinstance(module, FlexRNN):
+        return Choice(name, layer, described, *module._backend(data.device, dtype, batch, extended))
     if not isinstance(module, (_Recurrent, _Cell)):
         return Choice(name, layer, described, "torch.nn", "not an rnnfast module; rnnfast.convert would make it one")
-    steps, batch, rows = (0, 1, 1) if more is None else _sizes(module, input)
     mode = module.mode if isinstance(module, _Recurrent) else module._mode
-    extended = more is not None and not {"resets", "return_states"}.isdisjoint(more)
     outputs: int = getattr(module, "proj_size", 0) or module.hidden_size
     bidirectional: bool = getattr(module, "bidirectional", False)
     projected = outputs < module.hidden_size

@@ -107,14 +107,14 @@ class _Sequence(NamedTuple):
             return inside
         return torch.where(self.valid[t], inside, torch.zeros_like(inside) if outside is None else outside)
 
-    def cut(self, t: int, state: Tensor) -> Tensor:
-        """The state before step t, zeroed in the rows that have a border there: seen from the end, it lies above t."""
+    def cut(self, t: int, state: Tensor, initial: float = 0.0) -> Tensor:
+        """The state before step t, anew in the rows that have a border there: seen from the end, it lies above t."""
         at = t + 1 if self.reverse else t
         if self.resets is None or at == len(self.resets):
             return state
         border = self.resets[at].unsqueeze(1)
         border = border if self.valid is None else border & self.valid[at]
-        return torch.where(border, torch.zeros_like(state), state)
+        return torch.where(border, torch.full_like(state, initial), state)
 
 
 def _run(

@@ -49,6 +49,7 @@ OPERATORS = "test_cuda.py test_errors.py test_border.py"
 REGIMES = "test_cuda.py -k 'order or chip'"
 FINITE = "test_cuda.py test_errors.py -k 'finite and {}'"
 CELL = "test_cells.py"
+FLEX = "test_flex.py"
 PLAIN = "test_plain.py"
 UNITS = "test_peephole.py -k {}"
 # What is caught means little if these fail without a mistake.
@@ -277,6 +278,17 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         ("one gradient of a value that is read twice", CELL, "_sum(found[arg], gradient) if arg in found else", ""),
         ("a difference for a sum", CELL, "a * (1 - b.args[1]) if", "a * (1 + b.args[1]) if"),
         ("gates of a for those of x", CELL, "if of.gate == name and of.of_a", "if of.gate == name"),
+        ("a cell may branch", CELL, 'raise TypeError("a cell cannot branch on a value', 'return ("'),
+        ("numbers that change", CELL, "if self.program != Program.of(self.traced()[0],", "if False and (0,"),
+        ("a kernel whatever the initial state", FLEX, "self.scalars, self.initial, self.program", "self.program"),
+    ],
+    "rnnfast/flex.py": [
+        ("initial values of zero", FLEX, "sequence.cut(t, state, value)", "sequence.cut(t, state)"),
+        ("heads of the first", FLEX, "nkj,kgij->ngki", "nkj,jgik->ngki"),
+        ("gates where they are read", FLEX, "zip(cell.gates_of_a, _recurrent", "zip(cell.gates_of_x, _recurrent"),
+        ("packed rows in order", FLEX, "state.index_select(1, back)", "state.index_select(1, order)"),
+        ("no more to recompute", FLEX, "self.recompute and torch.is_grad_enabled()", "False"),
+        ("dropout before the first", FLEX, "self.training and k > 0", "self.training"),
     ],
     "rnnfast/triton/cells.py": [
         (

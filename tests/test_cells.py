@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import gc
+import math
 import operator
+import random
+import re
 import weakref
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -126,45 +130,148 @@ def test_printed_cells_are_those_declared() -> None:
         assert (codegen.ROOT / name).read_text() == printed(), f"{name}: python -m rnnfast.codegen writes it anew"
 
 
-@cell(gates="g")
-def branches(x, a, s):
-    return x.g if x.g > 0 else a.g
+CAPTURED = torch.ones(3)
 
 
-@cell(gates="g")
-def compares(x, a, s):
-    return cells.where(x.g == 0, x.g, a.g)
+def change_in_place(v: Any) -> Any:
+    v += 1
+    return v
 
 
-@cell(gates="g")
-def misspells(x, a, s):
-    return cells.tanh(x.g + a.h)
-
-
-@cell(gates="g", states="h c")
-def loses_a_state(x, a, s):
-    return cells.tanh(x.g + a.g)
-
-
-@cell(gates="g")
-def passes_an_input_on(x, a, s):
+def assign(x: Any) -> Any:
+    x.g = 2 * x.g
     return x.g
 
 
+REFUSED = {  # what a step makes of x, a and s, on its last line, and what is said of it
+    "branches": (lambda x, a, s: x.g if x.g > 0 else a.g, "cannot branch on a value: use where"),
+    "compares": (lambda x, a, s: cells.where(x.g == 0, x.g, a.g), "cannot ask whether values are equal"),
+    "undeclared": (lambda x, a, s: cells.tanh(x.g + a.q), "a has no 'q', it has g"),
+    "states": (lambda x, a, s: (x.g, a.g), "returns 2 states, but has h"),
+    "number": (lambda x, a, s: 1.0, "h after the step is no value made of the cell's, but 1.0"),
+    "no-value": (lambda x, a, s: CAPTURED, "h after the step is no value made of the cell's"),
+    "captured": (lambda x, a, s: x.g * CAPTURED, "not with a Tensor: bring it in with the input, or declare it"),
+    "captured-left": (lambda x, a, s: CAPTURED * x.g, "not with a Tensor"),
+    "random": (lambda x, a, s: x.g + torch.rand_like(a.g), "cannot draw random numbers, as torch's rand_like does"),
+    "dropout": (lambda x, a, s: torch.nn.functional.dropout(x.g), "cannot draw random numbers"),
+    "python-random": (lambda x, a, s: x.g + random.random(), "it computes something else each time"),
+    "in-place": (lambda x, a, s: change_in_place(x.g), "cannot change a value in place: make a new one"),
+    "in-place-of-torch": (lambda x, a, s: x.g.add_(1), "cannot change a value in place, as torch's add_ does"),
+    "in-place-option": (lambda x, a, s: torch.nn.functional.silu(x.g, inplace=True), "cannot change a value in place"),
+    "out": (lambda x, a, s: torch.exp(x.g, out=CAPTURED), "cannot change a value in place"),
+    "element": (lambda x, a, s: x.g[0], "cannot look into a value: it is a step of each unit of each row by itself"),
+    "loop": (lambda x, a, s: sum(step for step in x.g), "cannot look into a value"),
+    "assigned": (lambda x, a, s: assign(x), "cannot set x.g: give the new value a name of its own"),
+    "sum": (lambda x, a, s: x.g.sum(), "cannot use torch's sum: it is a step of each unit of each row by itself"),
+    "softmax": (lambda x, a, s: torch.softmax(x.g, 1), "cannot use torch's softmax"),
+    "product": (lambda x, a, s: torch.nn.functional.linear(x.g, CAPTURED), "cannot use torch's linear"),
+    "cat": (lambda x, a, s: torch.cat([x.g, a.g]), "cannot use torch's cat"),
+    "max": (lambda x, a, s: x.g.max(), "cannot call torch's max so"),
+    "nonzero": (lambda x, a, s: torch.where(x.g > 0), "cannot call torch's where so"),
+    "scaled": (lambda x, a, s: torch.add(x.g, a.g, alpha=2), "cannot call torch's add so"),
+    "unknown": (lambda x, a, s: torch.erf(x.g), "cannot use torch's erf: .* made of sigmoid, tanh, "),
+    "power": (lambda x, a, s: x.g**a.g, "raises to the powers 2, 3, 0.5, -1, -0.5, not <a.g of a cell>|cannot print"),
+    "print": (lambda x, a, s: print("here") or x.g, "cannot print: it runs once"),
+    "text": (lambda x, a, s: f"{x.g}" and x.g, "cannot print a value"),
+    "item": (lambda x, a, s: x.g.item() * a.g, "cannot make a number of a value"),
+    "float": (lambda x, a, s: math.exp(x.g) * a.g, "cannot make a number of a value"),
+    "numpy": (lambda x, a, s: np.asarray(x.g), "cannot make a number of a value"),
+    "operator": (lambda x, a, s: (x.g > 0) & (a.g > 0), "unsupported operand"),
+    "parameters": (lambda x, a: x.g, "takes 2 positional arguments but 3 were given"),
+    "no-input": (lambda x, a, s: cells.tanh(a.g), "reads no gate of x"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refuses(name: str) -> None:
+    """With the cell's name, and the line of it."""
+    function, message = REFUSED[name]
+    function.__name__ = f"cell_that_{name}"
+    place = f"cell cell_that_{name}, {re.escape(__file__)}:{function.__code__.co_firstlineno}: "
+    with pytest.raises(TypeError, match=f"{place}.*({message})"):
+        cell(gates="g")(function)
+
+
+def test_refuses_with_the_line_within() -> None:
+    def longer(x: Any, a: Any, s: Any) -> Any:
+        g = cells.tanh(x.g)
+        g = change_in_place(g)
+        return g + a.g
+
+    with pytest.raises(TypeError, match=f"test_cells.py:{longer.__code__.co_firstlineno + 2}: a cell cannot change"):
+        cell(gates="g")(longer)
+
+
 @pytest.mark.parametrize(
-    ("of", "message"),
+    ("options", "message"),
     [
-        (branches, "a cell cannot branch on a value: use where"),
-        (compares, "a cell cannot ask whether values are equal"),
-        (misspells, "cell misspells: a has no 'h'"),
-        (loses_a_state, "cell loses_a_state returns 1 states, but has h and c"),
-        (passes_an_input_on, "cell passes_an_input_on: h after the step is no value of its own"),
+        ({"gates": "i i"}, "gates have to be distinct identifiers"),
+        ({"gates": ("i", "a b")}, "gates have to be distinct identifiers"),
+        ({"gates": "_i"}, "gates have to be distinct identifiers"),
+        ({"gates": ""}, "one gate and one state at least"),
+        ({"gates": "i", "states": ()}, "one gate and one state at least"),
+        ({"gates": "i", "weights": "k", "scalars": {"k": 1.0}}, "weights and scalars have to be distinct"),
+        ({"gates": "i", "initial": {"c": 1.0}}, r"initial has values of \['c'\], which are no states"),
     ],
-    ids=lambda value: getattr(value, "name", None),
 )
-def test_refuses(of: Cell, message: str) -> None:
-    with pytest.raises((TypeError, AttributeError), match=message):
-        assert of.after
+def test_refuses_names(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        cell(**options)
+
+
+def test_a_long_step() -> None:
+    def doubles(x: Any, a: Any, s: Any) -> Any:
+        h = x.g
+        for _ in range(5000):
+            h = h + 1
+        return h
+
+    x = torch.zeros(1)
+    assert cell(gates="g")(doubles).program.run([x, x, x])[0].item() == 5000
+
+
+def test_refuses_what_is_no_function() -> None:
+    with pytest.raises(TypeError, match="declares a function of one step"):
+        cell(gates="g")(torch.nn.Tanh())
+
+
+OF_TORCH = {  # functions of torch that cells may use, beside PRIMITIVES by the names that those have in torch
+    "logsigmoid": torch.nn.functional.logsigmoid,
+    "softplus": torch.nn.functional.softplus,
+    "silu": torch.nn.functional.silu,
+    "elu": torch.nn.functional.elu,
+    "leaky_relu": torch.nn.functional.leaky_relu,
+    "hardtanh": torch.nn.functional.hardtanh,
+    "hardsigmoid": torch.nn.functional.hardsigmoid,
+    "clamp": lambda v: torch.clamp(v, -0.5, 0.5),
+    "clip-of-one-side": lambda v: v.clip(min=0.1),
+    "square": torch.square,
+    "rsqrt": lambda v: torch.rsqrt(1 + v**2),
+    "reciprocal": lambda v: (2 + v.abs()).reciprocal(),
+    "powers": lambda v: v**3 + (1 + v * v) ** 0.5 + torch.pow(2 + v * v, -1) + (1 + v * v) ** -0.5,
+    "lerp": lambda v: torch.lerp(v, 2 * v, torch.sigmoid(v)),
+    "comparisons": lambda v: torch.where(torch.gt(v, 0.3), v, 2 * v) + torch.where(v.le(-0.3), torch.ones_like(v), 0.0),
+    "arithmetic": lambda v: torch.div(torch.sub(torch.mul(v, 2), 1.0), torch.add(torch.abs(v), 1)).neg() - 1,
+    "two": lambda v: torch.max(v, 0.5 * v) + torch.minimum(v, 3 * v),
+    "method": lambda v: v.sigmoid().tanh().exp().log1p().sqrt().log().relu(),
+}
+
+
+@pytest.mark.parametrize("name", OF_TORCH)
+def test_functions_of_torch(name: str) -> None:
+    """What is traced of them is what they compute."""
+    function = lambda x, a, s: OF_TORCH[name](x.g)
+    traced = cell(gates="g")(function).program
+    for scale in (1.0, 50.0):
+        v = scale * torch.randn(100, dtype=torch.float64)
+        torch.testing.assert_close(traced.run([v, v, v])[0], OF_TORCH[name](v))
+
+
+def test_a_state_may_be_an_input_or_another() -> None:
+    function = lambda x, a, s: (x.g, s.h, x.g)
+    program = cell(gates="g", states="h before again")(function).program
+    x, h = torch.randn(2, 3)
+    assert [t.tolist() for t in program.run([x, x, h, h, h])] == [x.tolist(), h.tolist(), x.tolist()]
 
 
 class _Torch:

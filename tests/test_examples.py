@@ -417,6 +417,18 @@ def test_demo_trains_both_alike(reviews: Path) -> None:
     assert run("demo", "--data", "nowhere").stderr == "demo.py: nowhere/train/neg: No such file or directory.\n"
 
 
+def test_custom_cell_trains_three(text: Path) -> None:
+    options = ("custom_cell", "--text", text, "--hidden", 8, "--streams", 4, "--steps", 10, "--characters", 2000)
+    done = run(*options, "--lr", 0.05, "--epochs", 4)
+    assert done.returncode == 0, done.stderr
+    found = re.findall(r"^(.+): (\S+) bits per held-out character", done.stdout, re.MULTILINE)
+    assert [name for name, _ in found] == ["sLSTM, 4 heads", "peephole LSTM", "LSTM"]
+    assert all(float(bits) < 3.5 for _, bits in found)
+    assert Path("custom_cell.png").read_bytes().startswith(b"\x89PNG")
+    assert "--hidden must be a multiple of 4" in run(*options, "--hidden", 6).stderr
+    assert "too few for 4 streams of them" in run(*options, "--characters", 9).stderr
+
+
 def test_run_all_refuses_to_share_a_file() -> None:
     done = run_process("run_all", "--short", "--save=model")
     assert done == Run(2, "", "run_all.py: All examples would share the file of --save.\n")

@@ -1,0 +1,400 @@
+"""Layers of any cell: :class:`FlexRNN`, and the loop that runs the traced function of a cell on tensors.
+
+Letters as in ``reference.py``; L layers, K heads, X gates of a cell that read ``W_ih x`` and A that read ``W_hh h``.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.types import Device
+from torch.utils.checkpoint import checkpoint
+
+from . import functional
+from .backends import choose_backend, circumstances
+from .cells import Cell
+from .modules import _check_are_tensors, _Module
+from .reference import _Sequence, _stack
+
+RECURRENCES = ("dense", "diagonal", "none")
+
+
+# Of one direction, by the names that FlexRNN has for its parameters, without what they end in.
+_Weights: TypeAlias = Mapping[str, Tensor]
+
+
+def _recurrent(h: Tensor, weights: _Weights) -> Tensor:
+    """``W_hh h + b_hh``, [N, A*H], of h [N, H]."""
+    w, b = weights["weight_hh"], weights.get("bias_hh")
+    if w.dim() == 2:
+        return F.linear(h, w, b)
+    if w.dim() == 1:
+        product = h.repeat(1, w.size(0) // h.size(1)) * w
+    else:
+        by_gate = w.unflatten(1, (-1, w.size(2)))  # [K, A, H/K, H/K]
+        product = torch.einsum("nkj,kgij->ngki", h.unflatten(1, (w.size(0), -1)), by_gate).flatten(1)
+    return product if b is None else product + b
+
+
+def _direction(
+    cell: Cell, scalars: Sequence[Tensor], x: Tensor, states: Sequence[Tensor], weights: _Weights, sequence: _Sequence
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Of each state [N, H] what it is after every step, [T, N, H] and zero beyond a row's end, and in the end."""
+    steps, hidden = x.size(0), states[0].size(1)
+    # What no gate reads is in the places of the program, but nothing looks there.
+    unread: Any = None
+    of_x, of_a = [unread] * len(cell.gates), [unread] * len(cell.gates)
+    acc = torch.promote_types(x.dtype, torch.float32)
+    x_gates = F.linear(x, weights["weight_ih"], weights.get("bias_ih")).to(acc)
+    if "weight_hh" not in weights:
+        of_a = [x_gates.new_zeros(())] * len(cell.gates)
+    units = [weights[f"weight_{name}"].to(acc) for name in cell.weights]
+    every: list[list[Tensor]] = [[state] * steps for state in states]
+    for t in sequence.steps(steps):
+        states = [sequence.cut(t, state, value) for state, value in zip(states, cell.initial)]
+        for gate, values in zip(cell.gates_of_x, x_gates[t].split(hidden, 1)):
+            of_x[gate] = values
+        if "weight_hh" in weights:
+            for gate, values in zip(cell.gates_of_a, _recurrent(states[0], weights).to(acc).split(hidden, 1)):
+                of_a[gate] = values
+        found = cell.program.run([*of_x, *of_a, *(state.to(acc) for state in states), *units, *scalars])
+        after = [new.to(old.dtype).expand_as(old) for new, old in zip(found, states)]
+        for k, new in enumerate(after):
+            every[k][t] = sequence.where_valid(t, new)
+        states = [sequence.where_valid(t, new, old) for new, old in zip(after, states)]
+    return [_stack(of, state) for of, state in zip(every, states)], list(states)
+
+
+def _layer(
+    cell: Cell,
+    scalars: Sequence[Tensor],
+    x: Tensor,
+    states: Sequence[Tensor] | None,
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    directions: Sequence[_Weights],
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Of each state [D, N, H] what it is after every step, [T, N, D*H], and in the end, [D, N, H]."""
+    steps, batch = x.shape[:2]
+    acc = torch.promote_types(x.dtype, torch.float32)
+    valid = None if lengths is None else (torch.arange(steps, device=x.device)[:, None] < lengths).unsqueeze(2)
+    runs = []
+    for d, weights in enumerate(directions):
+        hidden = weights["weight_ih"].size(0) // len(cell.gates_of_x)
+        before = (
+            [x.new_full((batch, hidden), value) for value in cell.initial]
+            if states is None
+            else [state[d] for state in states]
+        )
+        # h is what is put out, so it has that dtype from step to step; no other state is rounded to a half type.
+        before = [before[0], *(state.to(acc) for state in before[1:])]
+        sequence = _Sequence(valid, resets, reverse=d == 1)
+        runs.append(_direction(cell, scalars, x, before, weights, sequence))
+    every, final = zip(*runs)
+    return [torch.cat(of, 2) for of in zip(*every)], [torch.stack(of).to(x.dtype) for of in zip(*final)]
+
+
+class FlexRNN(_Module):
+    """A stack of recurrent layers of any cell that :func:`rnnfast.cell` has declared.
+
+    Where the cell has the equations of one of torch's, or of the peephole LSTM, as :mod:`rnnfast.cells` writes them,
+    and the recurrence is dense and undivided, the layers run on the same kernels as :class:`rnnfast.LSTM`. Any other
+    cell runs as plain torch, on the backend ``reference``: on any device, in any dtype, with any derivative.
+
+    Args:
+        cell: what :func:`rnnfast.cell` has made of a function; :mod:`rnnfast.cells` has some.
+        input_size, hidden_size: I and H.
+        num_layers, bias, batch_first, dropout, bidirectional, device, dtype: as for ``torch.nn.LSTM``.
+        recurrent: what W_hh is. ``"dense"``: a matrix; ``"diagonal"``: a vector a gate, each unit sees its own h;
+            ``"none"``: absent, a is zero.
+        num_heads: K, a divisor of H: a dense W_hh is K blocks on the diagonal, each of the units of one head.
+        scalars: other values of scalars that the cell declares.
+        recompute: keep only what enters a layer for the backward, which runs the layer once more.
+
+    Parameters of layer k are ``weight_ih_l{k}`` ``[X*H, I]``, ``weight_hh_l{k}`` ``[A*H, H]`` (``[K, A*H/K, H/K]`` of
+    heads, ``[A*H]`` if diagonal), ``bias_ih_l{k}`` ``[X*H]`` and ``bias_hh_l{k}`` ``[A*H]``, where X and A are the
+    gates whose x or a the cell reads, in its order; then ``weight_NAME_l{k}`` ``[H]`` for each of the cell's weights.
+    Those of the reverse direction end in ``_reverse``. All begin uniformly within 1/sqrt(H) of zero, as torch.nn's.
+
+    Raises:
+        TypeError, ValueError: an argument has a wrong type or value.
+    """
+
+    def __init__(
+        self,
+        cell: Cell,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        *,
+        recurrent: Literal["dense", "diagonal", "none"] = "dense",
+        num_heads: int = 1,
+        scalars: Mapping[str, float] | None = None,
+        recompute: bool = False,
+    ) -> None:
+        super().__init__()
+        if not isinstance(cell, Cell):
+            raise TypeError(f"cell must be made by rnnfast.cell, got {type(cell).__name__}")
+        sizes = {"input_size": input_size, "hidden_size": hidden_size, "num_layers": num_layers, "num_heads": num_heads}
+        for name, size in sizes.items():
+            if not isinstance(size, int) or isinstance(size, bool):
+                raise TypeError(f"{name} must be an int, got {type(size).__name__}")
+            if size <= 0:
+                raise ValueError(f"{name} must be greater than zero, got {size}")
+        if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout <= 1:
+            raise ValueError(f"dropout should be a number in range [0, 1], got {dropout!r}")
+        if recurrent not in RECURRENCES:
+            raise ValueError(f"recurrent must be one of {', '.join(RECURRENCES)}, got {recurrent!r}")
+        if hidden_size % num_heads or (num_heads > 1 and recurrent != "dense"):
+            raise ValueError(
+                f"num_heads has to divide hidden_size, and needs a dense recurrence: got {num_heads} heads of "
+                f"{hidden_size} units, {recurrent}"
+            )
+        if unknown := (scalars or {}).keys() - cell.scalars.keys():
+            raise ValueError(f"{cell} has no scalars {sorted(unknown)}, it has {sorted(cell.scalars) or 'none'}")
+        if taken := {"ih", "hh"}.intersection(cell.weights):
+            raise ValueError(f"{cell}: weights cannot be called {sorted(taken)}, as W_ih and W_hh are")
+        self.cell, self.recurrent, self.num_heads = cell, recurrent, num_heads
+        self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
+        self.bias, self.batch_first, self.bidirectional = bias, batch_first, bidirectional
+        self.dropout, self.recompute = float(dropout), recompute
+        self.scalars = {**cell.scalars, **(scalars or {})}
+
+        heads, count, width = num_heads, len(cell.gates_of_a), hidden_size // num_heads
+        of_a = {
+            "dense": (count * hidden_size, hidden_size) if heads == 1 else (heads, count * width, width),
+            "diagonal": (count * hidden_size,),
+        }
+        has_a = recurrent != "none" and count > 0
+        shapes: dict[str, tuple[int, ...]] = {"weight_ih": (len(cell.gates_of_x) * hidden_size, input_size)}
+        shapes |= {"weight_hh": of_a[recurrent]} if has_a else {}
+        shapes |= {"bias_ih": shapes["weight_ih"][:1]} if bias else {}
+        shapes |= {"bias_hh": (count * hidden_size,)} if bias and has_a else {}
+        shapes |= {f"weight_{name}": (hidden_size,) for name in cell.weights}
+        self._names = list(shapes)  # of the weights of one direction
+        for k, suffix in self._suffixes():
+            if k:
+                shapes["weight_ih"] = (*shapes["weight_ih"][:1], hidden_size * (1 + bidirectional))
+            for name, shape in shapes.items():
+                self.register_parameter(name + suffix, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew, uniformly within 1/sqrt(H) of zero."""
+        bound = 1 / math.sqrt(self.hidden_size)
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -bound, bound)
+
+    def _suffixes(self) -> list[tuple[int, str]]:
+        """Of each layer and direction, the layer and how the names of its parameters end."""
+        directions = ("", "_reverse")[: 1 + self.bidirectional]
+        return [(k, f"_l{k}{direction}") for k in range(self.num_layers) for direction in directions]
+
+    def extra_repr(self) -> str:
+        defaults: dict[str, Any] = {"num_layers": 1, "bias": True, "batch_first": False, "dropout": 0.0}
+        defaults |= {
+            "bidirectional": False,
+            "recurrent": "dense",
+            "num_heads": 1,
+            "scalars": self.cell.scalars,
+            "recompute": False,
+        }
+        given = [f"{name}={getattr(self, name)}" for name, of in defaults.items() if getattr(self, name) != of]
+        return ", ".join([self.cell.name, str(self.input_size), str(self.hidden_size), *given])
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise RuntimeError("torch.jit.script cannot compile a FlexRNN: use torch.export or torch.jit.trace")
+
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        states: Sequence[Tensor] | None = None,
+        *,
+        lengths: Tensor | None = None,
+        resets: Tensor | None = None,
+        return_states: bool = False,
+    ) -> tuple[Any, ...]:
+        """Run the layers over a sequence.
+
+        Args:
+            input: ``[T, N, I]``, ``[N, T, I]`` if batch_first, ``[T, I]`` unbatched, or a PackedSequence.
+            states: of each of the cell's states what it is at first, ``[L*D, N, H]`` (``[L*D, H]`` unbatched); if
+                None, the cell's initial values.
+            lengths, resets: as for :meth:`rnnfast.LSTM.forward`; a reset gives a state its initial value.
+            return_states: also return the states of every layer and step.
+
+        Returns:
+            (output, states): ``[T, N, D*H]`` in the layout of the input, and a tuple of the cell's states after the
+            last step, ``[L*D, N, H]``. With return_states a third item: a tuple of each of them, ``[L, T, N, D*H]``
+            (``[L, N, T, D*H]`` if batch_first, ``[L, T, D*H]`` unbatched, ``[L, R, D*H]`` packed).
+
+        Raises:
+            ValueError: input or states have a wrong number of dimensions or shape; lengths or resets do not fit, or
+                come with a PackedSequence.
+            TypeError: lengths, resets or a state is no Tensor.
+            RuntimeError: dtypes or devices differ; T is 0 and no lengths are given; use_backend asks for a backend that
+                cannot serve the cell.
+        """
+        _check_are_tensors(lengths=lengths, resets=resets)
+        if isinstance(input, PackedSequence):
+            if lengths is not None or resets is not None:
+                name = "resets" if lengths is None else "lengths"
+                raise ValueError(f"{name} cannot be given together with a PackedSequence")
+            return self._packed(input, states, return_states)
+        if input.dim() not in (2, 3):
+            raise ValueError(f"FlexRNN: Expected input to be 2D or 3D, got {input.dim()}D instead")
+        is_batched = input.dim() == 3
+        states = self._checked(states, 3 if is_batched else 2)
+        if not is_batched:
+            input = input.unsqueeze(1)
+            lengths = lengths if lengths is None else lengths.reshape(-1)
+            resets = resets if resets is None else resets.unsqueeze(1)
+            states = states if states is None else [state.unsqueeze(1) for state in states]
+        elif self.batch_first:
+            input = input.transpose(0, 1)
+            resets = resets.transpose(0, 1) if resets is not None and resets.dim() == 2 else resets
+        y, final, every = self._run(input, states, lengths, resets, return_states)
+        if not is_batched:
+            y, final, every = y.squeeze(1), [s.squeeze(1) for s in final], [s.squeeze(2) for s in every]
+        elif self.batch_first:
+            y, every = y.transpose(0, 1), [s.transpose(1, 2) for s in every]
+        return (y, tuple(final), tuple(every)) if return_states else (y, tuple(final))
+
+    def _packed(self, input: PackedSequence, states: Sequence[Tensor] | None, return_states: bool) -> tuple[Any, ...]:
+        """As a padded sequence with lengths, its rows in the order of the packed ones."""
+        data, batch_sizes, order, back = input
+        x, lengths = pad_packed_sequence(PackedSequence(data, batch_sizes))
+        states = self._checked(states, 3)
+        if states is not None and order is not None:
+            self._check_batch(states, order.numel())
+            states = [state.index_select(1, order) for state in states]
+        y, final, every = self._run(x, states, lengths, None, return_states)
+
+        def pack(padded: Tensor) -> Tensor:
+            return pack_padded_sequence(padded, lengths).data
+
+        final = final if back is None else [state.index_select(1, back) for state in final]
+        output = PackedSequence(pack(y), batch_sizes, order, back)
+        if not return_states:
+            return output, tuple(final)
+        return output, tuple(final), tuple(torch.stack([pack(of_layer) for of_layer in of]) for of in every)
+
+    def _checked(self, states: Any, dims: int) -> Sequence[Tensor] | None:
+        if states is None:
+            return None
+        names = self.cell.states
+        if not isinstance(states, (tuple, list)) or len(states) != len(names):
+            raise ValueError(f"states have to be a tuple of {len(names)} Tensors: {', '.join(names)}")
+        _check_are_tensors(**dict(zip(names, states)))
+        for name, state in zip(names, states):
+            if state is None or state.dim() != dims:
+                got = "None" if state is None else f"{state.dim()}D"
+                raise ValueError(f"FlexRNN: Expected state {name} to be {dims}D, got {got} instead")
+        return states
+
+    def _check_batch(self, states: Sequence[Tensor], batch: int) -> None:
+        expected = [self.num_layers * (1 + self.bidirectional), batch, self.hidden_size]
+        for name, state in zip(self.cell.states, states):
+            if list(state.shape) != expected:
+                raise ValueError(f"Expected state {name} of shape {expected}, got {list(state.shape)}")
+
+    def _run(
+        self,
+        x: Tensor,
+        states: Sequence[Tensor] | None,
+        lengths: Tensor | None,
+        resets: Tensor | None,
+        return_states: bool,
+    ) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
+        """Of time-major x the output, the final states and, if they are asked for, those of every layer and step."""
+        if x.size(-1) != self.input_size:
+            raise ValueError(f"input has {x.size(-1)} features, expected input_size={self.input_size}")
+        if states is not None:
+            self._check_batch(states, x.size(1))
+        names, count = self._names, 1 + self.bidirectional
+        flat: Sequence[Tensor] = [getattr(self, name + suffix) for _, suffix in self._suffixes() for name in names]
+        if mode := self._mode():
+            return self._by_kernels(mode, x, states, lengths, resets, return_states, flat)
+        self._backend(x.device, x.dtype)  # or it raises
+        lengths = functional._check_lengths(x, lengths)
+        functional._check_resets(x, resets)
+        x, _, _, flat = functional._operands(x, None, None, flat)
+        given: Any = states and [functional._operands(x, state, None, ())[1] for state in states]
+        directions = [dict(zip(names, flat[at : at + len(names)])) for at in range(0, len(flat), len(names))]
+        acc = torch.promote_types(x.dtype, torch.float32)
+        scalars = [x.new_full((), self.scalars[name], dtype=acc) for name in self.cell.scalars]
+        layer: Callable[..., Any] = functools.partial(_layer, self.cell, scalars)
+        if self.recompute and torch.is_grad_enabled():
+            layer = functools.partial(checkpoint, layer, use_reentrant=False)
+        y, finals, every = x, [], []
+        for k in range(self.num_layers):
+            at = slice(k * count, (k + 1) * count)
+            y = F.dropout(y, self.dropout, self.training and k > 0)
+            of_layer = given and [state[at] for state in given]
+            after, final = layer(y, of_layer, lengths, resets, directions[at])
+            y = after[0]
+            finals.append(final)
+            every.append(after)
+        of_steps = [torch.stack(of).to(x.dtype) for of in zip(*every)] if return_states else []
+        return y, [torch.cat(of) for of in zip(*finals)], of_steps
+
+    def _mode(self) -> str | None:
+        """The mode by which ``functional.rnn`` has the cell, with all its backends; None if it has not."""
+        return self.cell.twin if self.recurrent == "dense" and self.num_heads == 1 else None
+
+    def _by_kernels(
+        self,
+        mode: str,
+        x: Tensor,
+        states: Sequence[Tensor] | None,
+        lengths: Tensor | None,
+        resets: Tensor | None,
+        return_states: bool,
+        weights: Sequence[Tensor],
+    ) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
+        if count := len(self.cell.weights):  # there they are one vector
+            each = len(self._names)
+            of_direction = [weights[at : at + each] for at in range(0, len(weights), each)]
+            weights = [w for of in of_direction for w in (*of[:-count], torch.cat(list(of[-count:])))]
+        y, h_n, c_n, every = functional.rnn(
+            mode,
+            x,
+            states,
+            weights,
+            num_layers=self.num_layers,
+            bidirectional=self.bidirectional,
+            dropout=self.dropout,
+            training=self.training,
+            lengths=lengths,
+            resets=resets,
+            return_states=return_states,
+            recompute=self.recompute,
+        )
+        of_steps = [] if every is None else [every] if isinstance(every, Tensor) else every
+        return y, [h_n, c_n][: len(self.cell.states)], of_steps
+
+    def _backend(
+        self, device: torch.device, dtype: torch.dtype, batch: int = 1, extended: bool = False
+    ) -> tuple[str, str]:
+        """As ``choose_backend``: the backend that serves a call, and why."""
+        made = circumstances()
+        if mode := self._mode():
+            sizes = self.hidden_size, batch, self.bidirectional
+            return choose_backend(made, mode, device, dtype, *sizes, extended=extended)
+        why = "the kernels are of torch's cells and the peephole LSTM, W_hh whole: any other runs as plain torch"
+        if made.forced not in (None, "reference"):
+            raise RuntimeError(f"backend {made.forced!r} cannot serve this call: {why}")
+        return "reference", why

@@ -1,0 +1,625 @@
+"""Layers of any cell: those of rnnfast.cells against loops of their papers' equations, and random ones."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from helpers import FORMS, assert_same, flatten, values_and_grads
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_cells import BINARY, KINKED, SMOOTH
+from torch import Tensor
+from torch.nn.functional import softplus
+from torch.nn.utils.rnn import pack_padded_sequence
+
+import rnnfast
+from rnnfast import FlexRNN, cells
+from rnnfast.cells import Cell
+
+DOUBLE = torch.float64
+T, N, I, H = 5, 4, 3, 6
+sigmoid, tanh = torch.sigmoid, torch.tanh
+
+
+# A step by the equations of each paper: from the gates of W x + b and of U h + b, the states, the units' own weights.
+
+
+def cifg(x: Any, u: Any, s: Any, w: Any) -> Any:
+    f, g, o = (a + b for a, b in zip(x, u))
+    c = sigmoid(f) * s[1] + (1 - sigmoid(f)) * tanh(g)
+    return sigmoid(o) * tanh(c), c
+
+
+def relu_lstm(x: Any, u: Any, s: Any, w: Any) -> Any:
+    i, f, g, o = (a + b for a, b in zip(x, u))
+    c = sigmoid(f) * s[1] + sigmoid(i) * g.clamp(min=0)
+    return sigmoid(o) * c.clamp(min=0), c
+
+
+def slstm(x: Any, u: Any, s: Any, w: Any) -> Any:
+    """As the reference code of xLSTM, which takes the first m from i alone, where n is 0."""
+    i, f, z, o = (a + b for a, b in zip(x, u))
+    _, c, n, m = s
+    log_f = m - softplus(-f)
+    new_m = torch.where(n == 0, i, torch.max(i, log_f))
+    c = torch.exp(log_f - new_m) * c + torch.exp(i - new_m) * tanh(z)
+    n = torch.exp(log_f - new_m) * n + torch.exp(i - new_m)
+    return sigmoid(o) * c / n, c, n, new_m
+
+
+def janet(x: Any, u: Any, s: Any, w: Any) -> Any:
+    f, g = (a + b for a, b in zip(x, u))
+    return sigmoid(f) * s[0] + (1 - sigmoid(f - 1)) * tanh(g)
+
+
+def mgu(x: Any, u: Any, s: Any, w: Any) -> Any:
+    f = sigmoid(x[0] + u[0])
+    return (1 - f) * s[0] + f * tanh(x[1] + f * u[1])
+
+
+def ligru(x: Any, u: Any, s: Any, w: Any) -> Any:
+    z = sigmoid(x[0] + u[0])
+    return z * s[0] + (1 - z) * (x[1] + u[1]).clamp(min=0)
+
+
+def indrnn(x: Any, u: Any, s: Any, w: Any) -> Any:
+    return (x[0] + w[0] * s[0]).clamp(min=0)
+
+
+def sru(x: Any, u: Any, s: Any, w: Any) -> Any:
+    f, r = sigmoid(x[1] + w[0] * s[1]), sigmoid(x[2] + w[1] * s[1])
+    c = f * s[1] + (1 - f) * x[0]
+    return r * c + (1 - r) * x[3], c
+
+
+def min_gru(x: Any, u: Any, s: Any, w: Any) -> Any:
+    return (1 - sigmoid(x[0])) * s[0] + sigmoid(x[0]) * x[1]
+
+
+def min_lstm(x: Any, u: Any, s: Any, w: Any) -> Any:
+    f, i = sigmoid(x[0]), sigmoid(x[1])
+    return f / (f + i) * s[0] + i / (f + i) * x[2]
+
+
+def leaky_rnn(x: Any, u: Any, s: Any, w: Any) -> Any:
+    return s[0] + 0.3 * (tanh(x[0] + u[0]) - s[0])
+
+
+def peephole_lstm(x: Any, u: Any, s: Any, w: Any) -> Any:
+    i, f, g, o = (a + b for a, b in zip(x, u))
+    c = sigmoid(f + w[1] * s[1]) * s[1] + sigmoid(i + w[0] * s[1]) * tanh(g)
+    return sigmoid(o + w[2] * c) * tanh(c), c
+
+
+PAPERS = [cifg, relu_lstm, slstm, janet, mgu, ligru, indrnn, sru, min_gru, min_lstm, leaky_rnn, peephole_lstm]
+
+
+def whole(w_hh: Tensor | None, gates: int, hidden: int, rows: Sequence[int]) -> Tensor:
+    """The matrix [G, H, H] that a layer's W_hh stands for; rows are the gates that it has."""
+    found = torch.zeros(gates, hidden, hidden, dtype=DOUBLE)
+    if w_hh is None:
+        return found
+    for at, gate in enumerate(rows):
+        if w_hh.dim() == 1:
+            found[gate] = torch.diag(w_hh[at * hidden : (at + 1) * hidden])
+        elif w_hh.dim() == 2:
+            found[gate] = w_hh[at * hidden : (at + 1) * hidden]
+        else:
+            width = w_hh.size(2)
+            found[gate] = torch.block_diag(*w_hh[:, at * width : (at + 1) * width])
+    return found
+
+
+class Loop(torch.nn.Module):
+    """A FlexRNN of one layer, row by row and step by step; a reset ends what comes before it in either direction."""
+
+    def __init__(self, net: FlexRNN, step: Callable[..., Any]) -> None:
+        super().__init__()
+        self.net, self.step = net, step
+
+    def forward(self, x: Tensor, states: Any, *, lengths: Tensor | None = None, resets: Tensor | None = None) -> Any:
+        cell, hidden = self.net.cell, self.net.hidden_size
+        steps, rows = x.shape[:2]
+        lengths = torch.full((rows,), steps) if lengths is None else lengths
+        resets = torch.zeros(steps, rows, dtype=torch.bool) if resets is None else resets
+        outputs, finals = [], []
+        for d, suffix in enumerate(("_l0", "_l0_reverse")):
+            w = {name.removesuffix(suffix): p for name, p in self.net.named_parameters() if name.endswith(suffix)}
+            read = {"ih": cell.gates_of_x, "hh": cell.gates_of_a}
+            b = {of: torch.zeros(len(cell.gates), hidden, dtype=DOUBLE) for of in read}
+            for of in read.keys() & {name.removeprefix("bias_") for name in w}:
+                b[of] = b[of].index_copy(0, torch.tensor(read[of]), w[f"bias_{of}"].view(-1, hidden))
+            w_hh = whole(w.get("weight_hh"), len(cell.gates), hidden, cell.gates_of_a)
+            units = [w[f"weight_{name}"] for name in cell.weights]
+            of_rows = []
+            for n in range(rows):
+                s = [state[d, n] for state in states]
+                y = [torch.zeros(hidden, dtype=DOUBLE)] * steps
+                valid = range(int(lengths[n]))
+                for t in reversed(valid) if d else valid:
+                    if t + d < lengths[n] and resets[t + d, n]:
+                        s = [torch.full_like(s[0], value) for value in cell.initial]
+                    product = (w["weight_ih"] @ x[t, n]).view(-1, hidden)
+                    of_x = b["ih"].index_add(0, torch.tensor(cell.gates_of_x), product)
+                    s = self.step(of_x, w_hh @ s[0] + b["hh"], s, units)
+                    s = s if isinstance(s, tuple) else (s,)
+                    y[t] = s[0]
+                of_rows.append((torch.stack(y), s))
+            outputs.append(torch.stack([y for y, _ in of_rows], 1))
+            finals.append([torch.stack(of) for of in zip(*(s for _, s in of_rows))])
+        return torch.cat(outputs, 2), tuple(torch.stack(of) for of in zip(*finals))
+
+
+def states_of(cell: Cell, hidden: int = H, rows: int = N) -> tuple[Tensor, ...]:
+    """Random, and for a normaliser positive, as it is in any step but the first."""
+    made = {name: torch.randn(2, rows, hidden, dtype=DOUBLE) for name in cell.states}
+    return tuple(state.abs() + 0.5 if name == "n" else state for name, state in made.items())
+
+
+OF_FORM = {
+    "rectangular": {},
+    "lengths": {"lengths": torch.tensor([2, 5, 0, 4])},
+    "resets": {"resets": torch.rand(T, N, generator=torch.Generator().manual_seed(1)) < 0.3},
+}
+
+
+def assert_as_the_loop(net: FlexRNN, step: Callable[..., Any], x: Tensor, states: Any, **of_form: Any) -> None:
+    loop = values_and_grads(Loop(net, step), x, states, **of_form)
+    expected = {name.replace("net.", ""): t for name, t in loop.items()}
+    found = values_and_grads(net, x, states, **of_form)
+    every = {**expected, **found}  # where nothing was read there is no gradient, or one of zero
+    assert_same(*({name: of.get(name, torch.zeros_like(t)) for name, t in every.items()} for of in (found, expected)))
+
+
+@pytest.mark.parametrize("form", OF_FORM)
+@pytest.mark.parametrize("paper", PAPERS, ids=lambda paper: paper.__name__)
+def test_cells_as_in_their_papers(paper: Callable[..., Any], form: str) -> None:
+    cell = getattr(cells, paper.__name__)
+    net = FlexRNN(cell, I, H, bidirectional=True, dtype=DOUBLE)
+    assert_as_the_loop(net, paper, torch.randn(T, N, I, dtype=DOUBLE), states_of(cell), **OF_FORM[form])
+
+
+def test_every_cell_is_tested() -> None:
+    declared = {name for name, of in vars(cells).items() if isinstance(of, Cell)}
+    assert declared == {paper.__name__ for paper in PAPERS} | {"rnn_tanh", "rnn_relu", "lstm", "gru"}
+
+
+@pytest.mark.parametrize("paper", PAPERS, ids=lambda paper: paper.__name__)
+def test_second_derivatives(paper: Callable[..., Any]) -> None:
+    net = FlexRNN(getattr(cells, paper.__name__), 2, 2, bias=False, dtype=DOUBLE)
+    names, weights = zip(*net.named_parameters())
+    x = torch.randn(3, 2, 2, dtype=DOUBLE, requires_grad=True)
+
+    def function(x: Tensor, *weights: Tensor) -> Any:
+        y, states = torch.func.functional_call(net, dict(zip(names, weights)), x)
+        return y, *states
+
+    assert torch.autograd.gradcheck(function, (x, *weights), fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, (x, *weights), fast_mode=True)
+
+
+# Torch's cells as a user's.
+
+
+def again(of: Cell) -> Cell:
+    """The same cell, but for a factor of 1, by which no kernel knows it."""
+
+    def function(*given: Any) -> Any:
+        h, *others = of.function(*given) if len(of.states) > 1 else [of.function(*given)]
+        return h * 1.0, *others
+
+    return cells.cell(gates=of.gates, states=of.states, weights=of.weights)(function)
+
+
+OF_TORCH = {"LSTM": again(cells.lstm), "GRU": again(cells.gru), "RNN": again(cells.rnn_tanh)}
+
+
+class AsTorchs(torch.nn.Module):
+    """A FlexRNN that takes and returns states as LSTM, GRU and RNN do."""
+
+    def __init__(self, name: str, *args: Any, **options: Any) -> None:
+        super().__init__()
+        self.net = FlexRNN(OF_TORCH[name], *args, **options)
+
+    def forward(self, x: Any, hx: Any = None, **of_call: Any) -> Any:
+        states = hx if hx is None or isinstance(hx, tuple) else (hx,)
+        y, *found = self.net(x, states, **of_call)
+        return y, *(of if len(of) > 1 else of[0] for of in found)
+
+
+@pytest.mark.parametrize("form", [*FORMS, "batch-first", "unbatched", "states"])
+@pytest.mark.parametrize("name", OF_TORCH)
+def test_torchs_cells_written_anew(name: str, form: str) -> None:
+    """The same parameters by the same names, and the same results."""
+    options = {"num_layers": 2, "bidirectional": True, "dtype": DOUBLE, "batch_first": form == "batch-first"}
+    torch.manual_seed(0)
+    theirs = getattr(rnnfast, name)(I, H, **options)
+    torch.manual_seed(0)
+    ours = AsTorchs(name, I, H, **options)
+    x, rows = torch.randn(T, N, I, dtype=DOUBLE), (N,)
+    of_form: dict[str, Any] = {}
+    if form == "packed":
+        x = pack_padded_sequence(x, torch.tensor([2, 5, 1, 4]), enforce_sorted=False)
+    elif form == "batch-first":
+        x = x.transpose(0, 1)
+        of_form = {"resets": OF_FORM["resets"]["resets"].T, "return_states": True}
+    elif form == "unbatched":
+        x, rows = x[:, 0], ()
+        of_form = {"lengths": torch.tensor(3), "return_states": True}
+    elif form == "states":
+        of_form = {"return_states": True}
+    else:
+        of_form = OF_FORM[form]
+    hx = torch.randn(4, *rows, H, dtype=DOUBLE)
+    hx = (hx, torch.randn_like(hx)) if name == "LSTM" else hx
+    found = values_and_grads(ours, x, hx, **of_form)
+    assert_same({key.replace("net.", ""): t for key, t in found.items()}, values_and_grads(theirs, x, hx, **of_form))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_dtypes(dtype: torch.dtype) -> None:
+    """h is rounded to the dtype from step to step, and no other state; the state of an LSTM's cell is float32."""
+    theirs, ours = rnnfast.LSTM(I, H, dtype=dtype), AsTorchs("LSTM", I, H, dtype=dtype)
+    ours.net.load_state_dict(theirs.state_dict())
+    x = torch.randn(T, N, I, dtype=dtype)
+    with rnnfast.use_backend("reference"):
+        assert_same(dict(flatten(ours(x))), dict(flatten(theirs(x))), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("of", [cells.lstm, cells.gru, cells.rnn_relu, cells.peephole_lstm], ids=str)
+def test_torchs_cells_have_all_backends(of: Cell) -> None:
+    """And give the same there as the loop."""
+    kernels, loop = FlexRNN(of, I, H, 2, dtype=DOUBLE), FlexRNN(again(of), I, H, 2, dtype=DOUBLE)
+    loop.load_state_dict(kernels.state_dict())
+    x = torch.randn(T, N, I, dtype=DOUBLE)
+    (choice,) = rnnfast.explain(kernels, x)
+    assert choice.backend == "cpu"
+    assert again(of).twin is None
+    for of_call in (*OF_FORM.values(), {"return_states": True}):
+        assert_same(values_and_grads(kernels, x, **of_call), values_and_grads(loop, x, **of_call))
+
+
+def test_a_users_cell_of_the_same_equations_has_them_too() -> None:
+    @rnnfast.cell(gates=("in", "forget", "new", "out"), states=("y", "memory"))
+    def lstm(x: Any, r: Any, s: Any) -> Any:
+        out = torch.sigmoid(x.out + r.out)
+        forget, write = torch.sigmoid(x.forget + r.forget), torch.sigmoid(getattr(x, "in") + getattr(r, "in"))
+        memory = forget * s.memory + write * torch.tanh(x.new + r.new)
+        return out * torch.tanh(memory), memory
+
+    @rnnfast.cell(gates="i f g o", states="h c", initial={"c": 1.0})
+    def begins_elsewhere(x: Any, a: Any, s: Any) -> Any:
+        return cells.lstm.function(x, a, s)
+
+    assert lstm.twin == "LSTM" and begins_elsewhere.twin is None
+    net = FlexRNN(lstm, I, H, dtype=DOUBLE)
+    assert rnnfast.explain(net)[0].backend == "cpu"
+    loop = FlexRNN(again(cells.lstm), I, H, dtype=DOUBLE)
+    loop.load_state_dict(net.state_dict())
+    x = torch.randn(T, N, I, dtype=DOUBLE)
+    assert_same(values_and_grads(net, x), values_and_grads(loop, x))
+
+
+# Forms of W_hh.
+
+
+@pytest.mark.parametrize("heads", [1, 2, 3, 6])
+def test_heads_are_blocks(heads: int) -> None:
+    net, dense = (FlexRNN(cells.slstm, I, H, num_heads=k, dtype=DOUBLE) for k in (heads, 1))
+    state = dict(net.state_dict())
+    state["weight_hh_l0"] = whole(net.weight_hh_l0.detach(), 4, H, range(4)).flatten(0, 1)
+    dense.load_state_dict(state)
+    assert net.weight_hh_l0.numel() * heads == dense.weight_hh_l0.numel()
+    x = torch.randn(T, N, I, dtype=DOUBLE)
+    assert_same(dict(flatten(net(x))), dict(flatten(dense(x))))
+
+
+@pytest.mark.parametrize("recurrent", ["diagonal", "none"])
+def test_less_than_dense(recurrent: str) -> None:
+    net = FlexRNN(cells.lstm, I, H, recurrent=recurrent, bidirectional=True, dtype=DOUBLE)
+    x = torch.randn(T, N, I, dtype=DOUBLE)
+    assert_as_the_loop(net, lambda x, u, s, w: cells.lstm.step(x, u, s), x, states_of(cells.lstm))
+    assert rnnfast.explain(net)[0].backend == "reference"
+
+
+def test_parameters_are_those_that_are_read() -> None:
+    shapes = lambda cell, **options: {n: list(p.shape) for n, p in FlexRNN(cell, I, H, **options).named_parameters()}
+    assert shapes(cells.min_gru) == {"weight_ih_l0": [2 * H, I], "bias_ih_l0": [2 * H]}
+    assert shapes(cells.indrnn, bias=False) == {"weight_ih_l0": [H, I], "weight_u_l0": [H]}
+    assert shapes(cells.lstm, bias=False, num_heads=2)["weight_hh_l0"] == [2, 4 * H // 2, H // 2]
+
+    @rnnfast.cell(gates="f g")
+    def forgets_by_the_past_alone(x: Any, a: Any, s: Any) -> Any:
+        return torch.sigmoid(a.f) * s.h + torch.tanh(x.g)
+
+    found = shapes(forgets_by_the_past_alone)
+    assert found == {
+        "weight_ih_l0": [H, I], "weight_hh_l0": [H, H], "bias_ih_l0": [H], "bias_hh_l0": [H],
+    }  # fmt: skip
+
+
+# Random cells.
+
+GATES = "abcdef"
+
+
+@st.composite
+def random_cells(draw: st.DrawFn) -> tuple[Cell, str, int]:
+    """A cell of random expressions, its recurrence and heads. States are bounded, or they would explode."""
+    states = ["h", "c", "n", "m"][: draw(st.integers(1, 4))]
+    gates = list(GATES[: draw(st.integers(1, 6))])
+    names = [f"x.{g}" for g in gates] + [f"a.{g}" for g in gates] + [f"s.{s}" for s in states] + ["w.u", "w.k", 0.5]
+    expressions = st.recursive(
+        st.sampled_from(names),
+        lambda inner: st.one_of(
+            st.tuples(st.sampled_from(sorted(SMOOTH | KINKED)), inner),
+            st.tuples(st.sampled_from(sorted(BINARY)), inner, inner),
+        ),
+        max_leaves=6,
+    )
+    of_states = [draw(expressions) for _ in states]
+
+    def step(x: Any, a: Any, s: Any, w: Any) -> Any:
+        scope = {"x": x, "a": a, "s": s, "w": w}
+        value = lambda e: (
+            (SMOOTH | KINKED | BINARY)[e[0]](*map(value, e[1:]))
+            if isinstance(e, tuple)
+            else eval(e, scope)
+            if isinstance(e, str)
+            else e + 0 * x.a
+        )
+        return tuple(torch.tanh(value(e) + x.a) for e in of_states)
+
+    declared = rnnfast.cell(gates=gates, states=states, weights="u", scalars={"k": 0.7}, initial={states[-1]: 0.3})
+    recurrent = draw(st.sampled_from(["dense", "diagonal", "none"]))
+    return declared(step), recurrent, draw(st.sampled_from([1, 2])) if recurrent == "dense" else 1
+
+
+@settings(deadline=None, max_examples=200, derandomize=True, database=None)
+@given(random_cells(), st.sampled_from(sorted(OF_FORM)))
+def test_random_cells(drawn: tuple[Cell, str, int], form: str) -> None:
+    """Against autograd through the loop, of the function itself."""
+    cell, recurrent, heads = drawn
+    torch.manual_seed(0)
+    net = FlexRNN(cell, 2, 4, recurrent=recurrent, num_heads=heads, bidirectional=True, dtype=DOUBLE)
+    step = lambda x, u, s, w: cell.step(x, u, s, [*w, torch.tensor(0.7, dtype=DOUBLE)])
+    x, states = torch.randn(3, 2, 2, dtype=DOUBLE), tuple(torch.randn(2, 2, 4, dtype=DOUBLE) for _ in cell.states)
+    of_form = {
+        "rectangular": {},
+        "lengths": {"lengths": torch.tensor([1, 3])},
+        "resets": {"resets": torch.tensor([[False, True], [True, False], [False, False]])},
+    }
+    assert_as_the_loop(net, step, x, states, **of_form[form])
+
+
+# What a layer can do beside.
+
+
+@pytest.fixture
+def net() -> FlexRNN:
+    return FlexRNN(cells.slstm, I, H, 2, num_heads=2, bidirectional=True, dtype=DOUBLE)
+
+
+X = torch.randn(T, N, I, dtype=DOUBLE, generator=torch.Generator().manual_seed(2))
+
+
+def test_recompute(net: FlexRNN) -> None:
+    """The same numbers, of less that is kept."""
+    found = []
+    for net.recompute in (False, True):
+        kept: list[Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
+            net(X)
+        found.append((len(kept), values_and_grads(net, X)))
+    assert_same(found[1][1], found[0][1], rtol=0, atol=0)
+    assert 3 * found[1][0] < found[0][0]
+
+
+def test_scalars() -> None:
+    slow, fast = (FlexRNN(cells.leaky_rnn, I, H, scalars=given, dtype=DOUBLE) for given in (None, {"leak": 0.9}))
+    fast.load_state_dict(slow.state_dict())
+    assert not torch.equal(slow(X)[0], fast(X)[0])
+    for net, leak in ((slow, 0.3), (fast, 0.9)):
+        y, (h,) = net(X[:1])
+        w = net.weight_ih_l0 @ X[0].T + net.bias_ih_l0[:, None] + net.bias_hh_l0[:, None]
+        torch.testing.assert_close(h[0], leak * torch.tanh(w).T)
+
+
+def test_initial_values_come_back_at_a_reset() -> None:
+    @rnnfast.cell(gates="g", states="h c", initial={"h": 2.0, "c": -1.0})
+    def adds(x: Any, a: Any, s: Any) -> Any:
+        return s.h + 0 * x.g, s.c - s.h
+
+    resets = torch.tensor([[False], [False], [True], [False]])
+    y, (h, c) = FlexRNN(adds, 1, 1, dtype=DOUBLE)(torch.zeros(4, 1, 1, dtype=DOUBLE), resets=resets)
+    assert y.flatten().tolist() == [2, 2, 2, 2] and c.item() == -5
+
+
+def test_dropout_is_torchs(net: FlexRNN) -> None:
+    net.dropout = 0.5
+    assert not torch.equal(net(X)[0], net(X)[0])
+    torch.manual_seed(3)
+    first = net(X)[0]
+    torch.manual_seed(3)
+    assert torch.equal(first, net(X)[0])
+    assert torch.equal(net.eval()(X)[0], net(X)[0])
+    of_one_layer = FlexRNN(cells.janet, I, H, dropout=0.5, dtype=DOUBLE)
+    assert torch.equal(of_one_layer(X)[0], of_one_layer.eval()(X)[0])
+
+
+def test_copies(net: FlexRNN) -> None:
+    buffer = io.BytesIO()
+    torch.save(net, buffer)
+    buffer.seek(0)
+    for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net)), torch.load(buffer, weights_only=False)):
+        assert other.cell is cells.slstm and repr(other) == repr(net)
+        assert_same(dict(flatten(other(X))), dict(flatten(net(X))), rtol=0, atol=0)
+
+
+def test_a_local_cell_is_no_name_to_pickle() -> None:
+    with pytest.raises((pickle.PicklingError, AttributeError), match="again"):
+        pickle.dumps(again_locally())
+
+
+def again_locally() -> Cell:
+    @rnnfast.cell(gates="g")
+    def again(x: Any, a: Any, s: Any) -> Any:
+        return x.g
+
+    return again
+
+
+def test_repr(net: FlexRNN) -> None:
+    assert repr(net) == "FlexRNN(slstm, 3, 6, num_layers=2, bidirectional=True, num_heads=2)"
+    other = FlexRNN(cells.leaky_rnn, 3, 6, bias=False, recurrent="diagonal", scalars={"leak": 1.0}, recompute=True)
+    assert repr(other) == (
+        "FlexRNN(leaky_rnn, 3, 6, bias=False, recurrent=diagonal, scalars={'leak': 1.0}, recompute=True)"
+    )
+
+
+@pytest.mark.parametrize("form", ["lengths", pytest.param("resets", marks=pytest.mark.full)])
+def test_compile(form: str) -> None:
+    net = FlexRNN(cells.janet, I, H, bidirectional=True, dtype=DOUBLE)
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    of_call = {**OF_FORM[form], "return_states": True}
+    found = values_and_grads(compiled, X, **of_call)
+    assert_same({k.replace("_orig_mod.", ""): t for k, t in found.items()}, values_and_grads(net, X, **of_call))
+
+
+def test_export() -> None:
+    net = FlexRNN(cells.janet, I, H, dtype=DOUBLE)
+    program = torch.export.export(net, (X,), {"lengths": OF_FORM["lengths"]["lengths"]})
+    found = program.module()(X, lengths=OF_FORM["lengths"]["lengths"])
+    assert_same(dict(flatten(found)), dict(flatten(net(X, **OF_FORM["lengths"]))))
+
+
+def test_transforms(net: FlexRNN) -> None:
+    """Per-sample gradients by vmap, and forward-mode derivatives."""
+    weights = dict(net.named_parameters())
+    loss = lambda weights, x: torch.func.functional_call(net, weights, (x.unsqueeze(1),))[0].square().sum()
+    of_samples = torch.func.vmap(torch.func.grad(loss), (None, 1))(weights, X)
+    expected = [torch.func.grad(loss)(weights, X[:, n]) for n in range(N)]
+    assert_same(of_samples, {name: torch.stack([of[name] for of in expected]) for name in weights})
+    direction = torch.randn_like(X)
+    _, forward = torch.func.jvp(lambda x: net(x)[0], (X,), (direction,))
+    x = X.clone().requires_grad_()
+    reverse = torch.autograd.grad(net(x)[0], x, torch.ones_like(forward))[0]
+    torch.testing.assert_close(forward.sum(), (reverse * direction).sum())
+
+
+def test_autocast() -> None:
+    net = FlexRNN(cells.slstm, I, H)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, states = net(X.float())
+    assert {y.dtype, *(state.dtype for state in states)} == {torch.bfloat16}
+    torch.testing.assert_close(y.float(), net(X.float())[0], rtol=5e-2, atol=5e-2)
+
+
+def test_is_one_node_of_a_graph(net: FlexRNN) -> None:
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x)[0] + 1
+
+    model = Model()
+    graph = torch.fx.symbolic_trace(model)
+    assert "call_module" in [node.op for node in graph.graph.nodes]
+    assert torch.equal(graph(X), model(X))
+    with pytest.raises(RuntimeError, match=r"torch\.jit\.script cannot compile a FlexRNN"):
+        torch.jit.script(model)
+
+
+def test_sizes_of_zero(net: FlexRNN) -> None:
+    y, states = net(X[:, :0])
+    assert y.shape == (T, 0, 2 * H) and {state.shape for state in states} == {(4, 0, H)}
+    given = [torch.rand(4, N, H, dtype=DOUBLE) for _ in range(4)]
+    y, states = net(X[:0], given, lengths=torch.zeros(N, dtype=torch.long))
+    assert y.shape == (0, N, 2 * H) and all(torch.equal(a, b) for a, b in zip(states, given))
+    with pytest.raises(RuntimeError, match="Expected sequence length to be larger than 0"):
+        net(X[:0])
+
+
+def test_explain(net: FlexRNN) -> None:
+    (choice,) = rnnfast.explain(torch.nn.Sequential(net), X)
+    assert choice.backend == "reference" and "any other runs as plain torch" in choice.reason
+    assert rnnfast.explain(net)[0] == choice._replace(module="")
+    with rnnfast.use_backend("cpu"), pytest.raises(RuntimeError, match="backend 'cpu' cannot serve this call"):
+        net(X)
+    with rnnfast.use_backend("reference"):
+        net(X)
+
+
+STATES = [torch.zeros(4, N, H, dtype=DOUBLE)] * 4
+BAD_CALLS = {
+    "4D": ((X[None],), {}, ValueError, "Expected input to be 2D or 3D, got 4D"),
+    "features": ((X[..., :2],), {}, ValueError, "input has 2 features, expected input_size=3"),
+    "dtype": ((X.float(),), {}, RuntimeError, "must have the same dtype"),
+    "a tensor for states": ((X, STATES[0]), {}, ValueError, "a tuple of 4 Tensors: h, c, n, m"),
+    "three states": ((X, STATES[:3]), {}, ValueError, "a tuple of 4 Tensors"),
+    "no tensor": ((X, [*STATES[:3], 1.0]), {}, TypeError, "m must be a Tensor, got float"),
+    "one missing": ((X, [*STATES[:3], None]), {}, ValueError, "Expected state m to be 3D, got None"),
+    "state dims": ((X, [*STATES[:3], STATES[0][0]]), {}, ValueError, "Expected state m to be 3D, got 2D"),
+    "state shape": (
+        (X, [*STATES[:3], STATES[0][:2]]),
+        {},
+        ValueError,
+        r"state m of shape \[4, 4, 6\], got \[2, 4, 6\]",
+    ),
+    "state dtype": ((X, [*STATES[:3], STATES[0].float()]), {}, RuntimeError, "must have the same dtype"),
+    "lengths": ((X,), {"lengths": torch.tensor([9, 1, 1, 1])}, ValueError, "lengths must be within 0..5"),
+    "lengths' kind": ((X,), {"lengths": [5, 1, 1, 1]}, TypeError, "lengths must be a Tensor, got list"),
+    "resets": ((X,), {"resets": torch.zeros(T, N)}, ValueError, "resets must be a bool tensor"),
+    "packed lengths": (
+        (pack_padded_sequence(X, torch.tensor([5, 4, 3, 2])),),
+        {"lengths": torch.tensor([5, 4, 3, 2])},
+        ValueError,
+        "lengths cannot be given together with a PackedSequence",
+    ),
+    "packed states": (
+        (pack_padded_sequence(X, torch.tensor([2, 4, 3, 5]), enforce_sorted=False), [s[:, :3] for s in STATES]),
+        {},
+        ValueError,
+        r"state h of shape \[4, 4, 6\], got \[4, 3, 6\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CALLS)
+def test_bad_calls(net: FlexRNN, name: str) -> None:
+    args, options, error, message = BAD_CALLS[name]
+    with pytest.raises(error, match=message):
+        net(*args, **options)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"cell": tanh}, TypeError, "cell must be made by rnnfast.cell, got builtin"),
+        ({"cell": again_locally}, TypeError, "cell must be made by rnnfast.cell, got function"),
+        ({"input_size": 3.0}, TypeError, "input_size must be an int, got float"),
+        ({"hidden_size": 0}, ValueError, "hidden_size must be greater than zero, got 0"),
+        ({"num_heads": 4}, ValueError, "num_heads has to divide hidden_size"),
+        ({"num_heads": 2, "recurrent": "diagonal"}, ValueError, "needs a dense recurrence"),
+        ({"recurrent": "sparse"}, ValueError, "recurrent must be one of dense, diagonal, none, got 'sparse'"),
+        ({"dropout": 1.5}, ValueError, "dropout should be a number in range"),
+        ({"scalars": {"beta": 1.0}}, ValueError, r"cell slstm has no scalars \['beta'\], it has none"),
+    ],
+)
+def test_bad_options(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        FlexRNN(**{"cell": cells.slstm, "input_size": I, "hidden_size": H, **change})
+
+
+def test_weights_with_names_of_others() -> None:
+    cell = rnnfast.cell(gates="g", weights="hh")(lambda x, a, s, w: x.g * w.hh)
+    with pytest.raises(ValueError, match="weights cannot be called"):
+        FlexRNN(cell, I, H)
