@@ -26,7 +26,7 @@ def make(name: str, **options: object) -> nn.Module:
 
 
 def assert_orthogonal(gate: Tensor) -> None:
-    bound = 4 * torch.finfo(gate.dtype).eps
+    bound = 2 * gate.size(0) * torch.finfo(gate.dtype).eps  # of Householder's method
     gate = gate.detach().to(DOUBLE)
     torch.testing.assert_close(gate.mT @ gate, torch.eye(gate.size(1), dtype=DOUBLE), rtol=0, atol=bound)
 
