@@ -235,7 +235,8 @@ class _Question:
 
     def __init__(self, where: Where, batch: int, call: Call | None = None) -> None:
         self.device, self.may_measure, self.key = parts_of(where)
-        self.batch, self.call, key, self.failed = batch, call, self.key, ""
+        self.batch, self.call, key = batch, call, self.key
+        self.failed: dict[str, str] = {}
         self.in_torch = key.form in ("rectangular", "packed", "cell") and key.cell in OF_TORCH
         self.of = key.cell, self.device, getattr(torch, key.dtype), key.hidden
         self.rest = key.directions == 2, key.outputs != key.hidden
@@ -247,27 +248,30 @@ class _Question:
             return self.answer()
 
     def answer(self) -> Decision:
-        layer = *self.of, self.batch, *self.rest
-        backend, why = choose_backend(USUAL, *layer, extended=not self.in_torch)
+        layer, mode = (*self.of, self.batch, *self.rest), mode_on(self.device)
+        is_open = self.in_torch and mode != "ours"
+        backend, why = choose_backend(USUAL, *layer, extended=not is_open)
         if backend not in RACED:
             return Decision(backend, why)
         ours = {}
         for name in OF_DEVICE[self.device.type]:
             with contextlib.suppress(RuntimeError):  # it is not here
                 _, reason = choose_backend(Circumstances(forced=name), *layer)
-                if not (self.in_torch and launches_steps(name, reason)):
+                if not (is_open and launches_steps(name, reason)):
                     ours[name] = reason
-        names, why = list(ours), "torch's kernels cannot serve the call"
-        if self.in_torch:
-            names, why = self.ranking(names)
+        names, why = list(ours), "asked for" if self.in_torch else "torch's kernels cannot serve the call"
+        if is_open:
+            names, why = ([], "asked for") if mode == "torch" else self.ranking(names, mode)
         found = next(filter(self.passes, names), "torch" if self.in_torch else "reference")
-        return Decision(found, f"{ours[found]}; {why}" if found in ours else why + self.failed)
+        if found in ours:
+            return Decision(found, f"{ours[found]}; {why}")
+        return Decision(
+            found, "; ".join([why, *(f"{name} has failed: {fault}" for name, fault in self.failed.items())])
+        )
 
-    def ranking(self, ours: list[str]) -> tuple[list[str], str]:
+    def ranking(self, ours: list[str], mode: str) -> tuple[list[str], str]:
         """Those of ours that are to serve rather than torch's kernels, the best first, and why."""
-        key, call, mode, known = self.key, self.call, mode_on(self.device), known_of(self.device)
-        if mode in ("torch", "ours"):
-            return ours if mode == "ours" else [], f"the choice is {mode!r}"
+        key, call, known = self.key, self.call, known_of(self.device)
         is_first = not (distributed.is_available() and distributed.is_initialized() and distributed.get_rank())
         measures = mode == "measure" and self.may_measure and is_first and key.steps * key.rows > 0
         for times, source in known.times(key, nearest=call is None or not measures):
@@ -300,6 +304,6 @@ class _Question:
             rows = _ROWS if alike else self.batch
             _keep(_faults, kind, contest.fault(self.call, name, rows, self.in_torch, self.key.tf32))
         fault = _faults.get(kind)
-        if fault and name not in self.failed:
-            self.failed += f"; {name} has failed: {fault}"
+        if fault:
+            self.failed[name] = fault
         return not fault

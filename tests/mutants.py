@@ -452,6 +452,31 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
             "        _ask_for(_asked_for, is_traced)\n",
         ),
     ],
+    "rnnfast/timings.py": [
+        ("a tie is ours", "test_choice.py -k tie", "times[name] >= NOISE *", "times[name] > 1.1 *"),
+        ("another driver's times", "test_choice.py -k driver", "json.dumps(self.fingerprint)", "json.dumps(self.name)"),
+        ("times of other processes are lost", "test_choice.py -k merged", "**read(self.path, self.fingerprint), ", ""),
+    ],
+    "rnnfast/contest.py": [
+        ("NaN passes the check", "test_choice.py -k fails", "if not off <= 2 *", "if off > 2 *"),
+    ],
+    "rnnfast/choice.py": [
+        ("a race in a capture", "test_choice.py -k capture", "if _is_captured(call.x) or", "if"),
+        ("a race in a backward", "test_choice.py -k backward", " or torch._C._current_graph_task_id() != -1:", ":"),
+        ("every rank measures", "test_choice.py -k ranks", "and distributed.get_rank())", "and False)"),
+        (
+            "the caller's modes hold",
+            "test_choice.py -k hooks",
+            "thread.submit(_Question(where, call.batch, call).answer_there).result()",
+            "_Question(where, call.batch, call).answer_there()",
+        ),
+        (
+            "times decide where results have to be the same",
+            "test_choice.py -k deterministic",
+            "_has_cudnn() and not _is_deterministic()",
+            "_has_cudnn()",
+        ),
+    ],
     "rnnfast/ops.py": [
         (
             "fake c in a half type",

@@ -635,6 +635,13 @@ def test_single_steps_of_triton_are_left_to_torch(gpus: Callable[..., None], mon
     chip = SimpleNamespace(plan_on=None)
     monkeypatch.setattr(chooser.Backend, "load", lambda backend: chip)
     chip.reason = lambda *args: "stepwise: of a test"
+    where = choice.where_of("LSTM", 0, torch.float32, 512, 512, 512, 9, 8, False, 1, False, "rectangular")
+    try:
+        for mode, backend in (("table", "torch"), ("measure", "torch"), ("ours", "triton")):
+            rnnfast.set_choice(mode)
+            assert choice.explained(where, 8).backend == backend
+    finally:
+        rnnfast.set_choice(None)
     layer = "LSTM", CUDA, torch.float32, 512, 8
     assert choose(*layer) == ("torch", "its launches of single steps take less than Triton's, stepwise: of a test")
     assert choose(*layer, extended=True) == ("triton", "stepwise: of a test")

@@ -567,6 +567,25 @@ def test_the_choice_is_cuda_where_it_is_built(kernels: str) -> None:
     assert found[0] == expected
 
 
+def test_a_race_on_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ours pass their check, and what is chosen has torch.nn's numbers, as a whole stack."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(rnnfast.choice, "_is_deterministic", lambda: False)
+    rnnfast.set_choice("measure")
+    try:
+        for name in LAYERS:
+            theirs, ours = pair(name, 24, 40, num_layers=2, bidirectional=True, device=DEVICE)
+            x = torch.randn(9, 16, 24, device=DEVICE, requires_grad=True)
+            for actual, expected in zip(computed(ours, x), computed(theirs, x)):
+                torch.testing.assert_close(actual, expected, rtol=1e-2, atol=1e-2)  # of TF32
+            assert "measured here: " in rnnfast.explain(ours, x)[0].reason
+        known = rnnfast.timings.known_of(torch.device(DEVICE, torch.cuda.current_device()))
+        assert all(len(times) > 1 and "torch" in times for times in known.measured.values())
+        assert not any(rnnfast.choice._faults.values())
+    finally:
+        rnnfast.set_choice(None)
+
+
 # Refusals, in the words that torch.nn has for them here
 
 
