@@ -26,7 +26,7 @@ def make(name: str, **options: object) -> nn.Module:
 
 
 def assert_orthogonal(gate: Tensor) -> None:
-    bound = 4 * torch.finfo(gate.dtype).eps
+    bound = 16 * torch.finfo(gate.dtype).eps
     gate = gate.detach().to(DOUBLE)
     torch.testing.assert_close(gate.mT @ gate, torch.eye(gate.size(1), dtype=DOUBLE), rtol=0, atol=bound)
 
