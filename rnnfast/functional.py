@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import aten, choice, ops, recurrence, reference
+from . import aten, choice, onnx, ops, recurrence, reference
 from .backends import BACKENDS, USUAL, Circumstances, choose_backend, circumstances, is_recorded
 from .border import DTYPE_NAMES
 from .cells import GATES, HAS_CELL_STATE
@@ -119,6 +119,8 @@ def rnn(
         )
         if by_torch:
             y, h_n, c_n = by_torch(*of_layer)
+        elif not reset_after and not extended and batch_sizes is None and onnx.is_exporting():
+            y, h_n, c_n = onnx.layer(mode, *of_layer, lengths, bidirectional, reset_after)
         else:
             inputs = Inputs(mode, *of_layer[:3], batch_sizes, lengths, resets, bidirectional, names, of_layer[3])
             if reset_after:

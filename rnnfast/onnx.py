@@ -29,6 +29,7 @@ def layer(
     weights: Sequence[Tensor],
     lengths: Tensor | None,
     bidirectional: bool,
+    reset_after: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y ``[T, N, D*H]``, h_n and c_n ``[D, N, H]`` (shape ``[0]`` but for an LSTM) as a node of the recorded graph."""
     T, N, _ = x.shape
@@ -46,7 +47,7 @@ def layer(
     b = [torch.cat([onnx_order(ih), onnx_order(hh)]) for ih, hh in biases if ih is not None and hh is not None]
     attributes: dict[str, Any] = {"hidden_size": H, "direction": "bidirectional" if bidirectional else "forward"}
     if mode == "GRU":
-        attributes["linear_before_reset"] = 1
+        attributes["linear_before_reset"] = int(reset_after)
     elif mode != "LSTM":
         attributes["activations"] = ["Tanh" if mode == "RNN_TANH" else "Relu"] * D
     inputs = [x, w, r, torch.stack(b) if b else None, None if lengths is None else lengths.to(torch.int32), h0]

@@ -318,6 +318,7 @@ def test_onnx_refuses() -> None:
         ("LSTM", {"input_forget": 1}, "LSTM has input_forget=1"),
         ("LSTM", {"activations": ["Sigmoid", "Relu", "Tanh"]}, "has activations=.*'relu'.*, our layers have"),
         ("RNN", {"direction": "bidirectional", "activations": ["Tanh", "Relu"]}, "has activations="),
+        ("GRU", {"direction": "sideways"}, "GRU has direction='sideways'"),
         ("Add", {}, "ONNX's Add is no LSTM, GRU or RNN"),
     ):
         with pytest.raises(ValueError, match=why):

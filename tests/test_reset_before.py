@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -150,6 +151,22 @@ def test_transforms_and_compilation() -> None:
         torch.testing.assert_close(found[name], torch.stack(of))
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), ours(x))
+
+
+def test_exported_to_onnx(tmp_path: Path) -> None:
+    """As an operator for each layer, for any number of steps and rows."""
+    onnx, runtime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model, path = gru(2, bidirectional=True, dtype=torch.float32).eval(), tmp_path / "model.onnx"
+    dynamic = {"input": {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}}
+    torch.onnx.export(model, (torch.randn(T, N, I),), path, dynamo=True, dynamic_shapes=dynamic, verbose=False)
+    nodes = [node for node in onnx.load(path).graph.node if node.op_type in ("GRU", "Loop", "Scan")]
+    assert [node.op_type for node in nodes] == ["GRU", "GRU"]
+    session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    x = torch.randn(T + 2, N - 1, I)
+    found = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    for a, e in zip(found, model(x), strict=True):
+        torch.testing.assert_close(torch.from_numpy(a), e)
 
 
 def test_says_what_serves_it() -> None:

@@ -5,5 +5,5 @@
     layer = keras.from_keras(keras_layer)
 
 ``keras``: layers of Keras 3. ``onnx``: nodes of ONNX. ``flax``: cells of flax.linen. Weights are copied. What a
-library's layer has and ours has not is refused by its name.
+library's layer has and ours has not is refused by its name. ``opacus``: our layers in private training.
 """

@@ -59,6 +59,8 @@ class Node(nn.Module):
             if name not in _READ and value != _USUAL.get(name):
                 raise ValueError(f"ONNX's {kind} has {name}={value!r}, which our layers do not have")
         direction = attributes.get("direction", b"forward").decode()
+        if direction not in ("forward", "reverse", "bidirectional"):
+            raise ValueError(f"ONNX's {kind} has direction={direction!r}, which is none")
         self.bidirectional, self.reverse = direction == "bidirectional", direction == "reverse"
         self.batch_first, self.reset_after = attributes.get("layout", 0) == 1, True
         if kind == "GRU":

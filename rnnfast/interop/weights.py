@@ -63,7 +63,7 @@ def directions_of(module: nn.Module, library: str) -> Iterator[Weights]:
         refused += [option for option in modules.options(module) if not option.startswith("reset_after")]
     if refused:
         raise ValueError(f"{library} has no layers with {', '.join(refused)}")
-    weights: Any = module._flat_weights
+    weights = [getattr(module, key) for key in module._flat_weights_names]  # also those that are parametrized
     each = len(weights) // (module.num_layers * (1 + module.bidirectional))
     names = names_of(module.mode, each).split()
     for first in range(0, len(weights), each):

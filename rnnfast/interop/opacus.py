@@ -1,0 +1,126 @@
+"""Differentially private training of our layers as they are: https://opacus.ai."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import torch
+from opacus.grad_sample import register_grad_sampler
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .. import functional
+from ..cells import GATES
+from ..convert import _PassesFor
+from ..modules import _Recurrent
+from .weights import directions_of, resets_after
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def prepare(model: Model) -> Model:
+    """Make Opacus find the gradient of each sample for the RNN, LSTM and GRU layers of ours in a model.
+
+    ::
+
+        model = rnnfast.interop.opacus.prepare(model)
+        model, optimizer, loader = PrivacyEngine().make_private(module=model, ...)
+
+    The layers stay what they are. All samples go through the kernels at once, with the gates for an input; per sample
+    are the products of their gradients with inputs and states. Opacus tells of the gradient of the output alone: a use
+    of the final states raises in the backward, so take the last step of the output instead.
+
+    Args:
+        model: its layers are ``batch_first``, without dropout, projection and ``reset_after=False``. Their input is a
+            tensor, without a state, ``lengths`` or ``resets``. It is changed in place: the layers get hooks.
+
+    Raises:
+        ValueError: a layer has one of these options, or, from its call, one of these arguments; it is one of torch.nn's
+            classes, which Opacus replaces by layers of its own: ``rnnfast.convert(model, compile=True)`` makes it ours.
+        RuntimeError: from the backward: a gradient comes to the final states.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, _Recurrent)}
+    for name, layer in layers.items():
+        list(directions_of(layer, "Opacus' training"))
+        refused = [
+            option
+            for option, has in {
+                "batch_first=False": not layer.batch_first,
+                "dropout": layer.dropout and layer.num_layers > 1,
+                "reset_after=False": not resets_after(layer),
+                "a class of torch.nn's": isinstance(type(layer), _PassesFor),
+            }.items()
+            if has
+        ]
+        if refused:
+            raise ValueError(f"Opacus cannot train the layer {name or type(layer).__name__} with {', '.join(refused)}")
+    for layer in layers.values():
+        register_grad_sampler(type(layer))(_gradients)
+        layer.register_forward_pre_hook(_check_arguments, with_kwargs=True)
+        if layer._has_cell_state:  # of a tuple within the outputs a module's hooks see nothing
+            layer.register_forward_hook(_watch_states)
+        else:
+            layer.register_full_backward_pre_hook(_check_gradients)
+    return model
+
+
+def _check_arguments(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if len(args) != 1 or kwargs or not isinstance(args[0], Tensor) or args[0].dim() != 3:
+        raise ValueError(
+            "Opacus sees the input alone: a layer that it trains takes one batch of tensors and nothing else"
+        )
+
+
+def _watch_states(layer: nn.Module, args: Any, outputs: tuple[Tensor, tuple[Tensor, Tensor]]) -> None:
+    for state in outputs[1]:
+        if state.requires_grad:
+            state.register_hook(_refuse_gradient)
+
+
+def _check_gradients(layer: nn.Module, grads: Any) -> None:
+    _refuse_gradient(grads[1])
+
+
+def _refuse_gradient(grad: Tensor | None) -> None:
+    if grad is not None and grad.any():  # hooks may make zeros of none
+        raise RuntimeError("Opacus does not see the gradient of final states: take the last step of the output instead")
+
+
+def _gradients(layer: Any, activations: list[Tensor], grads: Tensor) -> dict[nn.Parameter, Tensor]:
+    """Of each weight, ``[N, ...]``, from the input and the gradient of the output, both ``[N, T, F]``."""
+    found: dict[nn.Parameter, Tensor] = {}
+    weights = iter(layer._flat_weights)
+    for of_direction in _of_directions(layer, activations[0].transpose(0, 1), grads.transpose(0, 1)):
+        for grad, weight in zip(of_direction, weights):
+            if weight.requires_grad:
+                found[weight] = found[weight] + grad if weight in found else grad  # tied weights occur twice
+    return found
+
+
+def _of_directions(layer: Any, x: Tensor, dy: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """In the order of the weights. Each layer runs once more, from its ``W_ih x + b_ih``, the gates, which an identity
+    takes in: so the input's gradient is that at the gates."""
+    mode, count, H = layer.mode, 1 + layer.bidirectional, layer.hidden_size
+    directions = list(directions_of(layer, "Opacus"))
+    units = torch.eye(count * GATES[mode] * H, dtype=x.dtype, device=x.device).chunk(count)
+    y, runs = x, []
+    with torch.enable_grad():
+        for first in range(0, len(directions), count):
+            of_layer, inputs, given = directions[first : first + count], y, []
+            gates = [F.linear(inputs, w.w_ih, w.b_ih).requires_grad_() for w in of_layer]
+            for w, unit in zip(of_layer, units):
+                given += [unit, w.w_hh.detach()]
+                given += [] if w.b_hh is None else [torch.zeros_like(w.b_hh), w.b_hh.detach()]
+            y, *_ = functional.rnn(mode, torch.cat(gates, 2), None, given, bidirectional=layer.bidirectional)
+            runs += list(zip([inputs] * count, of_layer, gates, y.chunk(count, 2)))
+        at_gates = torch.autograd.grad(y, [gates for _, _, gates, _ in runs], dy)
+    with torch.no_grad():
+        for k, ((inputs, w, gate, h), d_x) in enumerate(zip(runs, at_gates)):
+            h = torch.cat([h[1:], torch.zeros_like(h[:1])] if k % count else [torch.zeros_like(h[:1]), h[:-1]])
+            d_a = d_x
+            if mode == "GRU":  # which multiplies r into the product with h
+                of_r = F.linear(h, w.w_hh[:H], w.b_hh if w.b_hh is None else w.b_hh[:H])
+                d_a = torch.cat([d_x[..., : 2 * H], d_x[..., 2 * H :] * torch.sigmoid(gate[..., :H] + of_r)], 2)
+            products = [torch.einsum("tng,tni->ngi", *of) for of in ((d_x, inputs), (d_a, h))]
+            yield (*products, d_x.sum(0), d_a.sum(0))[: 2 if w.b_ih is None else 4]
