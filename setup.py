@@ -30,8 +30,10 @@ if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS |= {"avx2": "-march=x86-64-v3", "avx512": AVX512, "avx512_bf16": f"{AVX512} -mavx512bf16"}
     INSTRUCTION_SETS |= {"amx": f"{AVX512} -mavx512bf16 -DRNNFAST_AMX"}
 
+FLEX_INSTRUCTION_SETS = ("portable", "avx2", "avx512")  # no others have what its arithmetic would gain by
+
 # Compiled once, beside the kernels.
-CPU_SOURCES = ("recurrence", "plain", "stream", "instruction_sets", "scratch", "threads")
+CPU_SOURCES = ("recurrence", "flex", "plain", "stream", "instruction_sets", "scratch", "threads")
 
 FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -DTORCH_TARGET_VERSION=0x020a000000000000"
 # Not -ffast-math: NaN and infinities are results here.
@@ -130,7 +132,10 @@ def ninja_file(cpu=None, cuda=None):
     if cpu:
         objects = [ops, *(compile(f"cpu/{name}.cpp") for name in CPU_SOURCES)]
         for isa, flags in INSTRUCTION_SETS.items():
-            objects.append(compile("cpu/kernels.cpp", f"-DRNNFAST_ISA={isa} {KERNEL_FLAGS} {flags}", f"_{isa}"))
+            extra = f"-DRNNFAST_ISA={isa} {KERNEL_FLAGS} {flags}"
+            objects.append(compile("cpu/kernels.cpp", extra, f"_{isa}"))
+            if isa in FLEX_INSTRUCTION_SETS:
+                objects.append(compile("cpu/flex_kernels.cpp", extra, f"_{isa}"))
         link("$cxx", cpu, objects)
     return "\n".join([*lines, ""])
 
