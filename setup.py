@@ -30,8 +30,6 @@ if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS |= {"avx2": "-march=x86-64-v3", "avx512": AVX512, "avx512_bf16": f"{AVX512} -mavx512bf16"}
     INSTRUCTION_SETS |= {"amx": f"{AVX512} -mavx512bf16 -DRNNFAST_AMX"}
 
-FLEX_INSTRUCTION_SETS = ("portable", "avx2", "avx512")  # no others have what its arithmetic would gain by
-
 # Compiled once, beside the kernels.
 CPU_SOURCES = ("recurrence", "flex", "plain", "stream", "instruction_sets", "scratch", "threads")
 
@@ -133,9 +131,7 @@ def ninja_file(cpu=None, cuda=None):
         objects = [ops, *(compile(f"cpu/{name}.cpp") for name in CPU_SOURCES)]
         for isa, flags in INSTRUCTION_SETS.items():
             extra = f"-DRNNFAST_ISA={isa} {KERNEL_FLAGS} {flags}"
-            objects.append(compile("cpu/kernels.cpp", extra, f"_{isa}"))
-            if isa in FLEX_INSTRUCTION_SETS:
-                objects.append(compile("cpu/flex_kernels.cpp", extra, f"_{isa}"))
+            objects += [compile(f"cpu/{name}.cpp", extra, f"_{isa}") for name in ("kernels", "flex_kernels")]
         link("$cxx", cpu, objects)
     return "\n".join([*lines, ""])
 

@@ -75,7 +75,8 @@ class FlexRNN(_Module):
 
     Where the cell has the equations of one of torch's, or of the peephole LSTM, as :mod:`rnnfast.cells` writes them,
     and the recurrence is dense and undivided, the layers run on the same kernels as :class:`rnnfast.LSTM`. Any other
-    cell runs as plain torch, on the backend ``reference``: on any device, in any dtype, with any derivative.
+    cell runs on a CPU through an evaluator of its operations, with nothing to compile, and elsewhere, in graphs and
+    transforms of torch's, and where derivatives are derived, as plain torch: in any dtype, with any derivative.
 
     Args:
         cell: what :func:`rnnfast.cell` has made of a function; :mod:`rnnfast.cells` has some.
@@ -375,9 +376,7 @@ class FlexRNN(_Module):
         elif made._replace(forced=None) != USUAL:
             can, why = False, "derivatives, graphs and transforms of torch's go through plain torch"
         if made.forced not in (None, "reference") and not (can and made.forced == "cpu"):
-            why = (
-                why if made.forced == "cpu" else "kernels of other backends are of torch's cells and the peephole LSTM"
-            )
+            why = why if made.forced == "cpu" else "its kernels are of torch's cells and the peephole LSTM"
             raise RuntimeError(f"backend {made.forced!r} cannot serve this call: {why}")
         if made.forced == "reference":
             return "reference", "asked for by use_backend"

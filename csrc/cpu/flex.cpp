@@ -1,5 +1,6 @@
 // The CPU operators of a direction of any cell's recurrence: checks and translates their arguments, allocates the
-// results, and calls the kernels. The products with W_ih, and what the weights' gradients are made of, are the caller's.
+// results, and calls the kernels. The products with W_ih, and what the weights' gradients are made of, are the
+// caller's.
 #include "flex.h"
 
 #include <cstring>
@@ -16,8 +17,8 @@ constexpr int64_t kMost = int64_t(1) << 31;
 class Arguments {
  public:
   Arguments(const Tensor& operations, const Tensor& numbers, const Tensor& results, const Tensor& x_gates,
-        const OptionalTensor& w_hh, const std::vector<Tensor>& units, const OptionalTensor& lengths,
-        const OptionalTensor& resets, bool reverse, int64_t H, int64_t S)
+            const OptionalTensor& w_hh, const std::vector<Tensor>& units, const OptionalTensor& lengths,
+            const OptionalTensor& resets, bool reverse, int64_t H, int64_t S)
       : x_gates_(x_gates) {
     RNNFAST_CHECK(x_gates.defined() && x_gates.dim() == 3, "x_gates has to be [T, N, X * H]");
     dtype = x_gates.scalar_type();
@@ -133,7 +134,7 @@ void flex_forward(StableIValue* values, uint64_t arguments, uint64_t results_) {
 
   RNNFAST_CHECK(!states.empty() && states[0].defined() && states[0].dim() == 2, "states have to be [N, H]");
   Arguments given(operations, numbers, results, x_gates, w_hh, units, lengths, resets, reverse, states[0].size(1),
-              states.size());
+                  states.size());
   const FlexLayer& l = given.l;
   given.check_program(l.X + l.A + l.S + l.U, l.S);
   check_tensor("b_hh", b_hh, {l.A * l.H}, given.dtype);
@@ -165,7 +166,7 @@ void flex_backward(StableIValue* values, uint64_t arguments, uint64_t results_) 
 
   RNNFAST_CHECK(!before.empty() && before[0].defined() && before[0].dim() == 3, "before has to be [T, N, H]");
   Arguments given(operations, numbers, results, x_gates, w_hh, units, lengths, resets, reverse, before[0].size(2),
-              before.size());
+                  before.size());
   const FlexLayer& l = given.l;
   given.check_program(l.X + l.A + 2 * l.S + l.U, l.X + l.A + l.S + l.U);
   const Shape of_state{l.N, l.H}, of_steps{l.T, l.N, l.H};

@@ -9,8 +9,26 @@ namespace rnnfast {
 
 // As rnnfast/flex.py numbers them.
 enum Op {
-  kAdd, kSubtract, kMultiply, kDivide, kNegate, kSigmoid, kTanh, kRelu, kExp, kLog, kLog1p, kSqrt, kAbs,
-  kMinimum, kMaximum, kWhere, kLess, kLessEqual, kWherePositive, kOps
+  kAdd,
+  kSubtract,
+  kMultiply,
+  kDivide,
+  kNegate,
+  kSigmoid,
+  kTanh,
+  kRelu,
+  kExp,
+  kLog,
+  kLog1p,
+  kSqrt,
+  kAbs,
+  kMinimum,
+  kMaximum,
+  kWhere,
+  kLess,
+  kLessEqual,
+  kWherePositive,
+  kOps
 };
 
 struct Operation {
@@ -31,13 +49,13 @@ struct FlexLayer {
   int64_t T, N, H, X, A, S, U, K;
   bool reverse;
   int threads;
-  const int64_t* lengths;         // [N]    or null
-  const uint8_t* resets;          // [T,N]  or null
-  const double* initial;          // [S]
-  const void* x_gates;            // [T,N,X*H]
-  const void* w_hh;               // [K,A*H/K,H/K]  null where A is 0
-  const void* b_hh;               // [A*H]          or null
-  const void* const* units;       // U of [H]
+  const int64_t* lengths;    // [N]    or null
+  const uint8_t* resets;     // [T,N]  or null
+  const double* initial;     // [S]
+  const void* x_gates;       // [T,N,X*H]
+  const void* w_hh;          // [K,A*H/K,H/K]  null where A is 0
+  const void* b_hh;          // [A*H]          or null
+  const void* const* units;  // U of [H]
 };
 
 struct FlexForward : FlexLayer {
@@ -64,6 +82,7 @@ struct FlexKernels {
   void (*backward[2])(const FlexBackward&);
 };
 
+// Of each instruction set, as the table of kernels.h.
 namespace portable {
 extern const FlexKernels flex;
 }
@@ -71,6 +90,12 @@ namespace avx2 {
 extern const FlexKernels flex;
 }
 namespace avx512 {
+extern const FlexKernels flex;
+}
+namespace avx512_bf16 {
+extern const FlexKernels flex;
+}
+namespace amx {
 extern const FlexKernels flex;
 }
 

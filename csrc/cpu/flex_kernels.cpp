@@ -23,7 +23,8 @@ RNNFAST_INLINE Vec<Number> log(Vec<Number> x) {
   constexpr bool kFloat32 = sizeof(Number) == 4;
   constexpr int kMantissa = Exp<Number>::kMantissa;
   constexpr auto kHalfRoot = kFloat32 ? int64_t(0x3f3504f3) : int64_t(0x3fe6a09e667f3bcd);
-  const Number least = kFloat32 ? Number(0x1p-126) : Number(0x1p-1022), scale = kFloat32 ? Number(0x1p32) : Number(0x1p64);
+  const Number least = kFloat32 ? Number(0x1p-126) : Number(0x1p-1022),
+               scale = kFloat32 ? Number(0x1p32) : Number(0x1p64);
   const Integers small = x.v < least;  // subnormal, or nothing that has a logarithm
   const Vec<Number> normal = select(small, x * Vec<Number>(scale), x);
   const Integers bits = bit_cast<Integers>(normal);
@@ -36,10 +37,12 @@ RNNFAST_INLINE Vec<Number> log(Vec<Number> x) {
   if constexpr (kFloat32) {
     series = polynomial(z, 1 / 9.0f, 1 / 7.0f, 1 / 5.0f, 1 / 3.0f);
   } else {
-    series = polynomial(z, 1 / 21.0, 1 / 19.0, 1 / 17.0, 1 / 15.0, 1 / 13.0, 1 / 11.0, 1 / 9.0, 1 / 7.0, 1 / 5.0, 1 / 3.0);
+    series =
+        polynomial(z, 1 / 21.0, 1 / 19.0, 1 / 17.0, 1 / 15.0, 1 / 13.0, 1 / 11.0, 1 / 9.0, 1 / 7.0, 1 / 5.0, 1 / 3.0);
   }
   const Vec<Number> two_s = s + s;
-  Vec<Number> y = n * Vec<Number>(Exp<Number>::kLn2High) + (n * Vec<Number>(Exp<Number>::kLn2Low) + two_s * z * series + two_s);
+  Vec<Number> y =
+      n * Vec<Number>(Exp<Number>::kLn2High) + (n * Vec<Number>(Exp<Number>::kLn2Low) + two_s * z * series + two_s);
   const Number infinity = __builtin_inf();
   y = select(x.v == infinity, x, y);
   y = select(x.v == 0, Vec<Number>(-infinity), y);
@@ -55,7 +58,8 @@ RNNFAST_INLINE Vec<Number> log1p(Vec<Number> x) {
 
 template <class Number>
 RNNFAST_INLINE Vec<Number> root(Vec<Number> x) {
-  for (int i = 0; i < kLanes<Number>; i++) x.v[i] = sizeof(Number) == 4 ? __builtin_sqrtf(x.v[i]) : __builtin_sqrt(x.v[i]);
+  for (int i = 0; i < kLanes<Number>; i++)
+    x.v[i] = sizeof(Number) == 4 ? __builtin_sqrtf(x.v[i]) : __builtin_sqrt(x.v[i]);
   return x;
 }
 
@@ -72,9 +76,12 @@ template <class Number>
 void apply(int64_t op, Number* to, const Number* const* args, int64_t n) {
   using V = Vec<Number>;
   const V one(1), zero(0);
-#define RNNFAST_CASE(Op, expression) \
-  case Op:                           \
-    return each(to, args, n, [&](auto arg) { [[maybe_unused]] const V a = arg(0); return V(expression); })
+#define RNNFAST_CASE(Op, expression)         \
+  case Op:                                   \
+    return each(to, args, n, [&](auto arg) { \
+      [[maybe_unused]] const V a = arg(0);   \
+      return V(expression);                  \
+    })
   switch (op) {
     RNNFAST_CASE(kAdd, a + arg(1));
     RNNFAST_CASE(kSubtract, a - arg(1));

@@ -59,8 +59,8 @@ const std::vector<InstructionSet>& instruction_sets() {
     const bool avx512_bf16 = avx512 && cpuid_bit(7, 1, 0, 5);
     sets.push_back({&avx2::kernels, &avx2::flex, avx2});
     sets.push_back({&avx512::kernels, &avx512::flex, avx512});
-    sets.push_back({&avx512_bf16::kernels, &avx512::flex, avx512_bf16});
-    sets.push_back({&amx::kernels, &avx512::flex, avx512_bf16 && have_tiles()});
+    sets.push_back({&avx512_bf16::kernels, &avx512_bf16::flex, avx512_bf16});
+    sets.push_back({&amx::kernels, &amx::flex, avx512_bf16 && have_tiles()});
 #endif
     return sets;
   }();
