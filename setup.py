@@ -31,7 +31,7 @@ if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS |= {"amx": f"{AVX512} -mavx512bf16 -DRNNFAST_AMX"}
 
 # Compiled once, beside the kernels.
-CPU_SOURCES = ("recurrence", "plain", "stream", "instruction_sets", "scratch", "threads")
+CPU_SOURCES = ("recurrence", "flex", "plain", "stream", "instruction_sets", "scratch", "threads")
 
 FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -DTORCH_TARGET_VERSION=0x020a000000000000"
 # Not -ffast-math: NaN and infinities are results here.
@@ -130,7 +130,8 @@ def ninja_file(cpu=None, cuda=None):
     if cpu:
         objects = [ops, *(compile(f"cpu/{name}.cpp") for name in CPU_SOURCES)]
         for isa, flags in INSTRUCTION_SETS.items():
-            objects.append(compile("cpu/kernels.cpp", f"-DRNNFAST_ISA={isa} {KERNEL_FLAGS} {flags}", f"_{isa}"))
+            extra = f"-DRNNFAST_ISA={isa} {KERNEL_FLAGS} {flags}"
+            objects += [compile(f"cpu/{name}.cpp", extra, f"_{isa}") for name in ("kernels", "flex_kernels")]
         link("$cxx", cpu, objects)
     return "\n".join([*lines, ""])
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -18,87 +19,55 @@ from torch.types import Device
 from torch.utils.checkpoint import checkpoint
 
 from . import functional
-from .backends import choose_backend, circumstances
+from .backends import BACKENDS, DTYPES, USUAL, choose_backend, circumstances
 from .cells import Cell
+from .evaluator import Plan, in_plain_torch, on_cpu, without_matrix
 from .modules import _check_are_tensors, _Module
-from .reference import _Sequence, _stack
 
 RECURRENCES = ("dense", "diagonal", "none")
+RUN = {"reference": in_plain_torch, "cpu": on_cpu}  # by backend
 
 
 # Of one direction, by the names that FlexRNN has for its parameters, without what they end in.
 _Weights: TypeAlias = Mapping[str, Tensor]
 
 
-def _recurrent(h: Tensor, weights: _Weights) -> Tensor:
-    """``W_hh h + b_hh``, [N, A*H], of h [N, H]."""
-    w, b = weights["weight_hh"], weights.get("bias_hh")
-    if w.dim() == 2:
-        return F.linear(h, w, b)
-    if w.dim() == 1:
-        product = h.repeat(1, w.size(0) // h.size(1)) * w
-    else:
-        by_gate = w.unflatten(1, (-1, w.size(2)))  # [K, A, H/K, H/K]
-        product = torch.einsum("nkj,kgij->ngki", h.unflatten(1, (w.size(0), -1)), by_gate).flatten(1)
-    return product if b is None else product + b
-
-
-def _direction(
-    cell: Cell, scalars: Sequence[Tensor], x: Tensor, states: Sequence[Tensor], weights: _Weights, sequence: _Sequence
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Of each state [N, H] what it is after every step, [T, N, H] and zero beyond a row's end, and in the end."""
-    steps, hidden = x.size(0), states[0].size(1)
-    # What no gate reads is in the places of the program, but nothing looks there.
-    unread: Any = None
-    of_x, of_a = [unread] * len(cell.gates), [unread] * len(cell.gates)
-    acc = torch.promote_types(x.dtype, torch.float32)
-    x_gates = F.linear(x, weights["weight_ih"], weights.get("bias_ih")).to(acc)
-    if "weight_hh" not in weights:
-        of_a = [x_gates.new_zeros(())] * len(cell.gates)
-    units = [weights[f"weight_{name}"].to(acc) for name in cell.weights]
-    every: list[list[Tensor]] = [[state] * steps for state in states]
-    for t in sequence.steps(steps):
-        states = [sequence.cut(t, state, value) for state, value in zip(states, cell.initial)]
-        for gate, values in zip(cell.gates_of_x, x_gates[t].split(hidden, 1)):
-            of_x[gate] = values
-        if "weight_hh" in weights:
-            for gate, values in zip(cell.gates_of_a, _recurrent(states[0], weights).to(acc).split(hidden, 1)):
-                of_a[gate] = values
-        found = cell.program.run([*of_x, *of_a, *(state.to(acc) for state in states), *units, *scalars])
-        after = [new.to(old.dtype).expand_as(old) for new, old in zip(found, states)]
-        for k, new in enumerate(after):
-            every[k][t] = sequence.where_valid(t, new)
-        states = [sequence.where_valid(t, new, old) for new, old in zip(after, states)]
-    return [_stack(of, state) for of, state in zip(every, states)], list(states)
+def _no_autocast(kind: str) -> AbstractContextManager[Any]:
+    return nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False)
 
 
 def _layer(
-    cell: Cell,
-    scalars: Sequence[Tensor],
+    run: Callable[..., tuple[Tensor, ...]],
+    plans: Sequence[Plan],
     x: Tensor,
     states: Sequence[Tensor] | None,
     lengths: Tensor | None,
     resets: Tensor | None,
     directions: Sequence[_Weights],
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Of each state [D, N, H] what it is after every step, [T, N, D*H], and in the end, [D, N, H]."""
-    steps, batch = x.shape[:2]
+    """Of each state what it is after every step, [T, N, D*H], and in the end, [D, N, H]; run is of ``evaluator.py``."""
     acc = torch.promote_types(x.dtype, torch.float32)
-    valid = None if lengths is None else (torch.arange(steps, device=x.device)[:, None] < lengths).unsqueeze(2)
     runs = []
-    for d, weights in enumerate(directions):
-        hidden = weights["weight_ih"].size(0) // len(cell.gates_of_x)
+    for d, (plan, weights) in enumerate(zip(plans, directions)):
+        x_gates = F.linear(x, weights["weight_ih"], weights.get("bias_ih")).to(acc)
+        hidden = weights["weight_ih"].size(0) // len(plan.cell.gates_of_x)
+        others = {name: w.to(acc) for name, w in weights.items() if name not in ("weight_ih", "bias_ih")}
+        w_hh, b_hh = others.pop("weight_hh", None), others.pop("bias_hh", None)
+        units = list(others.values())
+        if w_hh is not None and w_hh.dim() == 1:  # of a cell without_matrix
+            units += [*w_hh.split(hidden), *(() if b_hh is None else b_hh.split(hidden))]
+            w_hh = b_hh = None
+        elif w_hh is not None and w_hh.dim() == 2:
+            w_hh = w_hh.unsqueeze(0)
         before = (
-            [x.new_full((batch, hidden), value) for value in cell.initial]
+            [x_gates.new_full((x.size(1), hidden), value) for value in plan.cell.initial]
             if states is None
-            else [state[d] for state in states]
+            else [state[d].to(acc) for state in states]
         )
-        # h is what is put out, so it has that dtype from step to step; no other state is rounded to a half type.
-        before = [before[0], *(state.to(acc) for state in before[1:])]
-        sequence = _Sequence(valid, resets, reverse=d == 1)
-        runs.append(_direction(cell, scalars, x, before, weights, sequence))
+        found = run(plan, x_gates, w_hh, b_hh, lengths, resets, *before, *units)
+        runs.append((found[: len(before)], found[len(before) :]))
     every, final = zip(*runs)
-    return [torch.cat(of, 2) for of in zip(*every)], [torch.stack(of).to(x.dtype) for of in zip(*final)]
+    return [torch.cat(of, 2).to(x.dtype) for of in zip(*every)], [torch.stack(of).to(x.dtype) for of in zip(*final)]
 
 
 class FlexRNN(_Module):
@@ -106,7 +75,8 @@ class FlexRNN(_Module):
 
     Where the cell has the equations of one of torch's, or of the peephole LSTM, as :mod:`rnnfast.cells` writes them,
     and the recurrence is dense and undivided, the layers run on the same kernels as :class:`rnnfast.LSTM`. Any other
-    cell runs as plain torch, on the backend ``reference``: on any device, in any dtype, with any derivative.
+    cell runs on a CPU through an evaluator of its operations, with nothing to compile, and elsewhere, in graphs and
+    transforms of torch's, and where derivatives are derived, as plain torch: in any dtype, with any derivative.
 
     Args:
         cell: what :func:`rnnfast.cell` has made of a function; :mod:`rnnfast.cells` has some.
@@ -328,28 +298,33 @@ class FlexRNN(_Module):
         flat: Sequence[Tensor] = [getattr(self, name + suffix) for _, suffix in self._suffixes() for name in names]
         if mode := self._mode():
             return self._by_kernels(mode, x, states, lengths, resets, return_states, flat)
-        self._backend(x.device, x.dtype)  # or it raises
         lengths = functional._check_lengths(x, lengths)
         functional._check_resets(x, resets)
         x, _, _, flat = functional._operands(x, None, None, flat)
         given: Any = states and [functional._operands(x, state, None, ())[1] for state in states]
         directions = [dict(zip(names, flat[at : at + len(names)])) for at in range(0, len(flat), len(names))]
-        acc = torch.promote_types(x.dtype, torch.float32)
-        scalars = [x.new_full((), self.scalars[name], dtype=acc) for name in self.cell.scalars]
-        layer: Callable[..., Any] = functools.partial(_layer, self.cell, scalars)
+        backend, _ = self._backend(x.device, x.dtype)
+        layer: Callable[..., Any] = functools.partial(_layer, RUN[backend], self._plans())
         if self.recompute and torch.is_grad_enabled():
             layer = functools.partial(checkpoint, layer, use_reentrant=False)
         y, finals, every = x, [], []
-        for k in range(self.num_layers):
-            at = slice(k * count, (k + 1) * count)
-            y = F.dropout(y, self.dropout, self.training and k > 0)
-            of_layer = given and [state[at] for state in given]
-            after, final = layer(y, of_layer, lengths, resets, directions[at])
-            y = after[0]
-            finals.append(final)
-            every.append(after)
-        of_steps = [torch.stack(of).to(x.dtype) for of in zip(*every)] if return_states else []
+        with _no_autocast(x.device.type):  # its casts have been made
+            for k in range(self.num_layers):
+                at = slice(k * count, (k + 1) * count)
+                y = F.dropout(y, self.dropout, self.training and k > 0)
+                after, final = layer(y, given and [state[at] for state in given], lengths, resets, directions[at])
+                y = after[0]
+                finals.append(final)
+                every.append(after)
+        of_steps = [torch.stack(of) for of in zip(*every)] if return_states else []
         return y, [torch.cat(of) for of in zip(*finals)], of_steps
+
+    def _plans(self) -> list[Plan]:
+        """Of each direction."""
+        cell, scalars = self.cell, tuple(self.scalars[name] for name in self.cell.scalars)
+        if self.recurrent != "dense" and cell.gates_of_a:
+            cell, scalars = without_matrix(cell, self.recurrent, self.bias), (*scalars, 0.0)
+        return [Plan(cell, scalars, reverse) for reverse in (False, True)[: 1 + self.bidirectional]]
 
     def _mode(self) -> str | None:
         """The mode by which ``functional.rnn`` has the cell, with all its backends; None if it has not."""
@@ -394,7 +369,15 @@ class FlexRNN(_Module):
         if mode := self._mode():
             sizes = self.hidden_size, batch, self.bidirectional
             return choose_backend(made, mode, device, dtype, *sizes, extended=extended)
-        why = "the kernels are of torch's cells and the peephole LSTM, W_hh whole: any other runs as plain torch"
-        if made.forced not in (None, "reference"):
+        can, why = True, "the evaluator of the native library goes through the cell's operations"
+        found = BACKENDS["cpu"].probe(device)
+        if not found.available or dtype not in DTYPES:
+            can, why = False, found.detail if not found.available else f"no kernel for {dtype}"
+        elif made._replace(forced=None) != USUAL:
+            can, why = False, "derivatives, graphs and transforms of torch's go through plain torch"
+        if made.forced not in (None, "reference") and not (can and made.forced == "cpu"):
+            why = why if made.forced == "cpu" else "its kernels are of torch's cells and the peephole LSTM"
             raise RuntimeError(f"backend {made.forced!r} cannot serve this call: {why}")
-        return "reference", why
+        if made.forced == "reference":
+            return "reference", "asked for by use_backend"
+        return ("cpu", why) if can else ("reference", why)

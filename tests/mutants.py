@@ -282,10 +282,33 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         ("numbers that change", CELL, "if self.program != Program.of(self.traced()[0],", "if False and (0,"),
         ("a kernel whatever the initial state", FLEX, "self.scalars, self.initial, self.program", "self.program"),
     ],
-    "rnnfast/flex.py": [
+    "rnnfast/evaluator.py": [
         ("initial values of zero", FLEX, "sequence.cut(t, state, value)", "sequence.cut(t, state)"),
-        ("heads of the first", FLEX, "nkj,kgij->ngki", "nkj,jgik->ngki"),
         ("gates where they are read", FLEX, "zip(cell.gates_of_a, _recurrent", "zip(cell.gates_of_x, _recurrent"),
+        ("biases by head", FLEX, "view(heads, -1, width).transpose(0, 1).flatten()", "flatten()"),
+        (
+            "a result that is written over",
+            FLEX,
+            ' + Value("add", 0.0, 0.0) for value in inputs',
+            " for value in inputs",
+        ),
+        ("scalars after the numbers", FLEX, "[*scalars, *program.numbers]", "[*program.numbers, *scalars]"),
+    ],
+    "csrc/cpu/flex_kernels.cpp": [
+        ("gradient across a border", FLEX, "rows.valid(t, n) && rows.cut(t, n)", "false"),
+        ("border of the reverse direction", FLEX, "l.reverse ? t + 1 : t", "t"),
+        ("a head's gates where it is not padded", FLEX, "unit / width * (padded - columns)", "0"),
+        ("the first head's gradient", FLEX, "da + head * columns", "da"),
+        ("no part of a vector", FLEX, "if (i < n) store(to + i", "if (false) store(to + i"),
+        ("relu of NaN", FLEX, "zero_where_not_positive(a, arg(1))", "select(a.v > 0, arg(1), zero)"),
+        ("log1p without its rest", FLEX, "log(u) + (x - (u - Vec<Number>(1))) / u", "log(u)"),
+    ],
+    "csrc/cpu/flex.cpp": [
+        ("places beyond", FLEX, "place < inputs + p.numbers + k", "place < inputs + p.numbers + k + 1"),
+        ("results beyond", FLEX, "p.result[k] < p.places()", "true"),
+    ],
+    "rnnfast/flex.py": [
+        ("a projection of heads", FLEX, "w_hh = w_hh.unsqueeze(0)", "w_hh = w_hh.T.unsqueeze(0)"),
         ("packed rows in order", FLEX, "state.index_select(1, back)", "state.index_select(1, order)"),
         ("no more to recompute", FLEX, "self.recompute and torch.is_grad_enabled()", "False"),
         ("dropout before the first", FLEX, "self.training and k > 0", "self.training"),
@@ -591,8 +614,9 @@ sys.path[:0] = [".", "tests"]
 import setup
 from emulation import build
 missing = list(setup.INSTRUCTION_SETS)[int(sys.argv[1]):]
-kernels = lambda name: f"_ZN7rnnfast{len(name)}{name}7kernelsE"
-stand_ins = [f"-Wl,--defsym={kernels(name)}={kernels('portable')}" for name in missing]
+symbol = lambda name, table: f"_ZN7rnnfast{len(name)}{name}{len(table)}{table}E"
+tables = [(name, table) for name in missing for table in ("kernels", "flex")]
+stand_ins = [f"-Wl,--defsym={symbol(name, table)}={symbol('portable', table)}" for name, table in tables]
 os.environ |= {"CXXFLAGS": "-O1", "LDFLAGS": " ".join(stand_ins)}
 for name in missing:
     del setup.INSTRUCTION_SETS[name]

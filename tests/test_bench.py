@@ -73,6 +73,20 @@ def test_single_steps(tmp_path):
     assert [bool(row["stream_us"]) for row in rows] == [True, True, False, False]
 
 
+def test_flex(tmp_path):
+    sizes = ("--steps", "3", "--batches", "2", "--hidden", "8", "--rounds", "1")
+    _run("flex.py", *sizes, "--out", tmp_path / "flex.csv")
+    with (tmp_path / "flex.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["cell"], row["mode"], row["heads"]) for row in rows] == [
+        *(("lstm", mode, "1") for mode in ("infer", "train")),
+        *(("slstm", mode, heads) for mode in ("infer", "train") for heads in ("1", "4")),
+    ]
+    for row in rows:
+        assert float(row["ratio_loop"]) == pytest.approx(float(row["loop_ms"]) / float(row["ours_ms"]), rel=0.05)
+        assert bool(row["ratio_kernels"]) == (row["cell"] == "lstm") and not row["ratio_compiled"]
+
+
 @pytest.mark.gpu
 def test_columns_of_a_gpu(tmp_path):
     table = tmp_path / "table.csv"

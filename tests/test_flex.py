@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import FORMS, assert_same, flatten, values_and_grads
+from backends import BACKENDS, use
+from helpers import FLOOR, FORMS, assert_same, flatten, values_and_grads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_cells import BINARY, KINKED, SMOOTH
@@ -20,7 +21,8 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import rnnfast
 from rnnfast import FlexRNN, cells
-from rnnfast.cells import Cell
+from rnnfast.cells import PRIMITIVES, Cell
+from rnnfast.evaluator import OPERATIONS
 
 DOUBLE = torch.float64
 T, N, I, H = 5, 4, 3, 6
@@ -156,6 +158,11 @@ class Loop(torch.nn.Module):
         return torch.cat(outputs, 2), tuple(torch.stack(of) for of in zip(*finals))
 
 
+# Of the evaluator, which has the same arithmetic with AVX-512's products of bfloat16 and with tiles as without them.
+KERNELS = [name for name in BACKENDS if name in ("reference", "cpu-portable", "cpu-avx2", "cpu-avx512")]
+on_each = pytest.mark.parametrize("kernels", KERNELS)
+
+
 def states_of(cell: Cell, hidden: int = H, rows: int = N) -> tuple[Tensor, ...]:
     """Random, and for a normaliser positive, as it is in any step but the first."""
     made = {name: torch.randn(2, rows, hidden, dtype=DOUBLE) for name in cell.states}
@@ -173,16 +180,24 @@ def assert_as_the_loop(net: FlexRNN, step: Callable[..., Any], x: Tensor, states
     loop = values_and_grads(Loop(net, step), x, states, **of_form)
     expected = {name.replace("net.", ""): t for name, t in loop.items()}
     found = values_and_grads(net, x, states, **of_form)
-    every = {**expected, **found}  # where nothing was read there is no gradient, or one of zero
+    assert_same_or_zero(found, expected)
+
+
+def assert_same_or_zero(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Where nothing was read there is no gradient, or one of zero."""
+    every = {**expected, **found}
     assert_same(*({name: of.get(name, torch.zeros_like(t)) for name, t in every.items()} for of in (found, expected)))
 
 
+@on_each
 @pytest.mark.parametrize("form", OF_FORM)
 @pytest.mark.parametrize("paper", PAPERS, ids=lambda paper: paper.__name__)
-def test_cells_as_in_their_papers(paper: Callable[..., Any], form: str) -> None:
+@pytest.mark.few(2, "kernels", "form", "paper")
+def test_cells_as_in_their_papers(kernels: str, paper: Callable[..., Any], form: str) -> None:
     cell = getattr(cells, paper.__name__)
     net = FlexRNN(cell, I, H, bidirectional=True, dtype=DOUBLE)
-    assert_as_the_loop(net, paper, torch.randn(T, N, I, dtype=DOUBLE), states_of(cell), **OF_FORM[form])
+    with use(kernels):
+        assert_as_the_loop(net, paper, torch.randn(T, N, I, dtype=DOUBLE), states_of(cell), **OF_FORM[form])
 
 
 def test_every_cell_is_tested() -> None:
@@ -233,9 +248,11 @@ class AsTorchs(torch.nn.Module):
         return y, *(of if len(of) > 1 else of[0] for of in found)
 
 
+@on_each
 @pytest.mark.parametrize("form", [*FORMS, "batch-first", "unbatched", "states"])
 @pytest.mark.parametrize("name", OF_TORCH)
-def test_torchs_cells_written_anew(name: str, form: str) -> None:
+@pytest.mark.few(2, "kernels", "form", "name")
+def test_torchs_cells_written_anew(kernels: str, name: str, form: str) -> None:
     """The same parameters by the same names, and the same results."""
     options = {"num_layers": 2, "bidirectional": True, "dtype": DOUBLE, "batch_first": form == "batch-first"}
     torch.manual_seed(0)
@@ -258,18 +275,38 @@ def test_torchs_cells_written_anew(name: str, form: str) -> None:
         of_form = OF_FORM[form]
     hx = torch.randn(4, *rows, H, dtype=DOUBLE)
     hx = (hx, torch.randn_like(hx)) if name == "LSTM" else hx
-    found = values_and_grads(ours, x, hx, **of_form)
+    with use(kernels):
+        found = values_and_grads(ours, x, hx, **of_form)
     assert_same({key.replace("net.", ""): t for key, t in found.items()}, values_and_grads(theirs, x, hx, **of_form))
 
 
+@on_each
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_dtypes(dtype: torch.dtype) -> None:
-    """h is rounded to the dtype from step to step, and no other state; the state of an LSTM's cell is float32."""
-    theirs, ours = rnnfast.LSTM(I, H, dtype=dtype), AsTorchs("LSTM", I, H, dtype=dtype)
-    ours.net.load_state_dict(theirs.state_dict())
-    x = torch.randn(T, N, I, dtype=dtype)
-    with rnnfast.use_backend("reference"):
-        assert_same(dict(flatten(ours(x))), dict(flatten(theirs(x))), rtol=0, atol=0)
+def test_dtypes(kernels: str, dtype: torch.dtype) -> None:
+    """All states are float32 from step to step."""
+    theirs, ours = rnnfast.LSTM(I, H, dtype=DOUBLE), AsTorchs("LSTM", I, H, dtype=DOUBLE)
+    ours.net.load_state_dict(theirs.to(dtype).state_dict())
+    x = torch.randn(T, N, I).to(dtype)
+    expected = values_and_grads(theirs.double(), x.double())
+    with use(kernels):
+        found = values_and_grads(ours.to(dtype), x)
+    for (name, e), actual in zip(expected.items(), found.values()):
+        assert actual.dtype == dtype, name
+        assert (actual.double() - e).abs().max() <= 2 * FLOOR[dtype] * e.abs().max(), name
+
+
+# Rows of a thread, strips of units and parts of them, panels of several vectors.
+@on_each
+@pytest.mark.parametrize("recurrent", ["dense", "heads", "diagonal", "none"])
+def test_wide_layers(kernels: str, recurrent: str) -> None:
+    options = {"num_heads": 2} if recurrent == "heads" else {"recurrent": recurrent}
+    for hidden, rows in ((300, 5), (38, 1)):
+        net = FlexRNN(cells.slstm, I, hidden, bidirectional=True, **options, dtype=DOUBLE)
+        x, states = torch.randn(3, rows, I, dtype=DOUBLE), states_of(cells.slstm, hidden, rows)
+        with use("reference"):
+            expected = values_and_grads(net, x, states)
+        with use(kernels):
+            assert_same_or_zero(values_and_grads(net, x, states), expected)
 
 
 @pytest.mark.parametrize("of", [cells.lstm, cells.gru, cells.rnn_relu, cells.peephole_lstm], ids=str)
@@ -325,7 +362,7 @@ def test_less_than_dense(recurrent: str) -> None:
     net = FlexRNN(cells.lstm, I, H, recurrent=recurrent, bidirectional=True, dtype=DOUBLE)
     x = torch.randn(T, N, I, dtype=DOUBLE)
     assert_as_the_loop(net, lambda x, u, s, w: cells.lstm.step(x, u, s), x, states_of(cells.lstm))
-    assert rnnfast.explain(net)[0].backend == "reference"
+    assert "evaluator" in rnnfast.explain(net)[0].reason
 
 
 def test_parameters_are_those_that_are_read() -> None:
@@ -382,8 +419,8 @@ def random_cells(draw: st.DrawFn) -> tuple[Cell, str, int]:
 
 
 @settings(deadline=None, max_examples=200, derandomize=True, database=None)
-@given(random_cells(), st.sampled_from(sorted(OF_FORM)))
-def test_random_cells(drawn: tuple[Cell, str, int], form: str) -> None:
+@given(random_cells(), st.sampled_from(sorted(OF_FORM)), st.sampled_from(KERNELS))
+def test_random_cells(drawn: tuple[Cell, str, int], form: str, kernels: str) -> None:
     """Against autograd through the loop, of the function itself."""
     cell, recurrent, heads = drawn
     torch.manual_seed(0)
@@ -395,7 +432,8 @@ def test_random_cells(drawn: tuple[Cell, str, int], form: str) -> None:
         "lengths": {"lengths": torch.tensor([1, 3])},
         "resets": {"resets": torch.tensor([[False, True], [True, False], [False, False]])},
     }
-    assert_as_the_loop(net, step, x, states, **of_form[form])
+    with use(kernels):
+        assert_as_the_loop(net, step, x, states, **of_form[form])
 
 
 # What a layer can do beside.
@@ -550,12 +588,103 @@ def test_sizes_of_zero(net: FlexRNN) -> None:
 
 def test_explain(net: FlexRNN) -> None:
     (choice,) = rnnfast.explain(torch.nn.Sequential(net), X)
-    assert choice.backend == "reference" and "any other runs as plain torch" in choice.reason
+    assert choice.backend == "cpu" and "evaluator" in choice.reason
     assert rnnfast.explain(net)[0] == choice._replace(module="")
-    with rnnfast.use_backend("cpu"), pytest.raises(RuntimeError, match="backend 'cpu' cannot serve this call"):
-        net(X)
+    for name in sorted({name.partition("-")[0] for name in BACKENDS} - {"reference", "cpu"}):
+        refused = pytest.raises(RuntimeError, match=f"backend '{name}' cannot serve this call: its kernels are of")
+        with rnnfast.use_backend(name), refused:
+            net(X)
     with rnnfast.use_backend("reference"):
-        net(X)
+        assert rnnfast.explain(net)[0].backend == "reference"
+    of_complex = FlexRNN(cells.mgu, I, H, dtype=torch.complex64)
+    (choice,) = rnnfast.explain(of_complex)
+    assert choice.backend == "reference" and "no kernel for torch.complex64" in choice.reason
+    with rnnfast.use_backend("cpu"), pytest.raises(RuntimeError, match="cannot serve this call: no kernel for"):
+        of_complex(X.to(torch.complex64))
+
+
+# The operators of the CPU library.
+
+SPECIAL = [0.0, -0.0, 1.0, -1.0, 0.5, 2.0, 1e-3, -1e-3, 3e-39, 1e-30, 1e30, -1e30, 20.0, -20.0, 88.0, 700.0, -700.0]
+SPECIAL += [
+    float("inf"),
+    -float("inf"),
+    float("nan"),
+    1e-300,
+    1e-310,
+    -0.999999,
+    0.7071,
+    1.4142,
+    *torch.randn(60).tolist(),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE], ids=str)
+@pytest.mark.parametrize("kernels", [name for name in KERNELS if name != "reference"])
+def test_operations(kernels: str, dtype: torch.dtype) -> None:
+    """Each to 8 units in the last place, as torch's, of all pairs of values."""
+    values = torch.tensor(SPECIAL, dtype=dtype)
+    a, b = (v.flatten() for v in torch.meshgrid(values, values, indexing="ij"))
+    size = a.numel()
+    x = torch.stack([a, b]).view(1, 1, -1)
+    none = torch.zeros(0, dtype=DOUBLE)
+    for number, name in enumerate(OPERATIONS):
+        count = {"where": 3}.get(name, 2)
+        operation = torch.tensor([[number, 0, *([1] * (count - 1)), *([0] * (3 - count))]])
+        arguments = operation, none, torch.tensor([3]), x, None, None, [torch.zeros(1, size, dtype=dtype)], []
+        with use(kernels):
+            after, *_ = torch.ops.rnnfast.cpu_flex_forward(
+                *arguments, torch.zeros(1, dtype=DOUBLE), None, None, False, False
+            )
+        arity = PRIMITIVES[name].on_tensors.__code__.co_argcount
+        given = (a != 0, b, b) if name == "where" else (a, b)[:arity]
+        expected = PRIMITIVES[name].on_tensors(*given).to(dtype)
+        # The reference's own functions of subnormals and their like differ by what lies below the smallest normal one.
+        tiny, eps = torch.finfo(dtype).tiny, torch.finfo(dtype).eps
+        torch.testing.assert_close(after[0][0], expected, rtol=8 * eps, atol=4 * tiny, equal_nan=True, msg=name)
+
+
+def malformed() -> dict[str, tuple[Callable[[list[Any]], None], str]]:
+    """What is wrong with the arguments of cpu_flex_forward, and what is said."""
+    at = lambda index, value: lambda args: args.__setitem__(index, value)
+    rows = lambda *row: torch.tensor([row])
+    return {
+        "operation": (at(0, rows(len(OPERATIONS), 0, 0, 0)), "has no operation"),
+        "negative operation": (at(0, rows(-1, 0, 0, 0)), "has no operation"),
+        "place beyond": (at(0, rows(0, 0, 3, 0)), "reads place 3"),
+        "negative place": (at(0, rows(0, 0, 0, -1)), "reads place -1"),
+        "columns": (at(0, torch.zeros(1, 3, dtype=torch.long)), "operations has shape"),
+        "dtype": (at(0, torch.zeros(1, 4)), "operations has dtype"),
+        "numbers": (at(1, torch.zeros(1)), "numbers has dtype"),
+        "result beyond": (at(2, torch.tensor([4])), "result 0 is place 4"),
+        "result is an input": (at(2, torch.tensor([0])), "result 0 is place 0"),
+        "results": (at(2, torch.tensor([3, 3])), "has 2 results, expected 1"),
+        "x": (at(3, torch.zeros(2, 8)), "x_gates has to be"),
+        "x of half": (at(3, torch.zeros(2, 3, 8).half()), "x_gates has to be float32 or float64"),
+        "x of no whole gate": (at(3, torch.zeros(2, 3, 7)), "x_gates has to be"),
+        "w_hh": (at(4, torch.zeros(1, 4, 3)), "w_hh has shape"),
+        "heads": (at(4, torch.zeros(3, 4, 4)), "w_hh has to be"),
+        "b_hh": (at(5, torch.zeros(3)), "b_hh has shape"),
+        "states": (at(6, []), "states have to be"),
+        "rows": (at(6, [torch.zeros(2, 4)]), "states has shape"),
+        "state dtype": (at(6, [torch.zeros(3, 4, dtype=DOUBLE)]), "states has dtype"),
+        "units": (at(7, [torch.zeros(3)]), "a weight of units has shape"),
+        "initial": (at(8, torch.zeros(2, dtype=DOUBLE)), "initial has shape"),
+        "lengths": (at(9, torch.tensor([0, 1, 3])), "lengths have to be between 0 and 2"),
+        "resets": (at(10, torch.zeros(3, 2, dtype=torch.bool)), "resets has shape"),
+    }
+
+
+@pytest.mark.parametrize("what", malformed())
+def test_malformed_calls(what: str) -> None:
+    program = [torch.tensor([[0, 0, 1, 0]]), torch.zeros(0, dtype=DOUBLE), torch.tensor([3])]
+    args = [*program, torch.zeros(2, 3, 4), torch.zeros(1, 4, 4), torch.zeros(4), [torch.zeros(3, 4)], []]
+    args += [torch.zeros(1, dtype=DOUBLE), torch.tensor([0, 1, 2]), torch.zeros(2, 3, dtype=torch.bool), False, True]
+    torch.ops.rnnfast.cpu_flex_forward(*args)
+    change, message = malformed()[what]
+    change(args)
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.rnnfast.cpu_flex_forward(*args)
 
 
 STATES = [torch.zeros(4, N, H, dtype=DOUBLE)] * 4

@@ -21,6 +21,7 @@ namespace {
 
 struct InstructionSet {
   const Kernels* kernels;
+  const FlexKernels* flex;
   bool supported;
 };
 
@@ -48,7 +49,7 @@ bool have_tiles() {
 
 const std::vector<InstructionSet>& instruction_sets() {
   static const std::vector<InstructionSet> sets = [] {
-    std::vector<InstructionSet> sets = {{&portable::kernels, true}};
+    std::vector<InstructionSet> sets = {{&portable::kernels, &portable::flex, true}};
 #if defined(RNNFAST_X86)
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                       __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c");
@@ -56,10 +57,10 @@ const std::vector<InstructionSet>& instruction_sets() {
                         __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                         __builtin_cpu_supports("avx512vl");
     const bool avx512_bf16 = avx512 && cpuid_bit(7, 1, 0, 5);
-    sets.push_back({&avx2::kernels, avx2});
-    sets.push_back({&avx512::kernels, avx512});
-    sets.push_back({&avx512_bf16::kernels, avx512_bf16});
-    sets.push_back({&amx::kernels, avx512_bf16 && have_tiles()});
+    sets.push_back({&avx2::kernels, &avx2::flex, avx2});
+    sets.push_back({&avx512::kernels, &avx512::flex, avx512});
+    sets.push_back({&avx512_bf16::kernels, &avx512_bf16::flex, avx512_bf16});
+    sets.push_back({&amx::kernels, &amx::flex, avx512_bf16 && have_tiles()});
 #endif
     return sets;
   }();
@@ -78,6 +79,7 @@ std::atomic<int64_t>& chosen() {
 }  // namespace
 
 const Kernels& chosen_kernels() { return *instruction_sets()[chosen()].kernels; }
+const FlexKernels& chosen_flex() { return *instruction_sets()[chosen()].flex; }
 
 int64_t instruction_set(std::optional<int64_t> use) {
   if (use) {

@@ -24,7 +24,7 @@ FLAGS = "-x c++ -std=c++17 -fPIC -fvisibility=hidden -Wall -Wno-unknown-pragmas 
 FLAGS += " -DTORCH_TARGET_VERSION=0x020a000000000000 -DRNNFAST_DEVICE_KEY=CPU"
 
 # Beside the kernels, as in setup.py.
-CPU_SOURCES = ("recurrence", "plain", "stream", "instruction_sets", "scratch", "threads")
+CPU_SOURCES = ("recurrence", "flex", "plain", "stream", "instruction_sets", "scratch", "threads")
 
 # What UndefinedBehaviorSanitizer says of pointers, AddressSanitizer sees as soon as they are used; without it the CPU's
 # kernels compile in two minutes of ten. Its checks are calls, not code in place: that halves the time once more.
@@ -94,7 +94,8 @@ def _ninja_file(sanitize: bool) -> str:
     link("library.so", [emulation, ops, *objects], f"-shared {shlex.join(libraries)}")
     if sanitize:
         flags = f"-DRNNFAST_ISA=portable -DRNNFAST_PORTABLE {UNDEFINED}"
-        objects = [compile(f"csrc/cpu/{name}.cpp", f"cpu_{name}", flags) for name in (*CPU_SOURCES, "kernels")]
+        names = *CPU_SOURCES, "kernels", "flex_kernels"
+        objects = [compile(f"csrc/cpu/{name}.cpp", f"cpu_{name}", flags) for name in names]
         link("_cpu.so", [ops, *objects], f"-shared -fsanitize=undefined {shlex.join(libraries)}")
     link("selftest", [emulation, compile("tests/emulation/selftest.cpp", "selftest_cases")])
     return "\n".join([*lines, ""])

@@ -1,0 +1,102 @@
+// The recurrence of any cell: what its traced function does, as a list of operations that an evaluator goes through.
+// Letters as in ../README.md; and X gates are read of W_ih x, A of W_hh h, S states, U weights of each unit's own, K
+// heads. Sums and states are in Number, float or double.
+#pragma once
+
+#include <cstdint>
+
+namespace rnnfast {
+
+// As rnnfast/flex.py numbers them.
+enum Op {
+  kAdd,
+  kSubtract,
+  kMultiply,
+  kDivide,
+  kNegate,
+  kSigmoid,
+  kTanh,
+  kRelu,
+  kExp,
+  kLog,
+  kLog1p,
+  kSqrt,
+  kAbs,
+  kMinimum,
+  kMaximum,
+  kWhere,
+  kLess,
+  kLessEqual,
+  kWherePositive,
+  kOps
+};
+
+struct Operation {
+  int64_t op, args[3];  // places of what it reads; those that it has not are 0
+};
+
+// Values by place: the inputs, the numbers, then what each operation makes.
+struct Program {
+  int64_t inputs, numbers, operations, results;
+  const double* number;        // [numbers]
+  const Operation* operation;  // [operations]
+  const int64_t* result;       // [results]
+  int64_t places() const { return inputs + numbers + operations; }
+};
+
+struct FlexLayer {
+  Program program;
+  int64_t T, N, H, X, A, S, U, K;
+  bool reverse;
+  int threads;
+  const int64_t* lengths;    // [N]    or null
+  const uint8_t* resets;     // [T,N]  or null
+  const double* initial;     // [S]
+  const void* x_gates;       // [T,N,X*H]
+  const void* w_hh;          // [K,A*H/K,H/K]  null where A is 0
+  const void* b_hh;          // [A*H]          or null
+  const void* const* units;  // U of [H]
+};
+
+struct FlexForward : FlexLayer {
+  void* const* states;  // S of [N,H]: before all steps on entry, after them on return
+  void* const* every;   // S of [T,N,H]: after every step
+  void* const* before;  // S of [T,N,H]: before every step; or null
+  void* a_gates;        // [T,N,A*H]; null where before is
+};
+
+// The inputs of the program are those of the forward's, and then the gradients of the states after the step; its
+// results are the gradients of x's gates, a's, the states before the step, and the units' weights.
+struct FlexBackward : FlexLayer {
+  const void* const* before;
+  const void* a_gates;
+  const void* const* d_every;  // S of [T,N,H]  or null each
+  void* const* d_states;       // S of [N,H]: of the final states on entry, of the initial ones on return
+  void* dx_gates;              // [T,N,X*H]
+  void* da_gates;              // [T,N,A*H]
+  void* d_units;               // [T,N,U*H]: what each step of a row adds
+};
+
+struct FlexKernels {
+  void (*forward[2])(const FlexForward&);  // float, double
+  void (*backward[2])(const FlexBackward&);
+};
+
+// Of each instruction set, as the table of kernels.h.
+namespace portable {
+extern const FlexKernels flex;
+}
+namespace avx2 {
+extern const FlexKernels flex;
+}
+namespace avx512 {
+extern const FlexKernels flex;
+}
+namespace avx512_bf16 {
+extern const FlexKernels flex;
+}
+namespace amx {
+extern const FlexKernels flex;
+}
+
+}  // namespace rnnfast

@@ -1,0 +1,197 @@
+"""A direction of any cell's recurrence: as a loop in plain torch, and by the CPU library, which goes through the traced
+operations strip by strip.
+
+Letters as in ``flex.py``; S states, and U weights of each unit's own. Both take, beside a Plan, the inputs
+
+    x_gates           [T, N, X*H], W_ih x + b_ih, of the gates whose x the cell reads
+    w_hh, b_hh        [K, A*H/K, H/K] and [A*H], of the gates whose a it reads; or None
+    lengths, resets   int64 [N] and bool [T, N]; or None
+    states            S of [N, H], before all steps
+    units             U of [H]
+
+all of one dtype, and return each state after every step, [T, N, H] and zero beyond a row's end, then those after the
+last one, [N, H].
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from types import FunctionType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .cells import Cell, Named, Program, Value
+from .recurrence import _one_by_one, _save, _saved
+from .reference import _Sequence, _stack
+
+# As csrc/cpu/flex.h numbers them.
+OPERATIONS = (
+    "add", "subtract", "multiply", "divide", "negate", "sigmoid", "tanh", "relu", "exp", "log", "log1p", "sqrt", "abs",
+    "minimum", "maximum", "where", "less", "less_equal", "where_positive",
+)  # fmt: skip
+
+
+class Plan(NamedTuple):
+    """What of a direction does not change from call to call."""
+
+    cell: Cell
+    scalars: tuple[float, ...]
+    reverse: bool
+
+
+@functools.cache
+def without_matrix(cell: Cell, recurrent: str, bias: bool) -> Cell:
+    """A cell that makes a of its own unit's h, by weights of each unit's own, or of nothing; then its last scalar is
+    that: 0."""
+    read = [cell.gates[gate] for gate in cell.gates_of_a] if recurrent == "diagonal" else []
+    own = [f"{gate} of {which}" for which in ("W_hh", "b_hh")[: 1 + bias] for gate in read]
+
+    def function(x: Any, a: Any, s: Any, w: Any) -> Any:
+        of_gates = dict.fromkeys(cell.gates, getattr(w, "0"))
+        for gate in read:
+            product = getattr(s, cell.states[0]) * getattr(w, f"{gate} of W_hh")
+            of_gates[gate] = product + getattr(w, f"{gate} of b_hh") if bias else product
+        takes_w = bool(cell.weights or cell.scalars)
+        return cell.function(x, Named("a", cell.gates, list(of_gates.values())), s, *[w] * takes_w)
+
+    initial = dict(zip(cell.states, cell.initial))
+    assert isinstance(function, FunctionType)
+    return Cell(function, cell.gates, cell.states, [*cell.weights, *own], {**cell.scalars, "0": 0.0}, initial)
+
+
+def in_plain_torch(plan: Plan, x_gates: Tensor, w_hh: Tensor | None, b_hh: Tensor | None, lengths: Tensor | None,
+                   resets: Tensor | None, *others: Tensor) -> tuple[Tensor, ...]:  # fmt: skip
+    """The loop: any device, dtype and derivative."""
+    cell = plan.cell
+    steps, count = x_gates.size(0), len(cell.states)
+    valid = None
+    if lengths is not None:
+        valid = (torch.arange(steps, device=x_gates.device)[:, None] < lengths).unsqueeze(2)
+    sequence = _Sequence(valid, resets, plan.reverse)
+    states, units = others[:count], others[count:]
+    hidden = states[0].size(1)
+    scalars = [x_gates.new_full((), scalar) for scalar in plan.scalars]
+    # What no gate reads is in the places of the program, but nothing looks there.
+    unread: Any = None
+    of_x, of_a = [unread] * len(cell.gates), [unread] * len(cell.gates)
+    every: list[list[Tensor]] = [[state] * steps for state in states]
+    for t in sequence.steps(steps):
+        states = tuple(sequence.cut(t, state, value) for state, value in zip(states, cell.initial))
+        for gate, values in zip(cell.gates_of_x, x_gates[t].split(hidden, 1)):
+            of_x[gate] = values
+        if w_hh is not None:
+            for gate, values in zip(cell.gates_of_a, _recurrent(states[0], w_hh, b_hh).split(hidden, 1)):
+                of_a[gate] = values
+        found = cell.program.run([*of_x, *of_a, *states, *units, *scalars])
+        after = [new.to(old.dtype).expand_as(old) for new, old in zip(found, states)]
+        for k, new in enumerate(after):
+            every[k][t] = sequence.where_valid(t, new)
+        states = tuple(sequence.where_valid(t, new, old) for new, old in zip(after, states))
+    return *(_stack(of, state) for of, state in zip(every, states)), *states
+
+
+def _recurrent(h: Tensor, w_hh: Tensor, b_hh: Tensor | None) -> Tensor:
+    """``W_hh h + b_hh``, [N, A*H], of h [N, H]."""
+    if w_hh.size(0) == 1:
+        return torch.nn.functional.linear(h, w_hh[0], b_hh)
+    by_gate = w_hh.unflatten(1, (-1, w_hh.size(2)))  # [K, A, H/K, H/K]
+    product = torch.einsum("nkj,kgij->ngki", h.unflatten(1, (w_hh.size(0), -1)), by_gate).flatten(1)
+    return product if b_hh is None else product + b_hh
+
+
+def on_cpu(plan: Plan, *inputs: Any) -> tuple[Tensor, ...]:
+    """By the CPU library, of float32 or float64."""
+    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in inputs):
+        found: tuple[Tensor, ...] = _Recurrence.apply(plan, *inputs)  # type: ignore[no-untyped-call]
+        return found
+    after, every, _, _ = _forward(plan, inputs, False)
+    return *every, *after
+
+
+class _Programs(NamedTuple):
+    """As the operators take them: operations, numbers, results."""
+
+    forward: tuple[Tensor, Tensor, Tensor]
+    backward: tuple[Tensor, Tensor, Tensor]
+    initial: Tensor
+
+
+@functools.lru_cache(maxsize=1024)
+def programs(cell: Cell, scalars: tuple[float, ...]) -> _Programs:
+    of = cell.inputs
+    x, a = [of["x"][gate] for gate in cell.gates_of_x], [of["a"][gate] for gate in cell.gates_of_a]
+    inputs = [*x, *a, *of["s"], *of["w"]]
+    # A result has to be made: one that is an input could be written over before it is read.
+    gradients = [cell.adjoints.get(value, 0.0) + Value("add", 0.0, 0.0) for value in inputs]
+
+    def encoded(program: Program) -> tuple[Tensor, Tensor, Tensor]:
+        rows = [[OPERATIONS.index(op), *args, *[0] * (3 - len(args))] for op, args in program.operations]
+        return (
+            torch.tensor(rows, dtype=torch.int64).view(-1, 4),
+            torch.tensor([*scalars, *program.numbers], dtype=torch.float64),
+            torch.tensor(program.results, dtype=torch.int64),
+        )
+
+    return _Programs(
+        encoded(Program.of(cell.after, [*inputs, *of["scalars"]])),
+        encoded(Program.of(gradients, [*inputs, *cell.incoming, *of["scalars"]])),
+        torch.tensor(cell.initial, dtype=torch.float64),
+    )
+
+
+def _forward(plan: Plan, inputs: Sequence[Any], keep: bool) -> Any:
+    x_gates, w_hh, b_hh, lengths, resets, *others = inputs
+    states, units = others[: len(plan.cell.states)], others[len(plan.cell.states) :]
+    made = programs(plan.cell, plan.scalars)
+    return torch.ops.rnnfast.cpu_flex_forward(
+        *made.forward, x_gates, w_hh, b_hh, states, units, made.initial, lengths, resets, plan.reverse, keep
+    )
+
+
+class _Recurrence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, plan: Plan, *inputs: Any) -> Any:
+        ctx.plan = plan
+        ctx.set_materialize_grads(False)
+        after, every, before, a_gates = _forward(plan, inputs, True)
+        _save(ctx, (*inputs, *before, a_gates))
+        return *every, *after
+
+    @staticmethod
+    @_one_by_one
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        plan, count = ctx.plan, len(ctx.plan.cell.states)
+        *values, a_gates = _saved(ctx)
+        inputs, before = values[:-count], values[-count:]
+        if torch.is_grad_enabled():
+            return None, *_derivable_backward(plan, inputs, ctx.needs_input_grad[1:], grads)
+        x_gates, w_hh, b_hh, lengths, resets, *others = inputs
+        states, units = others[:count], others[count:]
+        d_every = [x_gates.new_empty(0) if grad is None else grad for grad in grads[:count]]
+        d_final = [torch.zeros_like(s) if grad is None else grad for s, grad in zip(states, grads[count:])]
+        dx_gates, da_gates, d_states, d_units = torch.ops.rnnfast.cpu_flex_backward(
+            *programs(plan.cell, plan.scalars).backward, x_gates, w_hh, before, units, a_gates, lengths, resets,
+            d_every, d_final, plan.reverse,
+        )  # fmt: skip
+        dw_hh = db_hh = None
+        if w_hh is not None:
+            heads, columns, width = w_hh.shape
+            rows = x_gates.size(0) * x_gates.size(1)
+            of_a = da_gates.view(rows, heads, columns)
+            dw_hh = torch.bmm(of_a.permute(1, 2, 0), before[0].view(rows, heads, width).transpose(0, 1))
+            if b_hh is not None:
+                db_hh = of_a.sum(0).view(heads, -1, width).transpose(0, 1).flatten()
+        of_units = d_units.sum((0, 1)).split(states[0].size(1)) if units else ()
+        return None, dx_gates, dw_hh, db_hh, None, None, *d_states, *of_units
+
+
+def _derivable_backward(plan: Plan, inputs: Sequence[Any], needs: Sequence[bool], grads: Sequence[Any]) -> list[Any]:
+    """The gradients, through plain torch, by which they can be derived again."""
+    at = [t.view_as(t) if need else t for t, need in zip(inputs, needs)]
+    wanted = [t for t, need in zip(at, needs) if need]
+    outputs, of_outputs = zip(*(pair for pair in zip(in_plain_torch(plan, *at), grads) if pair[1] is not None))
+    found = iter(torch.autograd.grad(outputs, wanted, of_outputs, create_graph=True, allow_unused=True))
+    return [next(found) if need else None for need in needs]
