@@ -435,7 +435,12 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
             '"LSTM": (0, 3, 1, 2)',
             '"LSTM": (0, 1, 2, 3)',
         ),
-        ("GRU resets before the product", "test_tools.py -k onnx", 'attributes["linear_before_reset"] = 1', "pass"),
+        (
+            "GRU resets before the product",
+            "test_tools.py -k onnx",
+            'attributes["linear_before_reset"] = int(reset_after)',
+            "pass",
+        ),
         (
             "lengths are left out",
             "test_tools.py -k onnx",
