@@ -7,12 +7,11 @@ beside a call that is captured, compiled or transformed, or made within a backwa
 
 from __future__ import annotations
 
-import contextlib
 import os
 import threading
 import warnings
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 import torch
@@ -35,13 +34,13 @@ class Decision(NamedTuple):
 
     backend: str
     reason: str
+    is_final: bool = True  # or nothing could be run, as it can in another call
 
 
-# The index of a device, whether a time may decide (not where results have to be deterministic), and what a Key has,
-# with the dtype itself: hashes of devices take long.
+# The index of a device, whether cuDNN serves, whether a time may be taken (not where results have to be deterministic),
+# how many weights there are, and what a Key has, with the dtype itself: hashes of devices take long.
 Where = tuple[Any, ...]
 _settled: dict[Where, Decision] = {}
-_unmeasured: dict[Where, Decision] = {}  # where nothing could be run, as it can in another call
 _faults: dict[tuple[Any, ...], str | None] = {}  # by backend, device, mode, dtype and more: what a check has found
 _told: set[tuple[Any, ...]] = set()  # those of which a warning has told
 _settling = threading.Lock()
@@ -87,8 +86,8 @@ def known_on(device: torch.device) -> str:
     found = [f"{len(known.shipped)} times shipped"] * bool(known.shipped)
     found += [f"{len(known.measured)} times measured here, in {known.path}"] * bool(known.measured)
     if not found:
-        found = ["nothing, which `python -m rnnfast tune` changes"]
-    return f"{known.name} ({device}): known are {' and '.join(found)}; the choice is {mode_on(device)!r}"
+        found = ["no times, `python -m rnnfast tune` measures them"]
+    return f"{known.name} ({device}): {' and '.join(found)}; the choice is {mode_on(device)!r}"
 
 
 def share_choice() -> None:
@@ -107,13 +106,11 @@ def share_choice() -> None:
     if sent[0][0] == known.fingerprint:
         known.measured = sent[0][1]
         _settled.clear()
-        _unmeasured.clear()
 
 
 def forget() -> None:
     """Decide anew, and read the tables anew. What checks have found stays."""
     _settled.clear()
-    _unmeasured.clear()
     known_of.cache_clear()
 
 
@@ -130,54 +127,64 @@ def choose(
     weights: Sequence[Tensor], **options: Any,
 ) -> str:  # fmt: skip
     """What serves a call of ``functional.rnn``, or without options of ``functional.cell``, in place of a backend."""
-    if seen is not USUAL or _dispatch_modes():
+    if seen is not USUAL or (_dispatch_modes() and type(x) is not Tensor):  # as fake tensors, which have no sizes
         in_torch = mode in OF_TORCH and bool(options) and not seen.transformed and not torch.compiler.is_exporting()
         in_torch = in_torch and all(options[name] is None or options[name] is False for name in _NOT_OF_TORCH)
         return backend if seen.forced else _untried(backend, mode, x.device, x.dtype, in_torch)
     trained = _has_gradients() and (
         weights[0].requires_grad or any(t is not None and t.requires_grad for t in (x, h0, c0, *weights))
     )
-    w_hh = weights[1].shape
-    more: Any = ()
-    if not options:
-        (rows, width), steps = x.shape, 1
-    else:
+    w_hh, of_x = weights[1].shape, x.shape  # of any number of dimensions: nothing is checked yet
+    steps, rows, width, more = 1, of_x[0], of_x[-1], ()  # type: int, int, int, Any
+    if options:
         batch_sizes, form = options["batch_sizes"], "rectangular"
         if batch_sizes is None:
-            steps, rows, width = x.shape
+            steps, rows = rows, of_x[1] if len(of_x) > 1 else 1
         else:
-            (total, width), steps, form = x.shape, batch_sizes.size(0), "packed"
-            rows = -(-total // steps)
+            steps, form = batch_sizes.numel(), "packed"
+            rows = -(-rows // (steps or 1))
         for name in _NOT_OF_TORCH:
             if options[name] is not None and options[name] is not False:
                 form += f" {name}"
         apart = options["dropout"] > 0 and options["training"] and options["num_layers"] > 1
         more = options["num_layers"], options["bidirectional"], form, apart
-    where = where_of(mode, x.get_device(), x.dtype, width, w_hh[0] // GATES[mode], w_hh[1], steps, rows, trained, *more)
+    where = where_of(
+        mode,
+        x.get_device(),
+        x.dtype,
+        width,
+        w_hh[0] // GATES[mode],
+        w_hh[-1],
+        steps,
+        rows,
+        trained,
+        len(weights),
+        *more,
+    )
     found = _settled.get(where)
-    if found is None:
+    if found is None or not found.is_final:
         found = _settle(where, Call(mode, x, [t for t in (h0, c0) if t is not None], weights, options))
     return found.backend
 
 
 def where_of(
     mode: str, index: int, dtype: torch.dtype, inputs: int, hidden: int, outputs: int, steps: int, rows: int,
-    trained: bool, layers: int = 1, bidirectional: bool = False, form: str = "cell", apart: bool = False,
+    trained: bool, weights: int, layers: int = 1, bidirectional: bool = False, form: str = "cell", apart: bool = False,
 ) -> Where:  # fmt: skip
     """What is decided once: calls on a device by what a Key has; those of a cell need not be told their form."""
     is_float = dtype is torch.float32
     return (
-        index, _has_cudnn() and not _is_deterministic(), mode, dtype,
+        index, _has_cudnn(), not _is_deterministic(), weights, mode, dtype,
         is_float and _precision("cuda", "rnn") == "tf32", is_float and _precision("cuda", "matmul") == "tf32",
         inputs, hidden, outputs, layers, 1 + bidirectional, form, apart, trained,
         steps and 1 << (steps - 1).bit_length(), rows and 1 << (rows - 1).bit_length(),
     )  # fmt: skip
 
 
-def parts_of(where: Where) -> tuple[torch.device, bool, Key]:
-    index, may_measure, mode, dtype, *rest = where
+def parts_of(where: Where) -> tuple[torch.device, Key, bool, bool, int]:
+    index, has_cudnn, may_measure, weights, mode, dtype, *rest = where
     device = torch.device("cuda", index) if index >= 0 else torch.device("cpu")  # there tests have emulated kernels
-    return device, may_measure, Key(mode, _NAMES[dtype], *rest)
+    return device, Key(mode, _NAMES[dtype], *rest), has_cudnn, may_measure, weights
 
 
 def _untried(backend: str, mode: str, device: torch.device, dtype: torch.dtype, in_torch: bool) -> str:
@@ -197,27 +204,49 @@ def explained(where: Where, batch: int) -> Decision:
 
 
 def _settle(where: Where, call: Call) -> Decision:
+    call.check()  # what is wrong with a call is no fault of a backend
     # What a backward has called runs in a thread that others may wait for, so it must wait for nobody.
-    if _is_captured(call.x) or torch._C._current_graph_task_id() != -1:
-        if where not in _unmeasured:
-            _keep(_unmeasured, where, explained(where, call.batch))
-        return _unmeasured[where]
+    if _is_captured(call.x) or torch._C._current_graph_task_id() != -1 or _dispatch_modes():
+        if where not in _settled:
+            _keep(_settled, where, explained(where, call.batch)._replace(is_final=False))
+        return _settled[where]
     with _settling:
-        if where in _settled:
-            return _settled[where]
-        try:  # in a thread of its own none of the caller's modes, hooks and contexts hold
-            with ThreadPoolExecutor(1) as thread:
-                found = thread.submit(_Question(where, call.batch, call).answer_there).result()
-        except torch.OutOfMemoryError:
-            return explained(where, call.batch)
-        _keep(_settled, where, found)
-        new = [kind for kind, fault in _faults.items() if fault and kind not in _told]
+        found = _settled.get(where)
+        if found is not None and found.is_final:
+            return found
+        found = _answer(where, call)
+        new = {kind: fault for kind, fault in _faults.items() if fault and kind not in _told}
         _told.update(new)
-    for kind in new:
-        backend, of, mode, dtype, *_ = kind
-        text = f"rnnfast: backend {backend!r} is not used for this kind of {mode} in {dtype} on {of}: {_faults[kind]}"
+        faulty = {kind[0] for kind in new}
+        for other in [other for other, decision in list(_settled.items()) if decision.backend in faulty]:
+            _settled.pop(other, None)
+        _keep(_settled, where, found)
+    for (backend, of, mode, dtype, *_), fault in new.items():
+        text = f"rnnfast: backend {backend!r} is not used for this kind of {mode} in {dtype} on {of}: {fault}"
         warnings.warn(text, RuntimeWarning, stacklevel=4)
     return found
+
+
+def _answer(where: Where, call: Call) -> Decision:
+    """In a thread of its own, where none of the caller's modes, hooks and contexts hold."""
+    future: Future[Decision] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(_Question(where, call.batch, call).answer_there())
+        except BaseException as error:
+            future.set_exception(error)
+
+    try:
+        threading.Thread(target=work, daemon=True).start()
+    except RuntimeError:  # at the interpreter's end, or where there are too many
+        return explained(where, call.batch)._replace(is_final=False)
+    try:
+        return future.result()
+    except RuntimeError as error:
+        if not contest.is_short_of_memory(error):
+            raise
+        return explained(where, call.batch)  # for good: each further try would make every call wait
 
 
 def _is_captured(x: Tensor) -> bool:
@@ -234,31 +263,37 @@ class _Question:
     """Which backend serves a call of so many rows; with the call, what is not known is checked and measured."""
 
     def __init__(self, where: Where, batch: int, call: Call | None = None) -> None:
-        self.device, self.may_measure, self.key = parts_of(where)
+        self.device, self.key, self.has_cudnn, self.may_measure, weights = parts_of(where)
         self.batch, self.call, key = batch, call, self.key
+        self.per_direction = weights // (key.layers * key.directions)
         self.failed: dict[str, str] = {}
         self.in_torch = key.form in ("rectangular", "packed", "cell") and key.cell in OF_TORCH
         self.of = key.cell, self.device, getattr(torch, key.dtype), key.hidden
         self.rest = key.directions == 2, key.outputs != key.hidden
 
     def answer_there(self) -> Decision:
-        """On the device, with its generator put back."""
+        """On the device, with its generator put back where masks of dropout are drawn."""
         gpus = [self.device] if self.device.type == "cuda" else []  # on a CPU tests have emulated kernels
-        with torch.random.fork_rng(gpus), torch.cuda.device(self.device) if gpus else contextlib.nullcontext():
+        with torch.random.fork_rng(gpus, enabled=self.key.apart), torch.cuda.device(gpus[0] if gpus else -1):
             return self.answer()
 
     def answer(self) -> Decision:
         layer, mode = (*self.of, self.batch, *self.rest), mode_on(self.device)
         is_open = self.in_torch and mode != "ours"
-        backend, why = choose_backend(USUAL, *layer, extended=not is_open)
-        if backend not in RACED:
-            return Decision(backend, why)
         ours = {}
         for name in OF_DEVICE[self.device.type]:
-            with contextlib.suppress(RuntimeError):  # it is not here
+            try:
                 _, reason = choose_backend(Circumstances(forced=name), *layer)
+            except ImportError as error:  # of its module
+                self.failed[name] = fault = f"{type(error).__name__}: {error}"
+                _keep(_faults, (name, self.device, self.key.cell, self.of[2]), fault)
+            except RuntimeError:  # it is not here
+                continue
+            else:
                 if not (is_open and launches_steps(name, reason)):
                     ours[name] = reason
+        if not (ours or self.failed):
+            return Decision(*choose_backend(USUAL, *layer, extended=not is_open))
         names, why = list(ours), "asked for" if self.in_torch else "torch's kernels cannot serve the call"
         if is_open:
             names, why = ([], "asked for") if mode == "torch" else self.ranking(names, mode)
@@ -273,17 +308,20 @@ class _Question:
         """Those of ours that are to serve rather than torch's kernels, the best first, and why."""
         key, call, known = self.key, self.call, known_of(self.device)
         is_first = not (distributed.is_available() and distributed.is_initialized() and distributed.get_rank())
-        measures = mode == "measure" and self.may_measure and is_first and key.steps * key.rows > 0
-        for times, source in known.times(key, nearest=call is None or not measures):
+        measures = call is not None and mode == "measure" and self.may_measure and is_first
+        # All times are of cuDNN, and none of calls without elements.
+        is_timed = self.has_cudnn and 0 not in (key.inputs, key.hidden, key.outputs, key.steps, key.rows)
+        for times, source in known.times(key, nearest=not measures) if is_timed else ():
             here = {name: ms for name, ms in times.items() if name in ("torch", *ours)}
-            if len(here) > 1:
+            is_whole = not measures or all(name in here or not self.passes(name) for name in ours)
+            if len(here) > 1 and is_whole:
                 return ranked(here), f"{source}: {described(here)}"
         passed = list(filter(self.passes, ours))
-        if call is None or not measures or not passed:
+        if call is None or not (measures and is_timed and passed):
             return passed, "nothing was measured"
         times, errors = contest.race(call, ["torch", *passed], key.trained)
-        for name, error in errors.items():
-            _keep(_faults, self.kind(name, self.batch), error)
+        for name in errors.keys() - {"torch"}:
+            _keep(_faults, self.kind(name, self.batch), errors[name])
             self.passes(name)  # not any more, which is to be told
         if len(times) > 1:
             known.add(key, times)
@@ -294,7 +332,8 @@ class _Question:
         key, reason = self.key, BACKENDS[name].load().reason
         cell, device, *of = self.of
         plans = (reason(device, cell, *of, batch, *self.rest, backward) for backward in (False, True))
-        return name, device, cell, *of, key.outputs, key.tf32, key.directions, key.form, *plans
+        form = key.inputs > 0, key.outputs, key.tf32, key.products_tf32, key.directions, self.per_direction, key.form
+        return name, device, cell, *of, *form, *plans
 
     def passes(self, name: str) -> bool:
         """Whether nothing is known to be wrong with a backend; with a call that is found out."""
@@ -302,7 +341,8 @@ class _Question:
         if kind not in _faults and self.call is not None:
             alike = self.batch == 0 or self.kind(name, _ROWS) == kind
             rows = _ROWS if alike else self.batch
-            _keep(_faults, kind, contest.fault(self.call, name, rows, self.in_torch, self.key.tf32))
+            tf32 = self.key.tf32 or self.key.products_tf32
+            _keep(_faults, kind, contest.fault(self.call, name, rows, self.in_torch, tf32))
         fault = _faults.get(kind)
         if fault:
             self.failed[name] = fault

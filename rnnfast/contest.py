@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from . import functional
 from .backends import use_backend
+from .border import check_layer
+from .cells import GATES, HAS_CELL_STATE
+from .records import Inputs, names_of
 from .timings import Times
 
 _WARM_UPS, _TIMED, _SECONDS = 2, 5, 0.1  # of a race; its time begins when each has run once
@@ -46,17 +49,33 @@ class Call(NamedTuple):
         with use_backend(backend), torch.set_grad_enabled(trained):
             found = call(self.mode, self.x, self.hx or None, self.weights, **self.options)
         outputs = [t for t in _tensors(found) if t.numel()]
-        if not trained:
+        if not (trained and outputs):
             return outputs
         grads = torch.autograd.grad(outputs, self.tensors, [t.detach() for t in outputs], materialize_grads=True)
-        return [*outputs, *grads]
+        return [*outputs, *(t for t in grads if t.numel())]
+
+    def check(self) -> None:
+        """As the operators of our backends check every layer: raises what they would."""
+        x, hx, options = self.x, list(self.hx), self.options
+        if not options:
+            x, hx = x.unsqueeze(0), [h.unsqueeze(0) for h in hx]
+        bidirectional, layers = options.get("bidirectional", False), options.get("num_layers", 1)
+        directions, per_layer = 1 + bidirectional, len(self.weights) // layers
+        given = (options.get(name) for name in ("batch_sizes", "lengths", "resets"))
+        form = *given, bidirectional, names_of(self.mode, per_layer // directions)
+        for k in range(layers):
+            weights = self.weights[k * per_layer : (k + 1) * per_layer]
+            h0, c0 = (*(h[k * directions : (k + 1) * directions] for h in hx), None, None)[:2]
+            sizes = check_layer(Inputs._make((self.mode, x, h0, c0, *form, weights)))
+            x = x.new_empty(1).expand(*sizes.rows, directions * sizes.P)
 
     def twin(self) -> Call:
         """Of the same sizes, with values of its own."""
         tensors = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in self.tensors]
+        generator = torch.Generator(self.x.device)  # torch's own may serve other threads meanwhile
         for i, t in enumerate(tensors):
-            scale = 1.0 if i <= len(self.hx) else t.size(-1) ** -0.5 if t.dim() > 1 else 0.5
-            t.uniform_(-scale, scale)
+            scale = 1.0 if i <= len(self.hx) else max(t.size(-1), 1) ** -0.5 if t.dim() > 1 else 0.5
+            t.uniform_(-scale, scale, generator=generator)
             if self.mode == "RNN_RELU":  # units that are clearly on or off: at the kink rounding picks the gradient
                 t.abs_()
                 if i > len(self.hx):
@@ -75,24 +94,26 @@ class Call(NamedTuple):
         return self.of([t.detach().double() for t in self.tensors])
 
     def small(self, rows: int) -> Call:
-        """Its first layer over few steps of some rows."""
-        x, options, per_layer = self.x, dict(self.options), len(self.weights)
-        if not options:
-            hx, x = [_like(h, rows) for h in self.hx], _like(x, rows)
-            return self._replace(x=x, hx=hx).twin()
-        per_layer //= options["num_layers"]
-        options["num_layers"] = 1
-        if options["batch_sizes"] is None:
-            x = _like(x, _STEPS, rows)
+        """Its first layer over few steps of some rows, from a state that is given."""
+        x, options, of_rows = self.x, dict(self.options), [rows]
+        count = len(self.weights)
+        if options:
+            count //= options["num_layers"]
+            of_rows, options["num_layers"] = [1 + options["bidirectional"], rows], 1
+            if options["batch_sizes"] is None:
+                x = _like(x, _STEPS, rows)
+            else:
+                options["batch_sizes"] = torch.tensor([rows - t * rows // _STEPS for t in range(_STEPS)])
+                x = _like(x, int(options["batch_sizes"].sum()))
+            if options["lengths"] is not None:
+                options["lengths"] = torch.arange(rows, device=x.device) % (_STEPS + 1)
+            if options["resets"] is not None:
+                options["resets"] = torch.arange(_STEPS * rows, device=x.device).view(_STEPS, rows) % 3 == 0
         else:
-            options["batch_sizes"] = torch.tensor([rows - t * rows // _STEPS for t in range(_STEPS)])
-            x = _like(x, int(options["batch_sizes"].sum()))
-        if options["lengths"] is not None:
-            options["lengths"] = torch.arange(rows, device=x.device) % (_STEPS + 1)
-        if options["resets"] is not None:
-            options["resets"] = torch.arange(_STEPS * rows, device=x.device).view(_STEPS, rows) % 3 == 0
-        hx = [_like(h, 1 + options["bidirectional"], rows) for h in self.hx]
-        return self._replace(x=x, hx=hx, weights=self.weights[:per_layer], options=options).twin()
+            x = _like(x, rows)
+        widths = self.weights[1].size(1), self.weights[0].size(0) // GATES[self.mode]
+        hx = [x.new_empty(*of_rows, width) for width in widths[: 1 + HAS_CELL_STATE[self.mode]]]
+        return self._replace(x=x, hx=hx, weights=self.weights[:count], options=options).twin()
 
 
 def _like(t: Tensor, *sizes: int) -> Tensor:
@@ -106,27 +127,43 @@ def _tensors(value: Any) -> list[Tensor]:
     return [] if value is None else [value]
 
 
+def is_short_of_memory(error: BaseException) -> bool:
+    """Of which no backend is guilty. CUDA's libraries say it in their own words."""
+    return isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in str(error)
+
+
+def _attempt(call: Call, backend: str, trained: bool) -> tuple[list[Tensor], str | None]:
+    """What a backend makes of a call, or what it raises, but where memory is short."""
+    try:
+        found = call.run(backend, trained)
+        _wait(call.x.device)
+        return found, None
+    except Exception as error:
+        if is_short_of_memory(error):
+            raise
+        return [], f"{type(error).__name__}: {error}"
+
+
 def fault(call: Call, backend: str, rows: int, in_torch: bool, tf32: bool) -> str | None:
     """What is wrong with a backend's outputs and gradients in a small call of some rows, if anything.
 
-    As in the tests, they may be off from float64 by twice what torch's kernels are, or where those cannot serve plain
-    torch, plus a few roundings.
+    As in the tests, they may be off from float64 by twice what torch's kernels are, or where those cannot serve or fail
+    plain torch, plus a few roundings.
     """
-    try:
-        small = call.small(rows)
-        exact = small.exact().run("reference", True)
-        baseline = small.run("torch" if in_torch else "reference", True)
-        actual = small.run(backend, True)
-        floor = _FLOOR_OF_TF32 if tf32 else _FLOORS[call.x.dtype]
-        for i, (a, b, e) in enumerate(zip(actual, baseline, exact)):
-            off, of_torch, scale = torch.stack([(a - e).abs().max(), (b - e).abs().max(), e.abs().max()]).tolist()
-            if not off <= 2 * of_torch + floor * scale:  # NaN is no number that this holds for
-                what = "an output" if i < len(actual) - len(small.tensors) else "a gradient"
-                return f"{what} is off by {off:.2e}, torch by {of_torch:.2e}, of {scale:.2e}"
-    except torch.OutOfMemoryError:  # of which it is not guilty
-        raise
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
+    small = call.small(rows)
+    actual, error = _attempt(small, backend, True)
+    if error:
+        return error
+    exact = small.exact().run("reference", True)
+    baseline, error = _attempt(small, "torch", True) if in_torch else ([], "it cannot serve")
+    if error:
+        baseline = small.run("reference", True)
+    floor = _FLOOR_OF_TF32 if tf32 else _FLOORS[call.x.dtype]
+    for a, b, e in zip(actual, baseline, exact):
+        off, of_torch, scale = torch.stack([(a - e).abs().max(), (b - e).abs().max(), e.abs().max()]).tolist()
+        if not off <= 2 * of_torch + floor * scale:  # NaN is no number that this holds for
+            what = "an output" if a.requires_grad else "a gradient"
+            return f"{what} is off by {off:.2e}, torch by {of_torch:.2e}, of {scale:.2e}"
     return None
 
 
@@ -140,13 +177,9 @@ def race(call: Call, backends: Sequence[str], trained: bool) -> tuple[Times, dic
         for name in list(seconds)[:: 1 - 2 * (turn % 2)]:
             _wait(device)
             start = _clock()
-            try:
-                call.run(name, trained)
-                _wait(device)
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:
-                errors[name] = f"{type(error).__name__}: {error}"
+            _, error = _attempt(call, name, trained)
+            if error:
+                errors[name] = error
                 del seconds[name]
                 continue
             seconds[name].append(_clock() - start)

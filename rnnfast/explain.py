@@ -49,7 +49,8 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> Explanation:
     Returns:
         A :class:`Choice` for each call of a module of ours, in the order of the calls; it prints as a table. A
         torch.nn recurrent module is named with the backend ``"torch.nn"``. On a GPU the reason says where the choice
-        came from, and the times: of a call with gradients where they are enabled here, of which this measures none.
+        came from, and the times: of a call with gradients where they are enabled here. The run, which has none, is a
+        call like others: in mode ``"measure"`` it may wait for a race, whose times are of inference.
     """
     found = Explanation()
     recurrent = (nn.RNNBase, nn.RNNCellBase, FlexRNN)
@@ -114,17 +115,19 @@ def _choice(
     projected = outputs < module.hidden_size
     seen, of = circumstances(), (mode, data.device, dtype)
     choose = functools.partial(choose_backend, seen, *of, extended=extended, reset_after=module.reset_after)
-    backend, reason = choose(hidden=module.hidden_size, batch=batch, bidirectional=bidirectional, projected=projected)
     is_derived = any(parameter.requires_grad for parameter in module.parameters())
     if more is not None and seen is USUAL and choose()[0] in choice.RACED:
-        key_of: tuple[Any, ...] = steps, rows, trained and is_derived
+        key_of: tuple[Any, ...] = steps, rows, trained and is_derived, len(module._weights())
         if isinstance(module, _Recurrent):
             form = "packed" if isinstance(input, PackedSequence) else "rectangular"
             form = " ".join((form, *more, *["recompute"] * module.recompute))
             apart = training and module.num_layers > 1 and module.dropout > 0
             key_of += module.num_layers, bidirectional, form, apart
         where = choice.where_of(mode, data.get_device(), dtype, module.input_size, module.hidden_size, outputs, *key_of)
-        backend, reason = choice.explained(where, batch)
+        backend, reason, _ = choice.explained(where, batch)
+    else:
+        of_layer = module.hidden_size, batch, bidirectional, projected
+        backend, reason = choose_backend(seen, *of, *of_layer, extended, reset_after=module.reset_after)
     if backend == "cpu" and steps == 1 and not more and is_derived:
         with torch.enable_grad():
             if module._is_quicker_by_torch(data):

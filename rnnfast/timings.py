@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import tempfile
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -17,6 +18,8 @@ from typing import Any, NamedTuple, get_type_hints
 import torch
 
 MOST = 4096  # measurements in a file: the oldest go first
+_MOST_BYTES = 1 << 24  # of a file that is read
+_FARTHEST = 3  # octaves from an entry of a shipped table to a call that goes by it
 NOISE = 0.95  # ours are taken below this share of the time of torch's
 Times = dict[str, float]  # of a call, by backend, in milliseconds
 
@@ -81,10 +84,10 @@ class Known:
         """What was measured, and where: here, and if the nearest will do, on such a GPU."""
         if key in self.measured:
             yield dict(self.measured[key]), "measured here"
-        if nearest and key.form != "cell" and key.steps * key.rows:
+        if nearest and key.form != "cell":
             alike = [other for other in self.shipped if _kind(other) == _kind(key)]
-            if alike:
-                found = min(alike, key=lambda other: _distance(key, other))
+            found = min(alike, key=lambda other: _distance(key, other), default=None)
+            if found is not None and _distance(key, found) <= _FARTHEST:
                 yield dict(self.shipped[found]), f"by the table of {self.name}, {found}"
 
     def add(self, key: Key, times: Times) -> None:
@@ -106,7 +109,7 @@ def _fingerprint(gpu: str) -> dict[str, str]:
     from . import __version__
 
     try:
-        driver = Path("/proc/driver/nvidia/version").read_text().splitlines()[0]
+        driver = Path("/proc/driver/nvidia/version").read_text(errors="replace").splitlines()[0]
     except (OSError, IndexError):
         driver = ""
     try:
@@ -142,6 +145,8 @@ _TYPES = list(get_type_hints(Key).values())
 def read(path: Path, of: dict[str, str]) -> dict[Key, Times]:
     """The times in a file, if it is one of these; else none."""
     try:
+        if not path.is_file() or path.stat().st_size > _MOST_BYTES:  # a pipe would be waited for
+            return {}
         content, found = json.loads(path.read_text()), {}
         if content["of"] != of:
             return {}
@@ -159,7 +164,8 @@ def write(path: Path, of: dict[str, str], times: dict[Key, Times]) -> None:
     """As a whole: who reads meanwhile reads the file of before."""
     lines = ",\n".join(json.dumps([*key, by]) for key, by in times.items())
     path.parent.mkdir(parents=True, exist_ok=True)
-    own = path.with_suffix(f".{os.getpid()}")
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+        own = Path(file.name)
     try:
         own.write_text(f'{{"of": {json.dumps(of)}, "times": [\n{lines}\n]}}\n')
         own.replace(path)

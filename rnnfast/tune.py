@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import shutil
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 import rnnfast
 
-from . import choice, functional
+from . import choice, contest, functional
 from .backends import USUAL, choose_backend
 from .timings import Key, Times, known_of
 
@@ -58,6 +60,9 @@ def tune(args: argparse.Namespace) -> int:
     device = args.device
     if device.type == "cuda" and device.index is None and torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
+    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()) > 0:
+        print(f"there is no {device}: torch finds {count} GPU(s)", file=sys.stderr)
+        return 1
     backend, why = choose_backend(USUAL, "LSTM", device, torch.float32)
     if backend not in choice.RACED:
         print(f"nothing to choose on {device}: {why}", file=sys.stderr)
@@ -68,26 +73,31 @@ def tune(args: argparse.Namespace) -> int:
     for done, (cell, dtype, (T, N, I, H), layers, directions, mode) in enumerate(calls):
         _show(done, len(calls), f"{cell} {dtype} {mode} {T}x{N}x{I}x{H}")
         options = {"bidirectional": directions == 2, "device": device, "dtype": getattr(torch, dtype)}
-        module = getattr(rnnfast, cell)(I, H, layers, **options)
-        rows.append(_race(module, T, N, mode == "train"))
+        rows.append(_race(cell, (T, N, I, H), layers, mode == "train", options))
     _show(len(calls), len(calls), "")
     _print(rows)
     print(f"\n{choice.known_on(device)}")
     return 0
 
 
-def _race(module: rnnfast.LSTM, T: int, N: int, trained: bool) -> tuple[Key, Times, str]:
-    weights, layers, bidirectional = module._flat_weights, module.num_layers, module.bidirectional
-    x = weights[0].new_zeros(T, N, module.input_size)
-    where = choice.where_of(
-        module.mode, x.get_device(), x.dtype, module.input_size, module.hidden_size, module.hidden_size, T, N, trained,
-        layers, bidirectional, "rectangular",
-    )  # fmt: skip
-    device, _, key = choice.parts_of(where)
+def _race(
+    cell: str, sizes: tuple[int, ...], layers: int, trained: bool, options: dict[str, Any]
+) -> tuple[Key, Times, str]:
+    T, N, I, H = sizes
+    mode, device, bidirectional = "RNN_TANH" if cell == "RNN" else cell, options["device"], options["bidirectional"]
+    count = 4 * layers * (1 + bidirectional)
+    of_stack = trained, count, layers, bidirectional, "rectangular"
+    index = -1 if device.type == "cpu" else device.index
+    where = choice.where_of(mode, index, options["dtype"], I, H, H, T, N, *of_stack)
+    _, key, *_ = choice.parts_of(where)
     try:
+        weights = getattr(rnnfast, cell)(I, H, layers, **options)._flat_weights
         with torch.set_grad_enabled(trained):
-            functional.rnn(module.mode, x, None, weights, num_layers=layers, bidirectional=bidirectional)
-    except torch.OutOfMemoryError:
+            x = weights[0].new_zeros(T, N, I)
+            functional.rnn(mode, x, None, weights, num_layers=layers, bidirectional=bidirectional)
+    except RuntimeError as error:
+        if not contest.is_short_of_memory(error):
+            raise
         return key, {}, "out of memory"
     return key, known_of(device).measured.get(key, {}), choice.explained(where, N).backend
 
@@ -97,8 +107,9 @@ def _show(done: int, count: int, what: str, width: int = 30) -> None:
     if sys.stderr.isatty():
         filled = width * done // count
         end = "" if done < count else "\n"
-        text = f"\r[{'#' * filled}{'.' * (width - filled)}] {done}/{count} {what}"
-        print(f"{text:<100}", end=end, file=sys.stderr, flush=True)
+        text = f"[{'#' * filled}{'.' * (width - filled)}] {done}/{count} {what}"
+        columns = shutil.get_terminal_size().columns - 1  # in the last one some terminals go to the next line
+        print(f"\r{text:<{columns}.{columns}}", end=end, file=sys.stderr, flush=True)
 
 
 def _print(rows: Sequence[tuple[Key, Times, str]]) -> None:
