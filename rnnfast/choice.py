@@ -127,7 +127,7 @@ def choose(
     weights: Sequence[Tensor], **options: Any,
 ) -> str:  # fmt: skip
     """What serves a call of ``functional.rnn``, or without options of ``functional.cell``, in place of a backend."""
-    if seen is not USUAL or (_dispatch_modes() and type(x) is not Tensor):  # as fake tensors, which have no sizes
+    if seen is not USUAL or (_dispatch_modes() and type(x) is not Tensor):  # a fake tensor's sizes may be symbols
         in_torch = mode in OF_TORCH and bool(options) and not seen.transformed and not torch.compiler.is_exporting()
         in_torch = in_torch and all(options[name] is None or options[name] is False for name in _NOT_OF_TORCH)
         return backend if seen.forced else _untried(backend, mode, x.device, x.dtype, in_torch)
@@ -149,18 +149,9 @@ def choose(
         apart = options["dropout"] > 0 and options["training"] and options["num_layers"] > 1
         more = options["num_layers"], options["bidirectional"], form, apart
     where = where_of(
-        mode,
-        x.get_device(),
-        x.dtype,
-        width,
-        w_hh[0] // GATES[mode],
-        w_hh[-1],
-        steps,
-        rows,
-        trained,
-        len(weights),
+        mode, x.get_device(), x.dtype, width, w_hh[0] // GATES[mode], w_hh[-1], steps, rows, trained, len(weights),
         *more,
-    )
+    )  # fmt: skip
     found = _settled.get(where)
     if found is None or not found.is_final:
         found = _settle(where, Call(mode, x, [t for t in (h0, c0) if t is not None], weights, options))

@@ -126,8 +126,8 @@ def _choice(
         where = choice.where_of(mode, data.get_device(), dtype, module.input_size, module.hidden_size, outputs, *key_of)
         backend, reason, _ = choice.explained(where, batch)
     else:
-        of_layer = module.hidden_size, batch, bidirectional, projected
-        backend, reason = choose_backend(seen, *of, *of_layer, extended, reset_after=module.reset_after)
+        projection = {"bidirectional": bidirectional, "projected": projected}
+        backend, reason = choose(hidden=module.hidden_size, batch=batch, **projection)
     if backend == "cpu" and steps == 1 and not more and is_derived:
         with torch.enable_grad():
             if module._is_quicker_by_torch(data):

@@ -87,6 +87,10 @@ def problem(rows: int = 16, **options: Any) -> tuple[nn.Module, Tensor]:
     return rnnfast.GRU(4, 20, **options), torch.randn(5, rows, 4)
 
 
+def unmeasured() -> list[choice.Decision]:
+    return [found for found in choice._settled.values() if not found.is_final]
+
+
 def known() -> dict[timings.Key, timings.Times]:
     return timings.known_of(CPU).measured
 
@@ -282,7 +286,7 @@ def test_nothing_runs_within_a_backward(contenders: Contest, monkeypatch: pytest
     y = checkpoint(lambda x: module(x)[0], x, use_reentrant=True)
     first = len(contenders.ran)
     y.sum().backward()
-    assert len(contenders.ran) == first and contenders.served[-1] == "cuda" and len(choice._unmeasured) == 1
+    assert len(contenders.ran) == first and contenders.served[-1] == "cuda" and len(unmeasured()) == 1
 
 
 def test_nothing_runs_while_compiled_or_transformed(contenders: Contest, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -362,17 +366,175 @@ def test_deterministic_algorithms_are_not_chosen_by_time(contenders: Contest, mo
     try:
         with torch.no_grad():
             assert served_by(contenders, module, x) == "cuda" and len(known()) == 1
+        assert served_by(contenders, module, x) == "cuda"  # what is known is of cuDNN, too
     finally:
         torch._C._set_cudnn_enabled(True)
 
 
-def test_memory_that_is_short_bans_nothing(contenders: Contest, monkeypatch: pytest.MonkeyPatch) -> None:
+MEMORY = [torch.OutOfMemoryError("full"), RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED")]
+
+
+@pytest.mark.parametrize("error", MEMORY, ids=str)
+def test_memory_that_is_short_bans_nothing(
+    contenders: Contest, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
     module, x = problem()
     with monkeypatch.context() as patch:
-        patch.setattr(contest.Call, "twin", lambda call: (_ for _ in ()).throw(torch.OutOfMemoryError("full")))
+        patch.setattr(contest.Call, "twin", lambda call: (_ for _ in ()).throw(error))
         assert served_by(contenders, module, x) == "cuda" and not choice._faults
     contenders.cost["cuda"] = 3.0
+    assert served_by(contenders, module, x) == "cuda" and not contenders.ran  # it is not tried at every call
+    choice.forget()
     assert served_by(contenders, module, x) == "torch"
+
+
+@pytest.mark.parametrize("fails_at", (9, 16), ids=("check", "race"))
+def test_what_torch_fails_ours_serve(contenders: Contest, monkeypatch: pytest.MonkeyPatch, fails_at: int) -> None:
+    run = contest.Call.run
+
+    def fail(call: contest.Call, backend: str, trained: bool) -> list[Tensor]:
+        if backend == "torch" and call.x.size(-2) >= fails_at:
+            raise RuntimeError("CUDNN_STATUS_NOT_SUPPORTED")
+        return run(call, backend, trained)
+
+    monkeypatch.setattr(contest.Call, "run", fail)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert served_by(contenders, *problem()) == "cuda"
+    assert list(choice._faults.values()) == [None]
+
+
+def test_a_module_that_does_not_import_is_banned(contenders: Contest, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(backend: Any) -> None:
+        raise ImportError("libtriton.so")
+
+    monkeypatch.setattr(chooser.Backend, "load", load)
+    module, x = problem()
+    with pytest.warns(
+        RuntimeWarning, match="'cuda' is not used for this kind of GRU in .*: ImportError: libtriton"
+    ) as told:
+        assert served_by(contenders, module, x) == "torch" == served_by(contenders, module, x[:2])
+    assert len(told) == 1 and "cuda has failed" in rnnfast.explain(module, x)[0].reason
+
+
+WEIGHTS = [torch.randn(60, 4), torch.randn(60, 20), torch.randn(60), torch.randn(60)]
+WRONG: dict[str, tuple[Callable[[], Any], str]] = {
+    "bias": (
+        lambda: functional.rnn("GRU", torch.randn(5, 16, 4), None, [*WEIGHTS[:3], torch.randn(59)]),
+        r"bias_hh has shape \[59\]",
+    ),
+    "bias of a cell": (
+        lambda: functional.cell("GRU", torch.randn(16, 4), None, [*WEIGHTS[:3], torch.randn(59)]),
+        r"bias_hh has shape \[59\]",
+    ),
+    "batch_sizes": (
+        lambda: functional.rnn("GRU", torch.randn(40, 4), None, WEIGHTS, batch_sizes=torch.tensor([12, 16, 12])),
+        "batch_sizes has to be positive and must not increase",
+    ),
+    "no batch_sizes": (
+        lambda: functional.rnn("GRU", torch.randn(0, 4), None, WEIGHTS, batch_sizes=torch.zeros(0).long()),
+        "batch_sizes has to be a vector",
+    ),
+    "one dimension": (lambda: functional.rnn("GRU", torch.randn(4), None, WEIGHTS), "dimension"),
+    "two dimensions": (lambda: functional.rnn("GRU", torch.randn(5, 4), None, WEIGHTS), "x has 2 dimensions"),
+    "four dimensions": (lambda: functional.rnn("GRU", torch.randn(5, 1, 9, 4), None, WEIGHTS), "x has 4 dimensions"),
+}
+
+
+@pytest.mark.parametrize("of", WRONG)
+def test_a_wrong_call_is_refused_and_bans_nothing(contenders: Contest, of: str) -> None:
+    call, text = WRONG[of]
+    with pytest.raises((RuntimeError, IndexError), match=text):
+        call()
+    assert not choice._faults and not contenders.ran
+
+
+def test_calls_without_elements_are_checked_alone(contenders: Contest) -> None:
+    """In either order, with calls of the same units that have some."""
+    empty = (0, 20), (4, 20), (0, 20), (4, 0), (0, 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for sizes in (empty, empty[1:]):
+            choice._faults.clear()
+            choice.forget()
+            for inputs, hidden in sizes:
+                for cell in (rnnfast.GRUCell, rnnfast.LSTMCell):
+                    found = cell(inputs, hidden)(torch.randn(16, inputs))
+                    assert (found if cell is rnnfast.GRUCell else found[0]).shape == (16, hidden)
+        weights = [torch.randn(60, 0), *WEIGHTS[1:]]
+        assert functional.rnn("GRU", torch.randn(5, 16, 0), None, weights)[0].shape == (5, 16, 20)
+        timings.known_of(CPU).shipped = timings.read(H200, {"gpu": "NVIDIA H200"})
+        rnnfast.set_choice("table")
+        assert functional.rnn("GRU", torch.randn(5, 16, 0), None, weights)[0].shape == (5, 16, 20)
+    assert not any(choice._faults.values()) and {key.inputs for key in known()} == {4}
+
+
+@pytest.mark.parametrize("given", ("state", "no bias"))
+def test_states_and_biases_are_checked(contenders: Contest, monkeypatch: pytest.MonkeyPatch, given: str) -> None:
+    forward = rnnfast.cuda.forward
+
+    def wrong(inputs: Any, *args: Any) -> Any:
+        found = forward(inputs, *args)
+        if inputs.h0 is not None if given == "state" else len(inputs.weights) == 2:
+            found.y[-1, 0, 0] += 0.1
+        return found
+
+    monkeypatch.setattr(rnnfast.cuda, "forward", wrong)
+    if given == "no bias":
+        assert served_by(contenders, *problem()) == "cuda"
+    with pytest.warns(RuntimeWarning, match="'cuda' is not used"):
+        assert served_by(contenders, *problem(bias=given == "state")) == "torch"
+
+
+def test_what_is_banned_serves_nowhere(contenders: Contest, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x = problem()
+    with monkeypatch.context() as patch:
+        patch.setattr(choice, "_is_captured", lambda x: True)
+        assert served_by(contenders, module, x) == "cuda"
+    broken(monkeypatch, "wrong")
+    with pytest.warns(RuntimeWarning, match="'cuda' is not used"):
+        module(torch.randn(20, 16, 4))
+    monkeypatch.setattr(choice, "_is_captured", lambda x: True)
+    assert served_by(contenders, module, x) == "torch"
+
+
+def test_where_no_thread_starts_nothing_is_measured(contenders: Contest, monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    module, x = problem()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start)
+        assert served_by(contenders, module, x) == "cuda" and not contenders.ran
+    contenders.cost["cuda"] = 3.0
+    assert served_by(contenders, module, x) == "torch"
+
+
+def test_what_is_known_holds_under_modes(contenders: Contest) -> None:
+    contenders.cost["cuda"] = 3.0
+    module, x = problem()
+    module(x)
+    first = len(contenders.ran)
+    for _ in range(2):  # what is settled, and the tables
+        contenders.served.clear()
+        with FlopCounterMode(display=False):
+            module(x)
+        assert contenders.served == ["torch"] and len(contenders.ran) == first
+        choice.forget()
+
+
+def test_contests_leave_the_generator_to_other_threads(contenders: Contest, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, drawn = contest.Call.run, []
+
+    def draw(call: contest.Call, backend: str, trained: bool) -> list[Tensor]:
+        drawn.append(torch.rand(1).item())  # as another thread would
+        return run(call, backend, trained)
+
+    monkeypatch.setattr(contest.Call, "run", draw)
+    module, x = problem()
+    for rows in (16, 64):
+        module(x.repeat(1, rows // 16, 1))
+    assert len(set(drawn)) == len(drawn) > 20
 
 
 def test_no_rows_are_not_raced(contenders: Contest) -> None:
@@ -446,6 +608,54 @@ def test_a_folder_that_cannot_be_written(contenders: Contest, monkeypatch: pytes
     module, x = problem()
     assert served_by(contenders, module, x) == "cuda" and len(known()) == 1
     assert served_by(contenders, module, x) == "cuda" and contenders.races() == 7
+
+
+@pytest.mark.parametrize("what", ("pipe", "folder", "link to nothing", "huge"))
+def test_what_is_no_file_of_times_is_not_read(contenders: Contest, tmp_path: Path, what: str) -> None:
+    path = timings.known_of(CPU).path
+    path.parent.mkdir(parents=True)
+    if what == "pipe":
+        os.mkfifo(path)
+    elif what == "folder":
+        path.mkdir()
+    elif what == "huge":
+        with path.open("w") as file:
+            file.truncate(1 << 40)  # which takes no room
+    else:
+        path.symlink_to(tmp_path / "nothing")
+    choice.forget()
+    assert served_by(contenders, *problem()) == "cuda" and contenders.races() == 7
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name] and path.is_file() == (what != "folder")
+
+
+def test_writers_of_one_process_do_not_meet(tmp_path: Path) -> None:
+    path, of, times = tmp_path / "times.json", {"gpu": "any"}, {"torch": 1.0}
+    key = timings.Key("GRU", "float32", True, False, 4, 20, 20, 1, 1, "rectangular", False, True, 8, 16)
+    errors: list[Exception] = []
+
+    def write(count: int) -> None:
+        try:
+            for _ in range(40):
+                timings.write(path, of, {key._replace(layers=layers): times for layers in range(count)})
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=write, args=(count,)) for count in (500, 5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(HANG)
+    assert not errors and len(timings.read(path, of)) in (500, 5) and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_contender_without_a_time_is_raced(contenders: Contest) -> None:
+    module, x = problem()
+    module(x)
+    of = timings.known_of(CPU)
+    ((key, _),) = known().items()
+    timings.write(of.path, of.fingerprint, {key: {"torch": 2.0, "triton": 1.0}})
+    choice.forget()
+    assert served_by(contenders, module, x) == "cuda" and contenders.races() == 14 and "cuda" in known()[key]
 
 
 def test_another_driver_knows_nothing(contenders: Contest, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -569,13 +779,14 @@ def test_a_table_is_read_by_the_nearest_entry(contenders: Contest, monkeypatch: 
         return timings.ranked(times)
 
     assert best() == [] and best(rows=64) == ["cuda"]
-    assert best(rows=128, inputs=7, steps=1024, dtype="float16") in ([], ["cuda"])
+    assert best(rows=128, inputs=7, steps=512, dtype="float16") in ([], ["cuda"])
     assert best(hidden=600, outputs=600) == [] and best(rows=2, form="packed") == ["cuda"]
     assert best(cell="RNN_RELU", rows=64, hidden=256) == ["cuda"]
     assert best(dtype="float32", hidden=100, rows=16) == [] == best(dtype="float32", tf32=True, hidden=100, rows=16)
     assert not list(of.times(key._replace(dtype="float64"), nearest=True))
     assert not list(of.times(key._replace(form="cell", steps=1), nearest=True))
     assert not list(of.times(key, nearest=False))
+    assert not list(of.times(key._replace(steps=1), nearest=True))  # all too far
 
 
 @pytest.mark.parametrize("what", ("ms", "gpu_ms"))
@@ -588,6 +799,7 @@ def test_decisions_over_the_bench_are_near_the_best(
     assert len(rows) == 104
     monkeypatch.setattr(contest, "fault", lambda *args: None)
     monkeypatch.setattr(contest.Call, "twin", lambda call: call)
+    monkeypatch.setattr(contest.Call, "check", lambda call: None)  # there are weights of one layer alone
 
     def run(call: contest.Call, backend: str, trained: bool) -> None:
         contenders.now += contenders.cost[backend] / 1e3
@@ -635,7 +847,7 @@ def test_single_steps_of_triton_are_left_to_torch(gpus: Callable[..., None], mon
     chip = SimpleNamespace(plan_on=None)
     monkeypatch.setattr(chooser.Backend, "load", lambda backend: chip)
     chip.reason = lambda *args: "stepwise: of a test"
-    where = choice.where_of("LSTM", 0, torch.float32, 512, 512, 512, 9, 8, False, 1, False, "rectangular")
+    where = choice.where_of("LSTM", 0, torch.float32, 512, 512, 512, 9, 8, False, 4, 1, False, "rectangular")
     try:
         for mode, backend in (("table", "torch"), ("measure", "torch"), ("ours", "triton")):
             rnnfast.set_choice(mode)
@@ -662,6 +874,7 @@ def test_tune_fills_the_table_and_prints_it(
     contenders: Contest, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "80")
     options = "--cells GRU RNN --dtypes float32 --shapes 5x16x20 5x16x4x20 --directions 1 2 --layers 2"
     assert command.main(["tune", "--device", "cpu", *options.split()]) == 0
     assert len(known()) == 2 * 2 * 2 * 2
@@ -670,21 +883,23 @@ def test_tune_fills_the_table_and_prints_it(
     assert lines[0].split() == ["call", "torch", "ms", "cuda", "ms", "speedup", "serves"]
     row = "GRU float32 TF32 infer 8x16x4x20 layers=2 bidirectional"
     assert next(line for line in lines if line.startswith(row)).split()[-4:] == ["2", "1", "2.00", "cuda"]
-    assert lines[-1].startswith("CPU (cpu): known are 16 times measured here, in ")
+    assert lines[-1].startswith("CPU (cpu): 16 times measured here, in ")
     bars = err.split("\r")[1:]
+    assert max(len(bar.rstrip("\n")) for bar in bars) < 80
     assert len(bars) == 17 and bars[8].startswith(f"[{'#' * 15}{'.' * 15}] 8/16 RNN float32") and err.endswith("\n")
     first = len(contenders.ran)
     assert command.main(["tune", "--device", "cpu", *options.split()]) == 0
     assert len(contenders.ran) == first and capsys.readouterr().out == out  # all was known
 
 
+@pytest.mark.parametrize("of, name", [(functional, "rnn"), (rnnfast, "GRU")])
 def test_tune_goes_on_where_memory_is_short(
-    contenders: Contest, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    contenders: Contest, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, of: Any, name: str
 ) -> None:
     def full(*args: Any, **kwargs: Any) -> None:
         raise torch.OutOfMemoryError("full")
 
-    monkeypatch.setattr(functional, "rnn", full)
+    monkeypatch.setattr(of, name, full)
     options = "--device cpu --cells GRU --dtypes float32 --modes infer --shapes 5x16x20"
     assert command.main(["tune", *options.split()]) == 0
     assert "GRU float32 TF32 infer 8x16x20x20" in (out := capsys.readouterr().out) and "out of memory" in out
@@ -711,13 +926,19 @@ def test_tune_needs_a_gpu(gpus: Callable[..., None], capsys: pytest.CaptureFixtu
     assert capsys.readouterr().err == "nothing to choose on cuda: torch finds no GPU that it can use\n"
 
 
+def test_tune_names_the_gpus_that_there_are(gpus: Callable[..., None], capsys: pytest.CaptureFixture) -> None:
+    gpus((9, 0))
+    assert command.main(["tune", "--device", "cuda:7"]) == 1
+    assert capsys.readouterr().err == "there is no cuda:7: torch finds 1 GPU(s)\n"
+
+
 def test_what_is_known_of_a_gpu(contenders: Contest) -> None:
     assert choice.known_on(CPU) == (
-        "CPU (cpu): known are nothing, which `python -m rnnfast tune` changes; the choice is 'measure'"
+        "CPU (cpu): no times, `python -m rnnfast tune` measures them; the choice is 'measure'"
     )
     timings.known_of(CPU).shipped = timings.read(H200, {"gpu": "NVIDIA H200"})
     module, x = problem()
     module(x)
     path = timings.known_of(CPU).path
     known_now = f"128 times shipped and 1 times measured here, in {path}"
-    assert choice.known_on(CPU) == f"CPU (cpu): known are {known_now}; the choice is 'measure'"
+    assert choice.known_on(CPU) == f"CPU (cpu): {known_now}; the choice is 'measure'"
