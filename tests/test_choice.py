@@ -486,6 +486,19 @@ def test_states_and_biases_are_checked(contenders: Contest, monkeypatch: pytest.
         assert served_by(contenders, *problem(bias=given == "state")) == "torch"
 
 
+def test_products_in_tf32_are_checked_anew(contenders: Contest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Either switch brings the floor of TF32."""
+    floors = []
+    monkeypatch.setattr(contest, "fault", lambda call, backend, rows, in_torch, tf32: floors.append(tf32))
+    rnnfast.set_choice("ours")
+    module, x = problem()
+    for switches in itertools.product((False, True), repeat=2):
+        tf32 = dict(zip(("rnn", "matmul"), switches))
+        monkeypatch.setattr(choice, "_precision", lambda device, of, tf32=tf32: "tf32" if tf32[of] else "ieee")
+        module(x)
+    assert floors == [False, True, True, True] and len(choice._faults) == 4
+
+
 def test_what_is_banned_serves_nowhere(contenders: Contest, monkeypatch: pytest.MonkeyPatch) -> None:
     module, x = problem()
     with monkeypatch.context() as patch:
@@ -668,6 +681,14 @@ def test_another_driver_knows_nothing(contenders: Contest, monkeypatch: pytest.M
     contenders.cost["cuda"] = 3.0
     assert served_by(contenders, module, x) == "torch"
     assert before.exists() and timings.known_of(CPU).path.exists() and timings.known_of(CPU).path != before
+
+
+def test_a_driver_may_name_itself_in_any_bytes(contenders: Contest, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = Path(timings.known_of(CPU).path.parent.parent, "version")
+    driver.parent.mkdir(parents=True, exist_ok=True)
+    driver.write_bytes(b"NVRM \xff 580\nGCC")
+    monkeypatch.setattr(timings, "Path", lambda *parts: driver if "nvidia/version" in str(parts[0]) else Path(*parts))
+    assert timings._fingerprint("any")["driver"] == "NVRM \ufffd 580"
 
 
 def test_tables_are_bounded(contenders: Contest, monkeypatch: pytest.MonkeyPatch) -> None:
