@@ -32,6 +32,7 @@ class Value:
     """What an operation makes of others; or, with no operation, an input of a step. In order of ``number``."""
 
     __slots__ = ("args", "name", "number", "op")
+    op: str
 
     def __init__(self, op: str, *args: Any, name: str = "") -> None:
         for place, arg in enumerate(args):
@@ -937,9 +938,9 @@ def peephole_lstm(x, a, s, w):
     return o * tanh(c), c
 
 
-for _declared in (rnn_tanh, rnn_relu, lstm, gru, peephole_lstm):
-    CELLS[_declared.mode] = _declared
-    _declared.twin = _declared.mode
+CELLS |= {declared.mode: declared for declared in (rnn_tanh, rnn_relu, lstm, gru, peephole_lstm)}
+for _mode in CELLS:
+    CELLS[_mode].twin = _mode
 
 
 # Others, of which FlexRNN makes layers.
@@ -963,8 +964,8 @@ def relu_lstm(x, a, s):
 
 
 # Beck et al., "xLSTM: Extended Long Short-Term Memory", 2024, equations 8 to 17. The gates are exponentials, kept
-# within bounds by m; the normaliser n is 0 before the first step only, where m is that step's own. There log_f - m has no
-# bound: the authors' code takes no f above 1, and here the exponent is held, so that its gradient is finite too.
+# within bounds by m; the normaliser n is 0 before the first step only, where m is that step's own and no bound of log_f.
+# The authors' code takes no f above 1; it is the exponent that is held here, so that the gradient is finite too.
 @cell(gates="i f z o", states="h c n m")
 def slstm(x, a, s):
     """The sLSTM of xLSTM, whose heads are ``num_heads`` of FlexRNN."""
