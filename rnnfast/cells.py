@@ -964,7 +964,7 @@ def relu_lstm(x, a, s):
 
 
 # Beck et al., "xLSTM: Extended Long Short-Term Memory", 2024, equations 8 to 17. The gates are exponentials, kept
-# within bounds by m; the normaliser n is 0 before the first step only, where m is that step's own and no bound of log_f.
+# within bounds by m; the normaliser n is 0 before the first step only, where m is that step's own and bounds no log_f.
 # The authors' code takes no f above 1; it is the exponent that is held here, so that the gradient is finite too.
 @cell(gates="i f z o", states="h c n m")
 def slstm(x, a, s):

@@ -337,7 +337,7 @@ JUMPING |= {"minimum": lambda v: torch.minimum(v, 3 * v), "maximum": lambda v: t
 
 @pytest.mark.parametrize("name", [*SMOOTH_OF_TORCH, *JUMPING])
 def test_edges(name: str) -> None:
-    """Values, and gradients by autograd and by the primitives' own rules, as torch's; of smooth functions second ones."""
+    """Values, and gradients by autograd and by the primitives' rules, as torch's; of smooth functions second ones."""
     function = {**SMOOTH_OF_TORCH, **JUMPING}[name]
     of = cell(gates="g")(lambda x, a, s: function(x.g))
     v, w = EDGES.clone().requires_grad_(), EDGES.clone().requires_grad_()

@@ -193,7 +193,7 @@ def assert_same_or_zero(found: dict[str, Tensor], expected: dict[str, Tensor]) -
 @on_each
 @pytest.mark.parametrize("form", OF_FORM)
 @pytest.mark.parametrize("paper", PAPERS, ids=lambda paper: paper.__name__)
-@pytest.mark.few(2, "kernels", "form", "paper")
+@pytest.mark.few(1, "kernels", "form", "paper")
 def test_cells_as_in_their_papers(kernels: str, paper: Callable[..., Any], form: str) -> None:
     cell = getattr(cells, paper.__name__)
     net = FlexRNN(cell, I, H, bidirectional=True, dtype=DOUBLE)
@@ -252,7 +252,7 @@ class AsTorchs(torch.nn.Module):
 @on_each
 @pytest.mark.parametrize("form", [*FORMS, "batch-first", "unbatched", "states"])
 @pytest.mark.parametrize("name", OF_TORCH)
-@pytest.mark.few(2, "kernels", "form", "name")
+@pytest.mark.few(1, "kernels", "form", "name")
 def test_torchs_cells_written_anew(kernels: str, name: str, form: str) -> None:
     """The same parameters by the same names, and the same results."""
     options = {"num_layers": 2, "bidirectional": True, "dtype": DOUBLE, "batch_first": form == "batch-first"}
@@ -506,6 +506,7 @@ def test_min_lstm_of_small_gates(kernels: str) -> None:
 
 @on_each
 @pytest.mark.parametrize("recurrent", ["dense", "none"])
+@pytest.mark.few(1, "kernels", "recurrent")
 def test_what_lies_beyond_the_lengths_is_nothing(kernels: str, recurrent: str) -> None:
     net = FlexRNN(cells.slstm, I, H, 2, bidirectional=True, recurrent=recurrent, dtype=DOUBLE)
     lengths = torch.tensor([2, 5, 0, 4])
