@@ -25,7 +25,7 @@ def slstm(x, a, s):
     log_f = logsigmoid(x.f + a.f) + s.m
     m = torch.where(s.n > 0, torch.maximum(log_f, log_i), log_i)
     i = torch.exp(log_i - m)
-    f = torch.exp(log_f - m)
+    f = torch.exp(torch.clamp(log_f - m, max=0.0))
     c = f * s.c + i * torch.tanh(x.z + a.z)
     n = f * s.n + i
     return torch.sigmoid(x.o + a.o) * c / n, c, n, m

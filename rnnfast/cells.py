@@ -32,12 +32,20 @@ class Value:
     """What an operation makes of others; or, with no operation, an input of a step. In order of ``number``."""
 
     __slots__ = ("args", "name", "number", "op")
+    op: str
 
     def __init__(self, op: str, *args: Any, name: str = "") -> None:
-        for arg in args:
+        for place, arg in enumerate(args):
             if not isinstance(arg, (Value, int, float)):
                 kind = type(arg).__name__
                 raise TypeError(f"a cell computes with its values and Python's numbers, not with a {kind}: {_BRING_IN}")
+            is_condition = isinstance(arg, Value) and arg.op in _COMPARISONS
+            if is_condition != (op == "where" and place == 0):
+                raise TypeError(
+                    _NO_NUMBER if is_condition else "where() needs a comparison, such as a > 0, to choose by"
+                )
+            if not isinstance(arg, Value):
+                float(arg)  # of an int beyond all floats an error, which names the line
         self.op, self.args, self.name = op, args, name
         self.number = next(_numbers)
 
@@ -90,22 +98,41 @@ class Value:
     def __bool__(self) -> bool:
         raise TypeError("a cell cannot branch on a value: use where(condition, this, that)")
 
+    def __abs__(self) -> Value:
+        return Value("abs", self)
+
     def __pow__(self, exponent: Any) -> Value:
-        if exponent not in _POWERS:
-            raise TypeError(f"a cell raises to the powers {', '.join(map(str, _POWERS))}, not {exponent!r}")
-        return _POWERS[exponent](self)
+        return _power(self, exponent)
+
+    def __rpow__(self, base: Any) -> Value:
+        return _power(base, self)
 
     # The rest is what a cell is refused, and torch's functions and methods.
+
+    __array_ufunc__ = None  # numbers of NumPy's leave the operators to Value
 
     def __repr__(self) -> str:
         if _in_cell.get():
             raise TypeError("a cell cannot print a value: it runs once, before there are any numbers")
         return f"<{self.op or self.name} of a cell>"
 
+    def __format__(self, _: str) -> str:
+        return repr(self)
+
     def _refuse_in_place(self, *_: Any) -> Any:
         raise TypeError("a cell cannot change a value in place: make a new one, as in b = a + 1")
 
-    __iadd__ = __isub__ = __imul__ = __itruediv__ = __setitem__ = _refuse_in_place
+    __iadd__ = __isub__ = __imul__ = __itruediv__ = __ipow__ = __setitem__ = _refuse_in_place
+
+    def _refuse_logic(self, *_: Any) -> Any:
+        raise TypeError("a cell has no &, | and ~: put where() into where(), as in where(p, where(q, a, b), b)")
+
+    __and__ = __rand__ = __or__ = __ror__ = __xor__ = __rxor__ = __invert__ = _refuse_logic
+
+    def _refuse_rest(self, *_: Any) -> Any:
+        raise TypeError("a cell has no % and //: their steps have no gradient")
+
+    __mod__ = __rmod__ = __floordiv__ = __rfloordiv__ = _refuse_rest
 
     def _refuse_elements(self, *_: Any) -> Any:
         raise TypeError(f"a cell cannot look into a value: {_BY_ITSELF}")
@@ -118,10 +145,11 @@ class Value:
     __float__ = __int__ = __index__ = __array__ = _refuse_number
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        if name.startswith("__"):
+        if name.startswith("_"):
             raise AttributeError(name)
         if name in ("item", "tolist", "numpy"):
             self._refuse_number()
+        _known(name)  # at once: whatever it is, an attribute would be true
         return functools.partial(_of_torch, name, self)
 
     @classmethod
@@ -131,6 +159,8 @@ class Value:
 
 _BRING_IN = "bring it in with the input, or declare it in weights or scalars"
 _BY_ITSELF = "it is a step of each unit of each row by itself"
+_COMPARISONS = ("less", "less_equal")
+_NO_NUMBER = "a cell cannot compute with what a comparison gives: use where(condition, 1.0, 0.0)"
 _numbers = itertools.count()
 _in_cell = ContextVar("_in_cell", default=False)  # whether the function of a cell is being traced
 
@@ -161,9 +191,8 @@ PRIMITIVES = {
     "log1p": Primitive(lambda a: a.log1p(), lambda d, y, a: (d / (1 + a),)),
     "sqrt": Primitive(lambda a: a.sqrt(), lambda d, y, a: (d / (2 * y),)),
     "abs": Primitive(lambda a: a.abs(), lambda d, y, a: (where(a < 0, -d, where(a > 0, d, 0.0)),)),
-    # Of equal ones the first gets all: torch gives each a half, as good a subgradient.
-    "minimum": Primitive(lambda a, b: _where(a <= b, a, b), lambda d, y, a, b: _either(a <= b, d)),
-    "maximum": Primitive(lambda a, b: _where(b <= a, a, b), lambda d, y, a, b: _either(b <= a, d)),
+    "minimum": Primitive(lambda a, b: _of_two("minimum", a, b), lambda d, y, a, b: _shared(a < b, b < a, d)),
+    "maximum": Primitive(lambda a, b: _of_two("maximum", a, b), lambda d, y, a, b: _shared(b < a, a < b, d)),
     "where": Primitive(lambda c, a, b: _where(c, a, b), lambda d, y, c, a, b: (None, *_either(c, d))),
     "less": Primitive(lambda a, b: a < b, lambda *_: (None, None)),
     "less_equal": Primitive(lambda a, b: a <= b, lambda *_: (None, None)),
@@ -176,14 +205,24 @@ def _either(condition: Value, d: Value) -> tuple[Value, Value]:
     return where(condition, d, 0.0), where(condition, 0.0, d)
 
 
+def _shared(is_first: Value, is_second: Value, d: Value) -> tuple[Value, Value]:
+    """Of equal ones each gets a half, as torch has it."""
+    half = 0.5 * d
+    return where(is_first, d, where(is_second, 0.0, half)), where(is_second, d, where(is_first, 0.0, half))
+
+
+def _of_two(method: str, a: Any, b: Any) -> Any:
+    """A method of tensors, where one may be a number."""
+    like = b if isinstance(a, (int, float)) else a
+    return getattr(_tensor(a, like), method)(_tensor(b, like))
+
+
 def _tensor(value: Any, like: Any) -> Any:
     return like.new_zeros(like.shape) + value if isinstance(value, (int, float)) else value
 
 
 def _where(condition: Any, a: Any, b: Any) -> Any:
-    """Of tensors or numbers, of which the condition need not be one."""
-    if isinstance(condition, bool):
-        return a if condition else b
+    """Of a tensor, and of tensors or numbers."""
     like = next((value for value in (a, b) if not isinstance(value, (int, float))), condition + 0.0)
     return _tensor(a, like).where(condition, _tensor(b, like))
 
@@ -191,6 +230,8 @@ def _where(condition: Any, a: Any, b: Any) -> Any:
 def _primitive(op: str, *args: Any) -> Any:
     if any(isinstance(arg, Value) for arg in args):
         return Value(op, *args)
+    if all(isinstance(arg, (int, float)) for arg in args):
+        raise TypeError(f"{op} takes a value: of numbers alone Python computes it")
     return PRIMITIVES[op].on_tensors(*args)
 
 
@@ -208,16 +249,32 @@ where: Callable[..., Any] = functools.partial(_primitive, "where")
 
 
 def logsigmoid(value: Any) -> Any:
-    return minimum(value, 0.0) - log1p(exp(-absolute(value)))
+    """log(sigmoid(value)), by the logarithm of a number from 1 to 2; smooth at 0, in all derivatives."""
+    is_negative = value < 0
+    return where(is_negative, value, 0.0) - log1p(exp(where(is_negative, value, -value)))
 
 
 def softplus(value: Any) -> Any:
-    return maximum(value, 0.0) + log1p(exp(-absolute(value)))
+    return -logsigmoid(-value)
 
 
 def clamp(value: Any, min: Any = None, max: Any = None) -> Any:
-    value = value if min is None else maximum(value, min)
-    return value if max is None else minimum(value, max)
+    """As torch's, which passes the gradient on at the bounds, where minimum and maximum pass a half."""
+    if min is None and max is None:
+        raise TypeError("clamp needs a bound")
+    if min is not None:
+        value = where(value < min, min, value) if isinstance(min, (int, float)) else maximum(value, min)
+    if max is not None:
+        value = where(value > max, max, value) if isinstance(max, (int, float)) else minimum(value, max)
+    return value
+
+
+def _hardtanh(value: Any, min_val: float = -1.0, max_val: float = 1.0) -> Any:
+    return where(value <= min_val, min_val, where(value >= max_val, max_val, value))
+
+
+def _elu(value: Any, alpha: float = 1.0) -> Any:
+    return where(value > 0, value, alpha * (exp(where(value > 0, 0.0, value)) - 1))
 
 
 _POWERS: dict[float, Callable[[Any], Value]] = {
@@ -229,25 +286,45 @@ _POWERS: dict[float, Callable[[Any], Value]] = {
 }
 
 
+def _power(base: Any, exponent: Any) -> Value:
+    if not isinstance(base, Value) or not isinstance(exponent, (int, float)) or exponent not in _POWERS:
+        got = exponent if isinstance(exponent, (int, float)) else f"a {type(exponent).__name__}"
+        raise TypeError(f"a cell raises its values to the powers {', '.join(map(str, _POWERS))}, not {got}")
+    return _POWERS[exponent](base)
+
+
 # What a cell may use of torch, by torch's names for its functions and methods.
-def _of_one(op: str) -> Callable[..., Any]:
+def _unary(op: str) -> Callable[..., Any]:
     return lambda a: _primitive(op, a)
 
 
-def _of_two(op: str) -> Callable[..., Any]:
+def _binary(op: str) -> Callable[..., Any]:
     return lambda a, b: _primitive(op, a, b)
 
 
+def _extreme(op: str) -> Callable[..., Any]:
+    """Torch's max and min, which of a value and a number, that of a dimension, are reductions."""
+
+    def of(a: Any, b: Any) -> Any:
+        if not isinstance(a, Value) or not isinstance(b, Value):
+            raise TypeError(f"a cell cannot look along a dimension: {_BY_ITSELF}; clamp() takes numbers")
+        return _primitive(op, a, b)
+
+    return of
+
+
 _OF_TORCH: dict[str, Callable[..., Any]] = {
-    **{op: _of_one(op) for op in ("sigmoid", "tanh", "relu", "exp", "log", "log1p", "sqrt", "abs", "negate")},
-    **{op: _of_two(op) for op in ("add", "subtract", "multiply", "divide", "minimum", "maximum", "less", "less_equal")},
+    **{op: _unary(op) for op in ("sigmoid", "tanh", "relu", "exp", "log", "log1p", "sqrt", "abs", "negate")},
+    **{op: _binary(op) for op in ("add", "subtract", "multiply", "divide", "minimum", "maximum", *_COMPARISONS)},
+    "max": _extreme("maximum"),
+    "min": _extreme("minimum"),
     "greater": lambda a, b: _primitive("less", b, a),
     "greater_equal": lambda a, b: _primitive("less_equal", b, a),
     "where": lambda condition, a, b: where(condition, a, b),
     "rsqrt": lambda a: 1 / sqrt(a),
     "square": lambda a: a * a,
     "reciprocal": lambda a: 1 / a,
-    "pow": lambda a, b: a**b,
+    "pow": lambda a, b: _power(a, b),
     "lerp": lambda a, b, weight: a + weight * (b - a),
     "clamp": clamp,
     "zeros_like": lambda a: 0.0,
@@ -256,26 +333,44 @@ _OF_TORCH: dict[str, Callable[..., Any]] = {
     "softplus": softplus,
     "silu": lambda a: a * sigmoid(a),
     "leaky_relu": lambda a, negative_slope=0.01: where(a > 0, a, negative_slope * a),
-    "elu": lambda a, alpha=1.0: where(a > 0, a, alpha * (exp(minimum(a, 0.0)) - 1)),
-    "hardtanh": lambda a, min_val=-1.0, max_val=1.0: clamp(a, min_val, max_val),
-    "hardsigmoid": lambda a: clamp(a / 6 + 0.5, 0.0, 1.0),
+    "elu": _elu,
+    "hardtanh": _hardtanh,
+    "hardsigmoid": lambda a: _hardtanh(a, -3.0, 3.0) / 6 + 0.5,
 }
 _ALIASES = {"absolute": "abs", "neg": "negate", "negative": "negate", "sub": "subtract", "mul": "multiply"}
-_ALIASES |= {"div": "divide", "true_divide": "divide", "max": "maximum", "min": "minimum", "clip": "clamp"}
+_ALIASES |= {"div": "divide", "true_divide": "divide", "clip": "clamp"}
 _ALIASES |= {"lt": "less", "le": "less_equal", "gt": "greater", "ge": "greater_equal"}
 _ALIASES |= {"log_sigmoid": "logsigmoid", "special_expit": "sigmoid"}
-_RANDOM = ("rand", "bernoulli", "dropout", "normal", "multinomial", "poisson", "gumbel", "rrelu")
+_RANDOM = {"rand_like", "randn_like", "randint_like", "bernoulli", "normal", "multinomial", "poisson", "binomial"}
+_RANDOM |= {
+    "dropout",
+    "dropout1d",
+    "dropout2d",
+    "dropout3d",
+    "alpha_dropout",
+    "feature_alpha_dropout",
+    "native_dropout",
+}
+_RANDOM |= {"feature_dropout", "gumbel_softmax", "rrelu", "new_rand", "new_randn"}
 
 
-def _of_torch(name: str, *args: Any, **kwargs: Any) -> Any:
-    """A function or method of torch, applied to values of a cell."""
-    if any(word in name for word in _RANDOM):
+def _known(name: str) -> Callable[..., Any]:
+    """What stands for a function or method of torch."""
+    if name in _RANDOM:
         raise TypeError(f"a cell cannot draw random numbers, as torch's {name} does: bring them in with the input")
-    if kwargs.pop("inplace", False) or "out" in kwargs or (name.endswith("_") and not name.startswith("_")):
+    if name.endswith("_"):
         raise TypeError(f"a cell cannot change a value in place, as torch's {name} does: make a new one")
     function = _OF_TORCH.get(_ALIASES.get(name, name))
     if function is None:
         raise TypeError(f"a cell cannot use torch's {name}: {_BY_ITSELF}, made of {', '.join(_OF_TORCH)}")
+    return function
+
+
+def _of_torch(name: str, *args: Any, **kwargs: Any) -> Any:
+    """A function or method of torch, applied to values of a cell."""
+    function = _known(name)
+    if kwargs.pop("inplace", False) or "out" in kwargs:
+        raise TypeError(f"a cell cannot change a value in place, as torch's {name} does: make a new one")
     try:
         inspect.signature(function).bind(*args, **kwargs)
     except TypeError as error:
@@ -366,13 +461,15 @@ class Cell:
         self.initial = [float(initial.get(state, 0.0)) for state in states]
         # As of the function, in whose place the cell stands: by these it is pickled.
         self.__module__, self.__qualname__, self.__doc__ = function.__module__, function.__qualname__, function.__doc__
+        self.origin: str | tuple[Any, ...] = function.__qualname__  # as ``__reduce__`` returns it
+        self.twin: str | None = None  # the mode of a cell that the kernels have, of the very same operations
 
     def __repr__(self) -> str:
         return f"cell {self.name}"
 
-    def __reduce__(self) -> str:
+    def __reduce__(self) -> str | tuple[Any, ...]:
         """A cell is pickled by its name, as functions are; so it is one and the same after a copy."""
-        return self.__qualname__
+        return self.origin
 
     def step(
         self, x: Sequence[Any], a: Sequence[Any], states: Sequence[Any], weights: Sequence[Any] = ()
@@ -387,7 +484,7 @@ class Cell:
         names = self.gates, self.gates, self.states, [*self.weights, *self.scalars]
         given = [named(which, *of) for which, *of in zip("xasw", names, values)]
         after = function(*given[: 4 if names[-1] else 3])
-        after = after if isinstance(after, tuple) else (after,)
+        after = tuple(after) if isinstance(after, (tuple, list)) else (after,)
         if len(after) != len(self.states):
             raise TypeError(f"it returns {len(after)} states, but has {' and '.join(self.states)}")
         return after, given
@@ -412,10 +509,17 @@ class Cell:
             after: list[Value] = []
             for state, value in zip(self.states, found):
                 if not isinstance(value, Value):
-                    raise TypeError(f"{state} after the step is no value made of the cell's, but {value!r}")
+                    kind = type(value).__name__
+                    raise TypeError(f"{state} after the step is no value made of the cell's, but a {kind}")
+                if value.op in _COMPARISONS:
+                    raise TypeError(_NO_NUMBER)
                 after.append(value + 0.0 if value.op == "" or any(value is other for other in after) else value)
-        except (TypeError, AttributeError) as error:
-            raise self._refusal(str(error), error.__traceback__) from error
+            own = {*itertools.chain(*inputs.values())}
+            if any(value.op == "" and value not in own for value in reachable(after)):
+                raise TypeError(f"it reads a value of another cell: {_BRING_IN}")
+        except Exception as error:
+            why = str(error) if isinstance(error, (TypeError, AttributeError)) else f"{type(error).__name__}: {error}"
+            raise self._refusal(why, error.__traceback__) from error
         finally:
             _in_cell.reset(before)
         return after, given
@@ -430,11 +534,15 @@ class Cell:
         return TypeError(f"{self}, {code.co_filename}:{line}: {why}")
 
     def check(self) -> None:
-        """Refuse what cannot be run as a cell."""
-        if self.program != Program.of(self.traced()[0], itertools.chain(*self.inputs.values())):
+        """Refuse what cannot be run as a cell, and find all that a layer asks for: a compiler that looks into a layer's
+        first call must not have to trace a cell."""
+        again = Program.of(self.traced()[0], itertools.chain(*self.inputs.values()))
+        if repr(self.program) != repr(again):  # as text, in which a NaN is itself
             raise self._refusal("it computes something else each time: random numbers have to come in with the input")
         if not self.gates_of_x:
             raise self._refusal("it reads no gate of x, so the input would be nothing to it")
+        _ = self.gates_of_a
+        self.twin = next((mode for mode, of in CELLS.items() if of._form == self._form), None)
 
     @functools.cached_property
     def inputs(self) -> dict[str, list[Value]]:
@@ -474,11 +582,6 @@ class Cell:
     def _are_read(self, which: str) -> list[int]:
         read = set(reachable(self.after))
         return [gate for gate, value in enumerate(self.inputs[which]) if value in read]
-
-    @functools.cached_property
-    def twin(self) -> str | None:
-        """The mode of a cell that the kernels have, of the very same equations, if there is one."""
-        return next((mode for mode, of in CELLS.items() if of._form == self._form), None)
 
     @property
     def _form(self) -> tuple[Any, ...]:
@@ -658,9 +761,13 @@ class Program(NamedTuple):
         operations = tuple((value.op, tuple(map(place, value.args))) for value in values)
         return cls(tuple(map(float, texts)), operations, tuple(map(place, results)))
 
-    def run(self, inputs: Sequence[Any]) -> list[Any]:
+    def tensors(self, like: Any) -> list[Any]:
+        """The numbers, of a tensor's dtype and device."""
+        return [like.new_full((), number) for number in self.numbers]
+
+    def run(self, inputs: Sequence[Any], numbers: Sequence[Any]) -> list[Any]:
         """The results, of tensors."""
-        made = [*inputs, *self.numbers]
+        made = [*inputs, *numbers]
         for op, places in self.operations:
             made.append(PRIMITIVES[op].on_tensors(*[made[place] for place in places]))
         return [made[place] for place in self.results]
@@ -668,6 +775,17 @@ class Program(NamedTuple):
 
 def _refuse_to_print(*_: Any, **__: Any) -> None:
     raise TypeError("a cell cannot print: it runs once, before there are any numbers")
+
+
+def check_numbers(what: str, values: Mapping[str, float] | None) -> dict[str, float]:
+    """Numbers by name; none are given as None."""
+    values = {} if values is None else values
+    if not isinstance(values, Mapping):
+        raise TypeError(f"{what} have to be numbers by name, in a dict, got {type(values).__name__}")
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{what} have to be numbers, got a {type(value).__name__} for {name}")
+    return {name: float(value) for name, value in values.items()}
 
 
 def cell(
@@ -696,11 +814,15 @@ def cell(
     Raises:
         TypeError: the function does what no cell can (draw random numbers, branch on a value, change one in place,
             print, look across rows or units, use a tensor from outside, ...), reads a name that is not declared, or
-            returns another number of states. The message names the cell and the line.
+            returns another number of states: the message names the cell and the line. Or names are in no string, list
+            or tuple, or values of scalars and initial are no numbers.
         ValueError: names are no identifiers, or not distinct, or initial has one that is no state.
     """
+    for what, names in {"gates": gates, "states": states, "weights": weights}.items():
+        if not isinstance(names, (str, list, tuple)):  # others may have no order, or another in each process
+            raise TypeError(f"{what} have to be a string, a list or a tuple, got {type(names).__name__}")
     gates, states, weights = (of.split() if isinstance(of, str) else list(of) for of in (gates, states, weights))
-    scalars, initial = scalars or {}, initial or {}
+    scalars, initial = check_numbers("scalars", scalars), check_numbers("initial", initial)
     for what, of in {"gates": gates, "states": states, "weights and scalars": [*weights, *scalars]}.items():
         wrong = [name for name in of if not isinstance(name, str) or not name.isidentifier() or name.startswith("_")]
         if wrong or len(set(of)) < len(of):
@@ -768,6 +890,9 @@ def evaluate(value: Any, known: dict[Value, Any]) -> Any:
     return known[value]
 
 
+CELLS: dict[str, Cell] = {}  # those of the kernels, by mode
+
+
 # The cells of torch, by its names of them. Torch's pages of nn.RNN, nn.LSTM and nn.GRU have the equations.
 
 
@@ -813,7 +938,9 @@ def peephole_lstm(x, a, s, w):
     return o * tanh(c), c
 
 
-CELLS: dict[str, Cell] = {declared.mode: declared for declared in (rnn_tanh, rnn_relu, lstm, gru, peephole_lstm)}
+CELLS |= {declared.mode: declared for declared in (rnn_tanh, rnn_relu, lstm, gru, peephole_lstm)}
+for _mode in CELLS:
+    CELLS[_mode].twin = _mode
 
 
 # Others, of which FlexRNN makes layers.
@@ -837,7 +964,8 @@ def relu_lstm(x, a, s):
 
 
 # Beck et al., "xLSTM: Extended Long Short-Term Memory", 2024, equations 8 to 17. The gates are exponentials, kept
-# within bounds by m; the normaliser n is 0 before the first step only, where m is that step's own.
+# within bounds by m; the normaliser n is 0 before the first step only, where m is that step's own and bounds no log_f.
+# The authors' code takes no f above 1; it is the exponent that is held here, so that the gradient is finite too.
 @cell(gates="i f z o", states="h c n m")
 def slstm(x, a, s):
     """The sLSTM of xLSTM, whose heads are ``num_heads`` of FlexRNN."""
@@ -845,7 +973,7 @@ def slstm(x, a, s):
     log_f = logsigmoid(x.f + a.f) + s.m
     m = where(s.n > 0, maximum(log_f, log_i), log_i)
     i = exp(log_i - m)
-    f = exp(log_f - m)
+    f = exp(minimum(log_f - m, 0.0))
     c = f * s.c + i * tanh(x.z + a.z)
     n = f * s.n + i
     return sigmoid(x.o + a.o) * (c / n), c, n, m
@@ -901,12 +1029,12 @@ def min_gru(x, a, s):
     return (1 - z) * s.h + z * x.n
 
 
+# As of the same paper's appendix: sigmoid(f) / (sigmoid(f) + sigmoid(i)) by logarithms, for both may underflow.
 @cell(gates="f i n")
 def min_lstm(x, a, s):
     """An LSTM whose gates see the input alone, and sum to 1."""
-    f = sigmoid(x.f)
-    i = sigmoid(x.i)
-    return (f * s.h + i * x.n) / (f + i)
+    f = sigmoid(logsigmoid(x.f) - logsigmoid(x.i))
+    return f * s.h + (1 - f) * x.n
 
 
 # Jaeger et al., "Optimization and Applications of Echo State Networks with Leaky-Integrator Neurons", 2007; a CTRNN

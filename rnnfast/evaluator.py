@@ -59,7 +59,15 @@ def without_matrix(cell: Cell, recurrent: str, bias: bool) -> Cell:
 
     initial = dict(zip(cell.states, cell.initial))
     assert isinstance(function, FunctionType)
-    return Cell(function, cell.gates, cell.states, [*cell.weights, *own], {**cell.scalars, "0": 0.0}, initial)
+    made = Cell(function, cell.gates, cell.states, [*cell.weights, *own], {**cell.scalars, "0": 0.0}, initial)
+    made.check()
+    made.origin = without_matrix, (cell, recurrent, bias)
+    return made
+
+
+def valid_steps(steps: int, lengths: Tensor) -> Tensor:
+    """Where a padded sequence is valid, [T, N, 1]."""
+    return (torch.arange(steps, device=lengths.device)[:, None] < lengths).unsqueeze(2)
 
 
 def in_plain_torch(plan: Plan, x_gates: Tensor, w_hh: Tensor | None, b_hh: Tensor | None, lengths: Tensor | None,
@@ -67,13 +75,11 @@ def in_plain_torch(plan: Plan, x_gates: Tensor, w_hh: Tensor | None, b_hh: Tenso
     """The loop: any device, dtype and derivative."""
     cell = plan.cell
     steps, count = x_gates.size(0), len(cell.states)
-    valid = None
-    if lengths is not None:
-        valid = (torch.arange(steps, device=x_gates.device)[:, None] < lengths).unsqueeze(2)
-    sequence = _Sequence(valid, resets, plan.reverse)
+    sequence = _Sequence(None if lengths is None else valid_steps(steps, lengths), resets, plan.reverse)
     states, units = others[:count], others[count:]
     hidden = states[0].size(1)
     scalars = [x_gates.new_full((), scalar) for scalar in plan.scalars]
+    numbers = cell.program.tensors(x_gates)
     # What no gate reads is in the places of the program, but nothing looks there.
     unread: Any = None
     of_x, of_a = [unread] * len(cell.gates), [unread] * len(cell.gates)
@@ -85,7 +91,7 @@ def in_plain_torch(plan: Plan, x_gates: Tensor, w_hh: Tensor | None, b_hh: Tenso
         if w_hh is not None:
             for gate, values in zip(cell.gates_of_a, _recurrent(states[0], w_hh, b_hh).split(hidden, 1)):
                 of_a[gate] = values
-        found = cell.program.run([*of_x, *of_a, *states, *units, *scalars])
+        found = cell.program.run([*of_x, *of_a, *states, *units, *scalars], numbers)
         after = [new.to(old.dtype).expand_as(old) for new, old in zip(found, states)]
         for k, new in enumerate(after):
             every[k][t] = sequence.where_valid(t, new)

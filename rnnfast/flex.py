@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, TypeAlias
@@ -20,8 +21,8 @@ from torch.utils.checkpoint import checkpoint
 
 from . import functional
 from .backends import BACKENDS, DTYPES, USUAL, choose_backend, circumstances
-from .cells import Cell
-from .evaluator import Plan, in_plain_torch, on_cpu, without_matrix
+from .cells import Cell, check_numbers
+from .evaluator import Plan, in_plain_torch, on_cpu, valid_steps, without_matrix
 from .modules import _check_are_tensors, _Module
 
 RECURRENCES = ("dense", "diagonal", "none")
@@ -124,8 +125,14 @@ class FlexRNN(_Module):
                 raise TypeError(f"{name} must be an int, got {type(size).__name__}")
             if size <= 0:
                 raise ValueError(f"{name} must be greater than zero, got {size}")
+        flags = {"bias": bias, "batch_first": batch_first, "bidirectional": bidirectional, "recompute": recompute}
+        for name, flag in flags.items():
+            if not isinstance(flag, bool):
+                raise TypeError(f"{name} must be a bool, got {type(flag).__name__}")
         if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout <= 1:
             raise ValueError(f"dropout should be a number in range [0, 1], got {dropout!r}")
+        if dropout and num_layers == 1:
+            warnings.warn(f"dropout is between layers: dropout={dropout} and num_layers=1 drop nothing", stacklevel=2)
         if recurrent not in RECURRENCES:
             raise ValueError(f"recurrent must be one of {', '.join(RECURRENCES)}, got {recurrent!r}")
         if hidden_size % num_heads or (num_heads > 1 and recurrent != "dense"):
@@ -133,7 +140,10 @@ class FlexRNN(_Module):
                 f"num_heads has to divide hidden_size, and needs a dense recurrence: got {num_heads} heads of "
                 f"{hidden_size} units, {recurrent}"
             )
-        if unknown := (scalars or {}).keys() - cell.scalars.keys():
+        if num_heads > 1 and not cell.gates_of_a:
+            raise ValueError(f"{cell} has no W_hh to divide into heads: it reads no gate of a")
+        scalars = check_numbers("scalars", scalars)
+        if unknown := scalars.keys() - cell.scalars.keys():
             raise ValueError(f"{cell} has no scalars {sorted(unknown)}, it has {sorted(cell.scalars) or 'none'}")
         if taken := {"ih", "hh"}.intersection(cell.weights):
             raise ValueError(f"{cell}: weights cannot be called {sorted(taken)}, as W_ih and W_hh are")
@@ -141,7 +151,9 @@ class FlexRNN(_Module):
         self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
         self.bias, self.batch_first, self.bidirectional = bias, batch_first, bidirectional
         self.dropout, self.recompute = float(dropout), recompute
-        self.scalars = {**cell.scalars, **(scalars or {})}
+        self.scalars = {**cell.scalars, **scalars}
+        self._has_own_a = recurrent != "dense" and len(cell.gates_of_a) > 0
+        self._run_cell = without_matrix(cell, recurrent, bias) if self._has_own_a else cell
 
         heads, count, width = num_heads, len(cell.gates_of_a), hidden_size // num_heads
         of_a = {
@@ -305,8 +317,11 @@ class FlexRNN(_Module):
         directions = [dict(zip(names, flat[at : at + len(names)])) for at in range(0, len(flat), len(names))]
         backend, _ = self._backend(x.device, x.dtype)
         layer: Callable[..., Any] = functools.partial(_layer, RUN[backend], self._plans())
-        if self.recompute and torch.is_grad_enabled():
+        # Within transforms of torch.func there are no hooks to make anew what was kept.
+        if self.recompute and torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
             layer = functools.partial(checkpoint, layer, use_reentrant=False)
+        if lengths is not None:  # a NaN beyond a row's end times a gradient of zero is a NaN
+            x = torch.where(valid_steps(x.size(0), lengths), x, 0)
         y, finals, every = x, [], []
         with _no_autocast(x.device.type):  # its casts have been made
             for k in range(self.num_layers):
@@ -321,10 +336,8 @@ class FlexRNN(_Module):
 
     def _plans(self) -> list[Plan]:
         """Of each direction."""
-        cell, scalars = self.cell, tuple(self.scalars[name] for name in self.cell.scalars)
-        if self.recurrent != "dense" and cell.gates_of_a:
-            cell, scalars = without_matrix(cell, self.recurrent, self.bias), (*scalars, 0.0)
-        return [Plan(cell, scalars, reverse) for reverse in (False, True)[: 1 + self.bidirectional]]
+        scalars = tuple(self.scalars[name] for name in self.cell.scalars) + (0.0,) * self._has_own_a
+        return [Plan(self._run_cell, scalars, reverse) for reverse in (False, True)[: 1 + self.bidirectional]]
 
     def _mode(self) -> str | None:
         """The mode by which ``functional.rnn`` has the cell, with all its backends; None if it has not."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .backends import BACKENDS, DTYPES, is_forced
+from .flex import FlexRNN
 from .modules import OURS, _Cell, _Recurrent
 
 _TYPES = (Tensor, nn.Parameter)
@@ -41,7 +42,8 @@ class Stream:
         batch: the number of rows, N.
 
     Raises:
-        TypeError: the module has no recurrent layer or cell, or one of them has a forward or hooks of its own.
+        TypeError: the module has no recurrent layer or cell, or one of them is a FlexRNN, or has a forward or hooks of
+            its own.
         ValueError: a layer has two directions; batch is less than 1.
     """
 
@@ -128,6 +130,8 @@ def _parts(module: nn.Module) -> list[nn.Module]:
 
 
 def _step(module: nn.Module, batch: int) -> Any:
+    if isinstance(module, FlexRNN):
+        raise TypeError("rnnfast.Stream: a FlexRNN cannot be streamed: call it with one step and the states before it")
     return _Step(_ours(module), batch) if isinstance(module, (nn.RNNBase, nn.RNNCellBase)) else module
 
 

@@ -42,6 +42,11 @@ BINARY = {
 }
 
 
+def run(of: Cell, inputs: list[Tensor]) -> list[Tensor]:
+    """What is traced of a cell, on tensors."""
+    return of.program.run(inputs, of.program.tensors(inputs[0]))
+
+
 def assert_gradients_are_autograds(of: Cell) -> None:
     """In float64, of random states, from random gradients of the states after the step."""
     torch.manual_seed(0)
@@ -148,7 +153,7 @@ REFUSED = {  # what a step makes of x, a and s, on its last line, and what is sa
     "compares": (lambda x, a, s: cells.where(x.g == 0, x.g, a.g), "cannot ask whether values are equal"),
     "undeclared": (lambda x, a, s: cells.tanh(x.g + a.q), "a has no 'q', it has g"),
     "states": (lambda x, a, s: (x.g, a.g), "returns 2 states, but has h"),
-    "number": (lambda x, a, s: 1.0, "h after the step is no value made of the cell's, but 1.0"),
+    "number": (lambda x, a, s: 1.0, "h after the step is no value made of the cell's, but a float"),
     "no-value": (lambda x, a, s: CAPTURED, "h after the step is no value made of the cell's"),
     "captured": (lambda x, a, s: x.g * CAPTURED, "not with a Tensor: bring it in with the input, or declare it"),
     "captured-left": (lambda x, a, s: CAPTURED * x.g, "not with a Tensor"),
@@ -170,13 +175,36 @@ REFUSED = {  # what a step makes of x, a and s, on its last line, and what is sa
     "nonzero": (lambda x, a, s: torch.where(x.g > 0), "cannot call torch's where so"),
     "scaled": (lambda x, a, s: torch.add(x.g, a.g, alpha=2), "cannot call torch's add so"),
     "unknown": (lambda x, a, s: torch.erf(x.g), "cannot use torch's erf: .* made of sigmoid, tanh, "),
-    "power": (lambda x, a, s: x.g**a.g, "raises to the powers 2, 3, 0.5, -1, -0.5, not <a.g of a cell>|cannot print"),
+    "power": (lambda x, a, s: x.g**a.g, "raises its values to the powers 2, 3, 0.5, -1, -0.5, not a Value"),
+    "power-of-a-number": (lambda x, a, s: 2.0**x.g, "raises its values to the powers"),
+    "power-of-a-tensor": (lambda x, a, s: CAPTURED**x.g, "raises its values to the powers"),
+    "power-in-place": (lambda x, a, s: operator.ipow(x.g, 2), "cannot change a value in place"),
     "print": (lambda x, a, s: print("here") or x.g, "cannot print: it runs once"),
     "text": (lambda x, a, s: f"{x.g}" and x.g, "cannot print a value"),
     "item": (lambda x, a, s: x.g.item() * a.g, "cannot make a number of a value"),
     "float": (lambda x, a, s: math.exp(x.g) * a.g, "cannot make a number of a value"),
     "numpy": (lambda x, a, s: np.asarray(x.g), "cannot make a number of a value"),
-    "operator": (lambda x, a, s: (x.g > 0) & (a.g > 0), "unsupported operand"),
+    "operator": (lambda x, a, s: (x.g > 0) & (a.g > 0), "has no &, | and ~: put where.. into where"),
+    "remainder": (lambda x, a, s: x.g % 2, "has no % and //"),
+    "format": (lambda x, a, s: f"{x.g:.2f}" and x.g, "cannot print a value"),
+    "max-of-a-dimension": (lambda x, a, s: x.g.max(1), "cannot look along a dimension"),
+    "torchs-max-of-a-dimension": (lambda x, a, s: torch.max(x.g, 1), "cannot look along a dimension"),
+    "min-of-a-dimension": (lambda x, a, s: x.g.min(0), "cannot look along a dimension"),
+    "condition-minus": (lambda x, a, s: 1 - (x.g > 0), r"use where\(condition, 1.0, 0.0\)"),
+    "condition-plus": (lambda x, a, s: (x.g > 0) + (a.g > 0), r"use where\(condition, 1.0, 0.0\)"),
+    "condition-of-a-function": (lambda x, a, s: torch.sigmoid(x.g > 0), r"use where\(condition, 1.0, 0.0\)"),
+    "condition-as-a-state": (lambda x, a, s: x.g > 0, r"use where\(condition, 1.0, 0.0\)"),
+    "no-condition": (lambda x, a, s: torch.where(x.g, a.g, 0.0), "needs a comparison"),
+    "attribute": (lambda x, a, s: x.g if x.g.requires_grad else a.g, "cannot use torch's requires_grad"),
+    "shape": (lambda x, a, s: x.g / x.g.shape[0], "cannot use torch's shape"),
+    "normalize": (lambda x, a, s: torch.nn.functional.normalize(x.g), "cannot use torch's norm"),
+    "zero": (lambda x, a, s: x.g * (1 / 0), "ZeroDivisionError: division by zero"),
+    "name": (lambda x, a, s: x.g + missing, "NameError: name 'missing' is not defined"),  # noqa: F821
+    "large": (lambda x, a, s: x.g * 10**400, "OverflowError"),
+    "of-another-cell": (lambda x, a, s: x.g + cells.lstm.inputs["x"][0], "reads a value of another cell"),
+    "array": (lambda x, a, s: np.ones(3) * x.g, "not with a ndarray"),
+    "of-numbers": (lambda x, a, s: cells.tanh(1.0) * x.g, "tanh takes a value"),
+    "no-bound": (lambda x, a, s: torch.clamp(x.g), "clamp needs a bound"),
     "parameters": (lambda x, a: x.g, "takes 2 positional arguments but 3 were given"),
     "no-input": (lambda x, a, s: cells.tanh(a.g), "reads no gate of x"),
 }
@@ -219,6 +247,30 @@ def test_refuses_names(options: dict[str, Any], message: str) -> None:
         cell(**options)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gates": {"i", "f"}}, "gates have to be a string, a list or a tuple, got set"),
+        ({"gates": "i", "states": {"h": 0.0}}, "states have to be a string, a list or a tuple, got dict"),
+        ({"gates": "i", "weights": None}, "weights have to be a string, a list or a tuple, got NoneType"),
+        ({"gates": "i", "scalars": ["k"]}, "scalars have to be numbers by name, in a dict, got list"),
+        ({"gates": "i", "scalars": {"k": "1"}}, "scalars have to be numbers, got a str for k"),
+        ({"gates": "i", "initial": {"h": None}}, "initial have to be numbers, got a NoneType for h"),
+    ],
+)
+def test_refuses_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        cell(**options)
+
+
+def test_numbers_and_operators() -> None:
+    """A NaN is the same each time, and what NumPy and Python make of values is taken."""
+    of = cell(gates="g")(lambda x, a, s: [np.float64(0.5) * abs(x.g) + 0 * a.g * float("nan")])
+    v = torch.tensor([-2.0, 3.0])
+    assert run(of, [v, v, v])[0].isnan().all()
+    assert run(cell(gates="g")(lambda x, a, s: np.float64(0.5) * abs(x.g)), [v, v, v])[0].tolist() == [1.0, 1.5]
+
+
 def test_a_long_step() -> None:
     def doubles(x: Any, a: Any, s: Any) -> Any:
         h = x.g
@@ -227,7 +279,7 @@ def test_a_long_step() -> None:
         return h
 
     x = torch.zeros(1)
-    assert cell(gates="g")(doubles).program.run([x, x, x])[0].item() == 5000
+    assert run(cell(gates="g")(doubles), [x, x, x])[0].item() == 5000
 
 
 def test_refuses_what_is_no_function() -> None:
@@ -252,6 +304,12 @@ OF_TORCH = {  # functions of torch that cells may use, beside PRIMITIVES by the 
     "lerp": lambda v: torch.lerp(v, 2 * v, torch.sigmoid(v)),
     "comparisons": lambda v: torch.where(torch.gt(v, 0.3), v, 2 * v) + torch.where(v.le(-0.3), torch.ones_like(v), 0.0),
     "arithmetic": lambda v: torch.div(torch.sub(torch.mul(v, 2), 1.0), torch.add(torch.abs(v), 1)).neg() - 1,
+    "clamp-of-values": lambda v: torch.clamp(v, -0.5 * v * v, 0.5 * v * v),
+    "constants": lambda v: (
+        torch.where(v > 0, 1 / 3, torch.full_like(v, 2 / 3))
+        if isinstance(v, Tensor)
+        else (torch.where(v > 0, 1 / 3, 2 / 3))
+    ),
     "two": lambda v: torch.max(v, 0.5 * v) + torch.minimum(v, 3 * v),
     "method": lambda v: v.sigmoid().tanh().exp().log1p().sqrt().log().relu(),
 }
@@ -261,17 +319,45 @@ OF_TORCH = {  # functions of torch that cells may use, beside PRIMITIVES by the 
 def test_functions_of_torch(name: str) -> None:
     """What is traced of them is what they compute."""
     function = lambda x, a, s: OF_TORCH[name](x.g)
-    traced = cell(gates="g")(function).program
+    traced = cell(gates="g")(function)
     for scale in (1.0, 50.0):
         v = scale * torch.randn(100, dtype=torch.float64)
-        torch.testing.assert_close(traced.run([v, v, v])[0], OF_TORCH[name](v))
+        torch.testing.assert_close(run(traced, [v, v, v])[0], OF_TORCH[name](v))
+
+
+# Where a gradient jumps, and beyond all numbers.
+EDGES = [0.0, -0.0, 1.0, -1.0, 0.5, -0.5, 3.0, -3.0, 100.0, -100.0, 800.0, -800.0]
+EDGES = torch.tensor([*EDGES, math.inf, -math.inf, math.nan], dtype=torch.float64)
+SMOOTH_OF_TORCH = {"logsigmoid": torch.nn.functional.logsigmoid, "softplus": torch.nn.functional.softplus}
+JUMPING = {
+    name: OF_TORCH[name] for name in ("elu", "leaky_relu", "hardtanh", "hardsigmoid", "clamp", "clip-of-one-side")
+}
+JUMPING |= {"minimum": lambda v: torch.minimum(v, 3 * v), "maximum": lambda v: torch.maximum(3 * v, v)}
+
+
+@pytest.mark.parametrize("name", [*SMOOTH_OF_TORCH, *JUMPING])
+def test_edges(name: str) -> None:
+    """Values, and gradients by autograd and by the primitives' rules, as torch's; of smooth functions second ones."""
+    function = {**SMOOTH_OF_TORCH, **JUMPING}[name]
+    of = cell(gates="g")(lambda x, a, s: function(x.g))
+    v, w = EDGES.clone().requires_grad_(), EDGES.clone().requires_grad_()
+    y, expected = run(of, [v, v, v])[0], function(w)
+    torch.testing.assert_close(y, expected, equal_nan=True)
+    (d,), (of_torch,) = (torch.autograd.grad(t.sum(), at, create_graph=True) for t, at in ((y, v), (expected, w)))
+    (own, *_), *_ = of.backward([EDGES], [EDGES], [EDGES], [torch.ones_like(EDGES)])
+    numbers = ~EDGES.isnan()
+    for found in (d, own):
+        torch.testing.assert_close(found[numbers], of_torch[numbers])
+    if name in SMOOTH_OF_TORCH:
+        (second,), p = torch.autograd.grad(d.sum(), v), EDGES.sigmoid()
+        torch.testing.assert_close(second[numbers], ((1 - p) * p * (-1 if name == "logsigmoid" else 1))[numbers])
 
 
 def test_a_state_may_be_an_input_or_another() -> None:
     function = lambda x, a, s: (x.g, s.h, x.g)
-    program = cell(gates="g", states="h before again")(function).program
+    of = cell(gates="g", states="h before again")(function)
     x, h = torch.randn(2, 3)
-    assert [t.tolist() for t in program.run([x, x, h, h, h])] == [x.tolist(), h.tolist(), x.tolist()]
+    assert [t.tolist() for t in run(of, [x, x, h, h, h])] == [x.tolist(), h.tolist(), x.tolist()]
 
 
 class _Torch:

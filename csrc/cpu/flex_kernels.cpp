@@ -96,8 +96,8 @@ void apply(int64_t op, Number* to, const Number* const* args, int64_t n) {
     RNNFAST_CASE(kLog1p, log1p(a));
     RNNFAST_CASE(kSqrt, root(a));
     RNNFAST_CASE(kAbs, abs(a));
-    RNNFAST_CASE(kMinimum, select(a.v <= arg(1).v, a, arg(1)));
-    RNNFAST_CASE(kMaximum, select(arg(1).v <= a.v, a, arg(1)));
+    RNNFAST_CASE(kMinimum, select(a.v < arg(1).v || a.v != a.v, a, arg(1)));  // NaN of either, as torch has it
+    RNNFAST_CASE(kMaximum, select(a.v > arg(1).v || a.v != a.v, a, arg(1)));
     RNNFAST_CASE(kWhere, select(a.v != 0, arg(1), arg(2)));
     RNNFAST_CASE(kLess, select(a.v < arg(1).v, one, zero));
     RNNFAST_CASE(kLessEqual, select(a.v <= arg(1).v, one, zero));
