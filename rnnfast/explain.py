@@ -113,7 +113,8 @@ def _choice(
     bidirectional: bool = getattr(module, "bidirectional", False)
     projected = outputs < module.hidden_size
     seen, of = circumstances(), (mode, data.device, dtype)
-    choose = functools.partial(choose_backend, seen, *of, extended=extended, reset_after=module.reset_after)
+    own = module._rnnfast_options
+    choose = functools.partial(choose_backend, seen, *of, extended=extended, reset_after=own.reset_after)
     backend, reason = choose(hidden=module.hidden_size, batch=batch, bidirectional=bidirectional, projected=projected)
     is_derived = any(parameter.requires_grad for parameter in module.parameters())
     if more is not None and seen is USUAL and choose()[0] in choice.RACED:
@@ -125,7 +126,7 @@ def _choice(
             key_of += module.num_layers, bidirectional, form, apart
         where = choice.where_of(mode, data.get_device(), dtype, module.input_size, module.hidden_size, outputs, *key_of)
         backend, reason = choice.explained(where, batch)
-    if backend == "cpu" and steps == 1 and not more and is_derived:
+    if backend == "cpu" and steps == 1 and not more and is_derived and not (training and own.weight_dropout):
         with torch.enable_grad():
             if module._is_quicker_by_torch(data):
                 reason += "; under autograd a single step is quicker by torch's, which serve it"
