@@ -140,8 +140,10 @@ def revert(model: Model) -> Model:
             report.left_alone[name] = f"torch.nn.{theirs.__name__} has no {', '.join(own)}"
             continue
         _become(module, theirs)
-        for option in modules.OPTIONS:
-            module.__dict__.pop(option, None)
+        module.__dict__.pop("_rnnfast_options", None)
+        module.__dict__.pop("recompute", None)
+        for hook in module.__dict__.pop("_rnnfast_hooks", ()):  # of interop.opacus
+            hook.remove()
         report.reverted.append(name)
     model.rnnfast_report = report  # type: ignore[assignment]
     return model

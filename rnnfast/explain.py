@@ -114,7 +114,8 @@ def _choice(
     bidirectional: bool = getattr(module, "bidirectional", False)
     projected = outputs < module.hidden_size
     seen, of = circumstances(), (mode, data.device, dtype)
-    choose = functools.partial(choose_backend, seen, *of, extended=extended, reset_after=module.reset_after)
+    own = module._rnnfast_options
+    choose = functools.partial(choose_backend, seen, *of, extended=extended, reset_after=own.reset_after)
     is_derived = any(parameter.requires_grad for parameter in module.parameters())
     if more is not None and seen is USUAL and choose()[0] in choice.RACED:
         key_of: tuple[Any, ...] = steps, rows, trained and is_derived, len(module._weights())
@@ -128,7 +129,7 @@ def _choice(
     else:
         projection = {"bidirectional": bidirectional, "projected": projected}
         backend, reason = choose(hidden=module.hidden_size, batch=batch, **projection)
-    if backend == "cpu" and steps == 1 and not more and is_derived:
+    if backend == "cpu" and steps == 1 and not more and is_derived and not (training and own.weight_dropout):
         with torch.enable_grad():
             if module._is_quicker_by_torch(data):
                 reason += "; under autograd a single step is quicker by torch's, which serve it"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import aten, choice, onnx, ops, recurrence, reference
+from . import aten, border, choice, onnx, ops, recurrence, reference
 from .backends import BACKENDS, USUAL, Circumstances, choose_backend, circumstances, is_recorded
 from .border import DTYPE_NAMES
 from .cells import GATES, HAS_CELL_STATE
@@ -126,7 +126,7 @@ def rnn(
             if reset_after:
                 y, h_n, c_n, c = recurrence.layer(backend, inputs, keep_c=return_states, recompute=recompute)
             else:
-                y, h_n, c_n, c = reference.layer(inputs, reset_after)
+                y, h_n, c_n, c = _resets_before(inputs)
             cs.append(c)
         h_ns.append(h_n)
         c_ns.append(c_n)
@@ -179,7 +179,7 @@ def cell(
         h0, c0 = h0.unsqueeze(0), c0 if c0 is None else c0.unsqueeze(0)
     form = None, None, None, False, names_of(mode, len(weights))
     step = Inputs(mode, input.unsqueeze(0), h0, c0, *form, weights)
-    _, h_n, c_n, _ = recurrence.layer(backend, step) if reset_after else reference.layer(step, reset_after)
+    _, h_n, c_n, _ = recurrence.layer(backend, step) if reset_after else _resets_before(step)
     return h_n.squeeze(0), c_n.squeeze(0) if HAS_CELL_STATE[mode] else c_n
 
 
@@ -236,7 +236,16 @@ def is_plain(input: Tensor, hx: Sequence[Tensor], weights: Sequence[Tensor]) -> 
     )
 
 
+def _resets_before(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What is no operator, and so has no other check. A graph that is recorded guards its sizes by itself."""
+    if not is_recorded() and not torch.compiler.is_compiling():
+        border.check_layer(inputs._replace(lengths=None))  # which were checked, and may be a transform's
+    return reference.layer(inputs, reset_after=False)
+
+
 def check_reset_after(mode: str, reset_after: bool, recompute: bool = False) -> None:
+    if not isinstance(reset_after, bool):
+        raise TypeError(f"reset_after should be of type bool, got: {type(reset_after).__name__}")
     if not reset_after and (mode != "GRU" or recompute):
         raise ValueError(f"reset_after=False is for a GRU without recompute, got {mode} with recompute={recompute}")
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, overload
+from numbers import Real
+from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeVar, overload
 
 import torch
 from torch import Tensor, fx, nn
@@ -30,6 +31,15 @@ _module_call = nn.Module.__call__  # which some tools replace
 _CHECKS = ("check_input", "check_forward_args", "check_hidden_size", "get_expected_hidden_size", "permute_hidden")
 
 
+class Options(NamedTuple):
+    """What makes a module of ours another one than torch.nn's, in one attribute: subclasses keep the short names."""
+
+    reset_after: bool = True
+    init: str | None = None
+    forget_bias: float | None = None
+    weight_dropout: float = 0.0
+
+
 class _Module(nn.Module):
     """What the layers and cells share: torch's tools, and states, which are tuples within whatever the cell.
 
@@ -37,8 +47,8 @@ class _Module(nn.Module):
     """
 
     _has_cell_state = False
-    recompute, reset_after = False, True
-    init, forget_bias, weight_dropout = None, None, 0.0
+    recompute = False
+    _rnnfast_options = Options()
     # Of torch.nn: the class of the same name, whose forward is the quicker one for a single step under autograd, in
     # float32 on a CPU, from this many units on; bench/README.md has the figures.
     if TYPE_CHECKING:
@@ -62,7 +72,7 @@ class _Module(nn.Module):
             and input.dtype is torch.float32
             and input.is_cpu
             and self.hidden_size >= self._quicker_by_torch_from
-            and self.reset_after
+            and self._rnnfast_options.reset_after
             and circumstances() is USUAL
             and not _is_any_autocast()
         )
@@ -72,16 +82,19 @@ class _Module(nn.Module):
 
     def _set_options(self, **options: Any) -> None:
         """Those that torch.nn does not have; a default leaves a module with torch.nn's attributes and no other."""
-        init, forget_bias, dropped = (options.get(name) for name in ("init", "forget_bias", "weight_dropout"))
-        if init not in (None, "orthogonal"):
-            raise ValueError(f"init should be None or 'orthogonal', got {init!r}")
-        if forget_bias is not None and not self.bias:
+        if options.pop("recompute", False):
+            self.recompute = True
+        own = Options(**options)
+        if own.init is not None and (not isinstance(own.init, str) or own.init != "orthogonal"):
+            raise ValueError(f"init should be None or 'orthogonal', got {own.init!r}")
+        if own.forget_bias is not None and not (_is_number(own.forget_bias) and math.isfinite(own.forget_bias)):
+            raise ValueError(f"forget_bias should be None or a finite number, got {own.forget_bias!r}")
+        if own.forget_bias is not None and not self.bias:
             raise ValueError("forget_bias is the start of a bias: it needs bias=True")
-        if dropped is not None and not 0 <= dropped <= 1:
-            raise ValueError(f"weight_dropout should be a number in the range [0, 1], got {dropped}")
-        for name, value in options.items():
-            if value != getattr(type(self), name):
-                setattr(self, name, value)
+        if not (_is_number(own.weight_dropout) and 0 <= own.weight_dropout <= 1):
+            raise ValueError(f"weight_dropout should be a number in the range [0, 1], got {own.weight_dropout!r}")
+        if own != Options():
+            self._rnnfast_options = own
         self._begin()
 
     def reset_parameters(self) -> None:
@@ -91,16 +104,20 @@ class _Module(nn.Module):
 
     @torch.no_grad()
     def _begin(self) -> None:
+        own = self._rnnfast_options
         for name, weight in self.named_parameters(recurse=False):
-            if self.init == "orthogonal" and name.startswith("weight_hh"):
+            if own.init == "orthogonal" and name.startswith("weight_hh"):
+                if weight.is_complex():
+                    raise ValueError(f"init='orthogonal' is for real dtypes, got {weight.dtype}")
                 for gate in weight.split(self.hidden_size):  # torch has no orthogonal matrices of half types
                     made = torch.empty_like(gate, dtype=torch.promote_types(gate.dtype, torch.float32))
                     gate.copy_(nn.init.orthogonal_(made))
-            if self.forget_bias is not None and name.startswith("bias"):
-                weight[self.hidden_size : 2 * self.hidden_size] = self.forget_bias if "_ih" in name else 0
+            if own.forget_bias is not None and name.startswith("bias"):
+                weight[self.hidden_size : 2 * self.hidden_size] = own.forget_bias if "_ih" in name else 0
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + "".join(f", {option}" for option in options(self, OPTIONS))
+        recompute = ["recompute=True"] if self.recompute is True else []  # and not what a subclass has of that name
+        return ", ".join([super().extra_repr(), *recompute, *options(self, Options._fields)])
 
     def _to_states(self, hx: Any) -> Sequence[Tensor]:
         """(h,) or (h, c) of what a caller gives."""
@@ -120,6 +137,11 @@ class _Module(nn.Module):
         return states if self._has_cell_state else states[0]
 
 
+def _is_number(value: Any) -> bool:
+    """As torch.nn has it of ``dropout``."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 def _proxy_among(values: Sequence[Any]) -> fx.Proxy | None:
     for value in values:
         found = _proxy_among(value) if isinstance(value, (tuple, list)) else value
@@ -137,19 +159,19 @@ def _scriptable(module: nn.Module) -> nn.Module:
     if own := options(module):
         raise RuntimeError(f"torch.jit.script compiles torch.nn.{ours.__name__}, which has no {', '.join(own)}")
     twin = copy.copy(module)
+    twin.__dict__.pop("_rnnfast_options", None)
     twin.__class__ = getattr(nn, ours.__name__)  # TorchScript knows its overloads; of a subclass it does not
     return twin
 
 
-# What a module of torch.nn does not have, and of that what makes other numbers.
-OPTIONS = ("recompute", "reset_after", "init", "forget_bias", "weight_dropout")
-OF_NUMBERS = ("reset_after", "weight_dropout")
+OF_NUMBERS = ("reset_after", "weight_dropout")  # the options that make other numbers
 
 
 def options(module: nn.Module, names: Sequence[str] = OF_NUMBERS) -> list[str]:
     """Of a module of ours those that are not as by default."""
-    values = {name: getattr(module, name) for name in names}
-    return [f"{name}={value!r}" for name, value in values.items() if value != getattr(type(module), name)]
+    own: Any = module._rnnfast_options
+    values = zip(Options._fields, own, Options())
+    return [f"{name}={value!r}" for name, value, usual in values if name in names and value != usual]
 
 
 class _Recurrent(_Module, nn.RNNBase, Generic[Hx, Hidden]):
@@ -247,9 +269,10 @@ class _Recurrent(_Module, nn.RNNBase, Generic[Hx, Hidden]):
         if lengths is not None or resets is not None:
             _check_are_tensors(lengths=lengths, resets=resets)
         weights = self._weights()
-        if self.weight_dropout and self.training:
+        dropped = self._rnnfast_options.weight_dropout
+        if dropped and self.training:
             weights = [
-                F.dropout(weight, self.weight_dropout) if name.startswith("weight_hh") else weight
+                F.dropout(weight, dropped) if name.startswith("weight_hh") else weight
                 for name, weight in zip(self._flat_weights_names, weights)
             ]
         if lengths is None and resets is None and not return_states:
@@ -281,7 +304,7 @@ class _Recurrent(_Module, nn.RNNBase, Generic[Hx, Hidden]):
 
     def _plain(self, input: Any, hx: Any, weights: Sequence[Tensor]) -> tuple[Any, ...] | None:
         """What a single call of the CPU library makes of it, if that serves; else None."""
-        states = self._plain_states(hx) if self.reset_after and self._checks_as_ours else None
+        states = self._plain_states(hx) if self._rnnfast_options.reset_after and self._checks_as_ours else None
         if states is None or (self.dropout and self.training) or not functional.is_plain(input, states, weights):
             return None
         form = self.num_layers, self.bidirectional, self.batch_first
@@ -358,7 +381,7 @@ class _Recurrent(_Module, nn.RNNBase, Generic[Hx, Hidden]):
             resets=resets,
             return_states=return_states,
             recompute=self.recompute,
-            reset_after=self.reset_after,
+            reset_after=self._rnnfast_options.reset_after,
         )
         final = (h_n, c_n) if self._has_cell_state else (h_n,)
         return output, final, self._to_states(all_states) if return_states else ()
@@ -480,7 +503,7 @@ class LSTM(_Recurrent[Sequence[Tensor], tuple[Tensor, Tensor]]):
             2018).
 
     Raises:
-        ValueError: init or weight_dropout is none of these; there is a forget_bias and no bias.
+        ValueError: init, forget_bias or weight_dropout is none of these; there is a forget_bias and no bias.
     """
 
     _name, _has_cell_state = "LSTM", True
@@ -550,6 +573,7 @@ class GRU(_Recurrent[Tensor, Tensor]):
 
     Raises:
         ValueError: init or weight_dropout is none of these; reset_after is false and recompute true.
+        TypeError: reset_after is no bool.
     """
 
     _name = "GRU"
@@ -623,7 +647,7 @@ class _Cell(_Module, nn.RNNCellBase, Generic[Hx, Hidden]):
         if dims == 1:
             input = input.unsqueeze(0)
             states = None if states is None else [state.unsqueeze(0) for state in states]
-        h, c = functional.cell(self._mode, input, states, weights, reset_after=self.reset_after)
+        h, c = functional.cell(self._mode, input, states, weights, reset_after=self._rnnfast_options.reset_after)
         if dims == 1:
             h, c = h.squeeze(0), c.squeeze(0)
         return self._to_hidden((h, c))  # type: ignore[no-any-return]
@@ -633,7 +657,7 @@ class _Cell(_Module, nn.RNNCellBase, Generic[Hx, Hidden]):
 
     def _plain(self, input: Any, hx: Any, weights: Sequence[Tensor]) -> Any:
         """What a single call of the CPU library makes of it, if that serves; else None."""
-        states = self._plain_states(hx) if self.reset_after else None
+        states = self._plain_states(hx) if self._rnnfast_options.reset_after else None
         if states is None or not functional.is_plain(input, states, weights):
             return None
         found = functional.plain_cell(self._mode, input, states, weights)
@@ -745,6 +769,7 @@ class GRUCell(_Cell[Tensor, Tensor], nn.GRUCell):
         reset_after: bool = True,
         init: str | None = None,
     ) -> None:
+        functional.check_reset_after("GRU", reset_after)
         nn.GRUCell.__init__(self, input_size, hidden_size, bias, device, dtype)
         self._set_options(reset_after=reset_after, init=init)
 

@@ -45,9 +45,10 @@ def cell(
 def gru_reset_before(x: Tensor, h: Tensor, w: Weights) -> Tensor:
     """h after one step of a GRU as Cho et al. have it ("Learning Phrase Representations using RNN Encoder-Decoder",
     2014), whose reset gate multiplies h before the product and not after it. Arguments as of :func:`cell`."""
-    w_rz, w_n = w.w_hh.tensor_split([2 * h.shape[1]])
-    b_rz, b_n = (None, None) if w.b_hh is None else w.b_hh.tensor_split([2 * h.shape[1]])
-    x_rz, x_n = x.tensor_split([2 * h.shape[1]], 1)
+    sizes = [2 * h.shape[1], h.shape[1]]
+    w_rz, w_n = w.w_hh.split(sizes)
+    b_rz, b_n = (None, None) if w.b_hh is None else w.b_hh.split(sizes)
+    x_rz, x_n = x.split(sizes, 1)
     r, z = torch.sigmoid(x_rz + F.linear(h, w_rz, b_rz)).chunk(2, 1)
     n = torch.tanh(x_n + F.linear((r * h).to(h.dtype), w_n, b_n))
     return n + z * (h - n)

@@ -188,7 +188,7 @@ class _Step:
         self._delete()
         self._run: Any = None
         module = self.module
-        is_served = self.device.type == "cpu" and self.dtype in DTYPES and module.reset_after
+        is_served = self.device.type == "cpu" and self.dtype in DTYPES and module._rnnfast_options.reset_after
         if not is_served or not BACKENDS["cpu"].probe(self.device).available:
             return
         # The library reads weights where they lie: no others than these, which nobody else can move or free.

@@ -14,6 +14,8 @@ from helpers import HANG
 from ranks import checks
 
 HERE = Path(__file__).parent
+# Of torch's engines, from C++, which Python's filters do not see; others are about the machine.
+OF_CPP = ("unused parameters", "Grad strides do not match bucket view strides", " is a view ")
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed engines")
 
 
@@ -26,7 +28,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     command = [sys.executable, *launcher, str(HERE / "ranks.py"), str(directory)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=HANG, env=environment)
     assert done.returncode == 0, done.stderr
-    assert "Warning" not in done.stderr  # of those that C++ prints
+    for said in OF_CPP:
+        assert said not in done.stderr, done.stderr
     return [json.loads((directory / f"{rank}.json").read_text()) for rank in range(2)]
 
 

@@ -152,6 +152,7 @@ def test_keras_refuses(keras: Any) -> None:
         ([], ValueError, "no Keras layer in the list"),
         ([make("lstm", return_sequences=False), make("lstm", **wide)], ValueError, "return_sequences=False leaves no"),
         ([make("lstm"), make("gru", **wide)], ValueError, "several kinds"),
+        ([make("lstm"), make("lstm")], ValueError, "takes 4 features, the one before gives 6"),
         ([make("gru"), make("gru-before", **wide)], ValueError, "several kinds"),
         ([make("gru"), make("gru-no-bias", **wide)], ValueError, "several kinds"),
         ([make("lstm"), dropout(0.1)], ValueError, "Dropout has to stand between"),
@@ -327,12 +328,106 @@ def test_onnx_refuses() -> None:
         ways.Node(helper.make_node("LSTM", ["X", "V", "R"], ["Y"]), initializers)
     for module, error, why in (
         (rnnfast.LSTM(I, H, 2), ValueError, "one layer, got 2: torch.onnx.export"),
-        (rnnfast.LSTM(I, H, dtype=torch.bfloat16), ValueError, "cannot be of torch.bfloat16"),
+        (nn.LSTM(I, H, dtype=torch.complex64), ValueError, "cannot be of torch.complex64"),
         (rnnfast.LSTM(I, H, proj_size=2), ValueError, "ONNX has no layers with proj_size=2"),
         (nn.Linear(I, H), TypeError, "Linear is no RNN, LSTM or GRU"),
     ):
         with pytest.raises(error, match=why):
             ways.to_onnx(module)
+
+
+def test_onnx_refuses_shapes() -> None:
+    pytest.importorskip("onnx", reason="onnx is not installed: pip install rnnfast[interop]")
+    from onnx import helper, numpy_helper
+
+    ways, make = library("onnx"), lambda *shape: torch.zeros(shape).numpy()
+    arrays = {"W": make(1, 3 * H, I), "R": make(1, 3 * H, H), "B": make(1, 6 * H), "P": make(1, 3 * H)}
+    arrays |= {"two": make(2, 3 * H, I), "flat": make(3 * H, I), "long": make(1, 6 * H + 1)}
+    initializers = [numpy_helper.from_array(array, key) for key, array in arrays.items()]
+
+    def node(names: str = "X W R B", **attributes: Any) -> Any:
+        return helper.make_node("GRU", [name.strip("-") for name in names.split()], ["Y"], **attributes)
+
+    for wrong, why in (
+        (node(hidden_size=99), r"GRU has W of shape \[1, 18, 4\], expected \[1, 297, 4\]"),
+        (node(direction="bidirectional"), r"GRU has W of shape \[1, 18, 4\], expected \[2, 18, 4\]"),
+        (node("X two R B"), r"GRU has W of shape \[2, 18, 4\], expected \[1, 18, 4\]"),
+        (node("X flat R B"), r"GRU has W of shape \[18, 4\], expected \[1, 18, 4\]"),
+        (node("X W W B"), r"GRU has W of shape \[1, 18, 4\], expected \[1, 12, 4\]"),
+        (node("X W R long"), r"GRU has B of shape \[1, 37\], expected \[1, 36\]"),
+        (node("X W R B - - - P"), "GRU has no peepholes"),
+        (node("X W"), "GRU needs W and R, got 'W' and ''"),
+        (node("X - R"), "GRU needs W and R, got '' and 'R'"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            ways.Node(wrong, initializers)
+    x = torch.randn(T, N, I)
+    for direction in ("forward", "reverse"):
+        own = ways.Node(node(direction=direction, hidden_size=H), initializers)
+        for lengths in ([1, 2, T + 1], [1, 2, -1]):
+            with pytest.raises(ValueError, match="lengths"):
+                own(x, torch.tensor(lengths))
+        for lengths in ([1, 2], [1], [1.0, 2.0, 3.0]):
+            with pytest.raises(ValueError, match="lengths must"):
+                own(x, torch.tensor(lengths))
+        with pytest.raises(TypeError, match="sequence_lens must be a Tensor, got list"):
+            own(x, [1, 2, 3])
+        with pytest.raises(ValueError, match="X has to have 3 dimensions, got 2"):
+            own(x[0])
+
+
+def test_onnx_attributes_and_dtypes() -> None:
+    """No layout but where it is not the default: operators of older opsets have none."""
+    pytest.importorskip("onnx", reason="onnx is not installed: pip install rnnfast[interop]")
+    ways = library("onnx")
+    for batch_first in (False, True):
+        node, _ = ways.to_onnx(rnnfast.GRU(I, H, batch_first=batch_first))
+        layouts = [attribute.i for attribute in node.attribute if attribute.name == "layout"]
+        assert layouts == [1] * batch_first
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        ours = rnnfast.LSTM(I, H, dtype=dtype)
+        back = ways.from_onnx(*ways.to_onnx(ours))
+        for key, weight in ours.state_dict().items():
+            assert back.state_dict()[key].dtype == dtype
+            assert torch.equal(back.state_dict()[key], weight)
+
+
+@pytest.mark.parametrize("name", ["bias_ih_l0", "bias_hh_l0", "both"])
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+@pytest.mark.parametrize("to", ["onnx", "keras"])
+def test_deleted_biases_are_zeros(to: str, kind: str, name: str) -> None:
+    ways = library(to)
+    theirs = random_weights(getattr(nn, kind)(I, H, batch_first=True))
+    whole = getattr(nn, kind)(I, H, batch_first=True)
+    whole.load_state_dict(theirs.state_dict())
+    for key in ("bias_ih_l0", "bias_hh_l0") if name == "both" else (name,):
+        setattr(theirs, key, None)
+        nn.init.zeros_(getattr(whole, key))
+    found = getattr(ways, f"to_{to}")(theirs)
+    ours = getattr(ways, f"from_{to}")(*(found if to == "onnx" else (found,)))
+    assert ours.bias == (name != "both")
+    x = torch.randn(N, T, I)
+    assert_close(ours(x)[0], whole(x)[0])
+
+
+@pytest.mark.parametrize("library_", [nn, rnnfast], ids=["torch", "ours"])
+@pytest.mark.parametrize("to", ["onnx", "keras"])
+def test_parametrized_weights(to: str, library_: Any) -> None:
+    ways = library(to)
+    module = library_.LSTM(I, H, batch_first=True)
+    nn.utils.parametrizations.weight_norm(module, "weight_hh_l0")
+    nn.init.constant_(module.parametrizations.weight_hh_l0.original0, 3.0)
+    found = getattr(ways, f"to_{to}")(module)
+    ours = getattr(ways, f"from_{to}")(*(found if to == "onnx" else (found,)))
+    assert_close([ours.weight_hh_l0], [module.weight_hh_l0])
+    assert ours.weight_hh_l0.norm() > 3
+
+
+def test_arrays_of_the_other_byte_order() -> None:
+    numpy = importlib.import_module("numpy")
+    from_array = importlib.import_module("rnnfast.interop.weights").from_array
+    for dtype in (">f4", "<f4"):
+        assert torch.equal(from_array(numpy.array([1.5, -2.0], dtype)), torch.tensor([1.5, -2.0]))
 
 
 # Flax
@@ -378,8 +473,25 @@ def test_flax(linen: Any, name: str, activation: str) -> None:
     assert_close(first(back(x, hx)), first(ours(x, hx)))
 
 
+@pytest.mark.parametrize("kind", ["LSTMCell", "GRUCell", "RNNCell"])
+def test_flax_of_deleted_and_parametrized(linen: Any, kind: str) -> None:
+    ways = library("flax")
+    for deleted in ("bias_ih", "bias_hh"):
+        ours, whole = random_weights(getattr(rnnfast, kind)(I, H)), getattr(rnnfast, kind)(I, H)
+        whole.load_state_dict(ours.state_dict())
+        setattr(ours, deleted, None)
+        nn.init.zeros_(getattr(whole, deleted))
+        nn.utils.parametrizations.weight_norm(ours, "weight_hh")
+        x = torch.randn(N, I)
+        assert_close(ways.from_flax(*ways.to_flax(ours))(x), whole(x))
+
+
 def test_flax_refuses(linen: Any) -> None:
     ways = library("flax")
+    cell, params = ways.to_flax(rnnfast.GRUCell(I, H))
+    for wrong in ({"params": params}, {}, {"ir": params["ir"]}):
+        with pytest.raises(ValueError, match=r"params of Flax's GRUCell have .*: give variables\['params'\]"):
+            ways.from_flax(cell, wrong)
     with pytest.raises(TypeError, match="MGUCell is no LSTMCell, OptimizedLSTMCell, GRUCell, SimpleCell"):
         ways.from_flax(linen.MGUCell(H), {})
     with pytest.raises(ValueError, match="GRUCell has gate_fn="):

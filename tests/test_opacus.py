@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import re
 from typing import Any
 
 import pytest
 import torch
-from helpers import LAYERS
+from helpers import LAYERS, tensors_of
 from torch import Tensor, nn
 
 import rnnfast
@@ -109,6 +110,27 @@ def test_private_training(name: str) -> None:
     torch.testing.assert_close(trained(True), trained(False), rtol=1e-4, atol=1e-5)
 
 
+def test_private_training_by_ghost_clipping() -> None:
+    """With a bound that clips, as by the gradients of samples."""
+    x, y = torch.randn(N, T, I), torch.tensor([0, 1, 1, 0])
+    found = []
+    for mode in ("hooks", "ghost"):
+        model = make("GRU")
+        loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=N)
+        criterion: Any = nn.CrossEntropyLoss()
+        more = {"criterion": criterion} if mode == "ghost" else {}
+        model, optimizer, *between, _ = opacus.PrivacyEngine().make_private(
+            module=prepare(model), optimizer=torch.optim.SGD(model.parameters(), 0.1), data_loader=loader,
+            noise_multiplier=0.0, max_grad_norm=0.1, poisson_sampling=False, grad_sample_mode=mode, **more,
+        )  # fmt: skip
+        (criterion,) = between or (criterion,)
+        optimizer.zero_grad()
+        criterion(model(x), y).backward()
+        optimizer.step()
+        found.append(dict(model.state_dict()))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
+
+
 class OfStates(Classifier):
     def __init__(self, layer: nn.Module, alone: bool) -> None:
         super().__init__(layer)
@@ -126,6 +148,55 @@ def test_refuses_the_gradient_of_states(name: str, alone: bool) -> None:
     model = prepare(OfStates(make(name).rnn, alone))
     with pytest.raises(RuntimeError, match="take the last step of the output instead"):
         of_samples(model, torch.randn(N, T, I))
+
+
+class Scaled(rnnfast.LSTM):
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(2 * x)
+
+
+def test_only_prepared_layers_are_trained() -> None:
+    """What Opacus knows of a class is for all of its instances."""
+    prepare(make("LSTM"))
+    x = torch.randn(N, T, I)
+    with pytest.raises(RuntimeError, match="this LSTM is not prepared"):
+        of_samples(make("LSTM"), x)
+    model = prepare(make("LSTM", num_layers=2))
+    model.rnn.dropout = 0.5  # after it was prepared
+    with pytest.raises(ValueError, match="cannot train the layer LSTM with dropout"):
+        of_samples(model, x)
+    with pytest.raises(ValueError, match="cannot train the layer rnn with its own forward"):
+        prepare(Classifier(Scaled(I, H, batch_first=True)))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_watches_trainings_alone_and_goes_with_revert(name: str) -> None:
+    model, x = prepare(prepare(make(name))), torch.randn(N, T, I)
+    again = copy.deepcopy(model)
+    layer = model.rnn
+    hooks = layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks
+    assert sum(map(len, hooks)) == 2
+    for training, grad in ((False, True), (True, False)):
+        with torch.set_grad_enabled(grad):
+            _, h_n = layer.train(training)(x, None, lengths=torch.tensor([1] * N))
+            if grad:
+                sum(of.sum() for of in tensors_of(h_n)).backward()
+    layer.train()
+    with pytest.raises(ValueError, match="takes one batch of tensors and nothing else"):
+        layer(x, None)
+    rnnfast.revert(model)
+    assert not any(hooks)
+    assert not any(key.startswith("_rnnfast") for key in vars(layer))
+    layer(x, None)
+    rnnfast.revert(copy.deepcopy(again)).rnn(x, None)
+    of_samples(again, x)  # a copy is prepared as its original was, and has hooks of its own
+
+
+def test_compares_sizes() -> None:
+    layer = prepare(make("LSTM").rnn)
+    sampler = opacus.GradSampleModule.GRAD_SAMPLERS[rnnfast.LSTM]
+    with pytest.raises(RuntimeError, match=r"inputs of \[4, 5\] samples and steps, and gradients of \[5, 4\]"):
+        sampler(layer, [torch.randn(N, T, I)], torch.randn(T, N, H))
 
 
 def test_refuses() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 
 import pytest
 import torch
@@ -82,25 +83,79 @@ def test_options_stay_with_the_module(name: str) -> None:
     torch.save(module, file)
     file.seek(0)
     for other in (module, copy.deepcopy(module), torch.load(file, weights_only=False)):
-        assert {key: getattr(other, key) for key in options} == options
+        assert other._rnnfast_options == rnnfast.modules.Options(**options)
         assert repr(other).endswith("".join(f", {key}={value!r}" for key, value in options.items()) + ")")
     reverted = rnnfast.revert(nn.Sequential(make(name, **options)))
     if name in LAYERS:
         assert reverted.rnnfast_report.left_alone == {"0": f"torch.nn.{name} has no weight_dropout=0.5"}
     else:
         assert type(reverted[0]) is getattr(nn, name)
-        assert not set(options) & set(vars(reverted[0]))
+        assert "_rnnfast_options" not in vars(reverted[0])
+
+
+OWN = rnnfast.modules.Options._fields
+
+
+@pytest.mark.parametrize("library", [rnnfast, nn], ids=["ours", "converted"])
+@everything
+def test_subclasses_have_the_short_names_for_themselves(name: str, library: object) -> None:
+    base = getattr(library, name)
+
+    class WithAttributes(base):
+        def __init__(self, flip: bool) -> None:
+            super().__init__(I, H)
+            for k, key in enumerate(OWN):
+                setattr(self, key, nn.Linear(2, 3) if k % 2 == flip else nn.Parameter(torch.ones(2)))
+
+    class WithMethods(base):
+        init = reset_after = forget_bias = weight_dropout = lambda self: 1
+
+    x, plain = torch.randn(5, 3, I) if name in LAYERS else torch.randn(3, I), base(I, H)
+    for module in (WithAttributes(False), WithAttributes(True), WithMethods(I, H)):
+        module.load_state_dict(plain.state_dict(), strict=False)
+        own = {key: getattr(module, key) for key in OWN}
+        parameters = len(list(module.parameters()))
+        (module,) = rnnfast.convert(nn.Sequential(module))
+        assert isinstance(module, rnnfast.modules._Module)
+        assert all(
+            getattr(module, key) == of if callable(of) else getattr(module, key) is of for key, of in own.items()
+        )
+        assert repr(module).startswith("With")
+        assert len(list(module.parameters())) == parameters
+        torch.testing.assert_close(tensors_of(module(x)), tensors_of(plain(x)))
+        assert len(rnnfast.explain(module, x)) == 1
+        assert copy.deepcopy(module)._rnnfast_options == rnnfast.modules.Options()
+
+
+def test_explain_of_a_single_step_without_torchs_forward() -> None:
+    """Which reads weights that nothing has dropped out."""
+    x, says = torch.randn(1, 3, I), "a single step is quicker by torch's"
+    for chance in (0.0, 0.5):
+        layer = rnnfast.GRU(I, 256, weight_dropout=chance)
+        for training in (True, False):
+            (choice,) = rnnfast.explain(layer.train(training), x)
+            assert (says in choice.reason) == (choice.backend == "cpu" and not (chance and training))
 
 
 @everything
 def test_refuses(name: str) -> None:
-    with pytest.raises(ValueError, match="init should be None or 'orthogonal', got 'zeros'"):
-        make(name, init="zeros")
+    for init in ("zeros", 1, True):
+        with pytest.raises(ValueError, match=f"init should be None or 'orthogonal', got {init!r}"):
+            make(name, init=init)
+    with pytest.raises(ValueError, match=r"init='orthogonal' is for real dtypes, got torch\.complex64"):
+        make(name, init="orthogonal", dtype=torch.complex64)
+    if name.startswith("GRU"):
+        for value in (None, 0, "False", torch.tensor(True)):
+            with pytest.raises(TypeError, match=f"reset_after should be of type bool, got: {type(value).__name__}"):
+                make(name, reset_after=value)
     if name.startswith("LSTM"):
+        for value in ("1", True, torch.tensor(1.0), float("nan"), float("inf"), 1j):
+            with pytest.raises(ValueError, match="forget_bias should be None or a finite number, got"):
+                make(name, forget_bias=value)
         with pytest.raises(ValueError, match="forget_bias is the start of a bias"):
             make(name, forget_bias=0.0, bias=False)
     if name in LAYERS:
-        for chance in (-0.1, 1.1, float("nan")):
+        for chance in (-0.1, 1.1, float("nan"), "0.5", True, None, torch.tensor(0.5), 0.5j):
             with pytest.raises(ValueError, match="weight_dropout should be a number in the range"):
                 make(name, weight_dropout=chance)
 
@@ -151,6 +206,34 @@ def test_weight_dropout_without_gradients(name: str) -> None:
     for grad in (False, True):
         with torch.set_grad_enabled(grad):
             torch.testing.assert_close(tensors_of(ours(x, hx)), expected)
+
+
+@pytest.mark.parametrize("name", ["LSTM", "GRU"])
+def test_weight_dropout_masks_the_gate_that_it_belongs_to(name: str) -> None:
+    """Of a single unit with W_hh of ones, whose few masks are told apart by what a step makes of the state."""
+    ours = getattr(rnnfast, name)(1, 1, bias=False, weight_dropout=0.5, dtype=DOUBLE)
+    nn.init.zeros_(ours.weight_ih_l0)
+    gates = ours.weight_hh_l0.size(0)
+    nn.init.ones_(ours.weight_hh_l0)
+    x, h = torch.zeros(1, 1, 1, dtype=DOUBLE), torch.full((1, 1, 1), 0.7, dtype=DOUBLE)
+    hx = (h, h / 2) if name == "LSTM" else h
+    seen = set()
+    for seed in range(40):
+        torch.manual_seed(seed)
+        mask = F.dropout(torch.ones(gates, 1, dtype=DOUBLE), 0.5)
+        torch.manual_seed(seed)
+        found = ours(x, hx)[0].item()
+        a = (mask * 0.7).flatten().tolist()
+        sigmoid, tanh = (lambda v: 1 / (1 + math.exp(-v))), math.tanh
+        if name == "LSTM":
+            c = sigmoid(a[1]) * 0.35 + sigmoid(a[0]) * tanh(a[2])
+            expected = sigmoid(a[3]) * tanh(c)
+        else:
+            r, z = sigmoid(a[0]), sigmoid(a[1])
+            expected = (1 - z) * tanh(r * a[2]) + z * 0.7
+        assert abs(found - expected) < 1e-12
+        seen.add(tuple(a))
+    assert len(seen) > gates
 
 
 def test_weight_dropout_statistics() -> None:

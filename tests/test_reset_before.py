@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +170,19 @@ def test_exported_to_onnx(tmp_path: Path) -> None:
         torch.testing.assert_close(torch.from_numpy(a), e)
 
 
+def test_exported_to_onnx_by_a_trace(tmp_path: Path) -> None:
+    pytest.importorskip("onnx")
+    runtime = pytest.importorskip("onnxruntime")
+    model, x, path = gru(bidirectional=True, dtype=torch.float32).eval(), torch.randn(T, N, I), tmp_path / "model.onnx"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the exporter, which is old, and of what a trace holds fast
+        torch.onnx.export(model, (x,), path, dynamo=False)
+    session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    found = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    for a, e in zip(found, model(x), strict=True):
+        torch.testing.assert_close(torch.from_numpy(a), e)
+
+
 def test_says_what_serves_it() -> None:
     for module in (gru(dtype=torch.float32), rnnfast.GRUCell(I, H, reset_after=False)):
         assert repr(module).endswith(", reset_after=False)")
@@ -216,3 +230,13 @@ def test_refuses() -> None:
     for call, x in ((rnnfast.functional.rnn, torch.randn(T, N, I)), (rnnfast.functional.cell, torch.randn(N, I))):
         with pytest.raises(ValueError, match="for a GRU without recompute, got LSTM"):
             call("LSTM", x, None, weights, reset_after=False)
+        good = [torch.randn(3 * H, I), torch.randn(3 * H, H), torch.randn(3 * H), torch.randn(3 * H)]
+        for size in (1, 2 * H, 2 * H + 1, 3 * H + 1):
+            for k, name in ((2, "bias_ih"), (3, "bias_hh")):
+                wrong = [torch.randn(size) if k == at else weight for at, weight in enumerate(good)]
+                with pytest.raises(RuntimeError, match=rf"{name} has shape \[{size}\], expected \[18\]"):
+                    call("GRU", x, None, wrong, reset_after=False)
+        with pytest.raises(RuntimeError, match="no kernel for dtype Int"):
+            call("GRU", x.int(), None, [weight.int() for weight in good], reset_after=False)
+    with pytest.raises(RuntimeError, match="x has 2 dimensions, expected 3"):
+        rnnfast.functional.rnn("GRU", torch.randn(T, I), None, good, reset_after=False)

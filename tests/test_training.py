@@ -20,6 +20,7 @@ SINGLE = torch.float32
 layers = pytest.mark.parametrize("name", LAYERS)
 devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 runs = pytest.mark.runs(SINGLE, N, H, True)
+interpreted = pytest.mark.full_on("triton")  # seconds each
 
 
 def loss_of(module: nn.Module, x: Tensor) -> Tensor:
@@ -43,6 +44,7 @@ def train(module: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, after:
 
 
 @pytest.mark.few(1, "backend", "name", "optimizer", "kind")
+@interpreted
 @runs
 @pytest.mark.parametrize("kind", ["foreach", "fused"])
 @pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
@@ -117,6 +119,7 @@ def test_autocast_with_a_scaler(name: str, dtype: torch.dtype, device: str) -> N
 
 
 @pytest.mark.few(1, "backend", "name", "recompute")
+@interpreted
 @runs
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recompute"])
 @layers
@@ -136,6 +139,7 @@ def test_checkpoint(name: str, recompute: bool, backend: str) -> None:
 
 
 @pytest.mark.few(1, "backend", "name")
+@interpreted
 @runs
 @layers
 def test_saved_tensors_elsewhere(name: str, backend: str) -> None:
@@ -174,6 +178,7 @@ def test_saved_tensors_of_a_gpu_on_the_cpu(name: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:Anomaly Detection")
 @pytest.mark.few(1, "backend", "name")
+@interpreted
 @runs
 @layers
 def test_anomaly_mode(name: str, backend: str) -> None:

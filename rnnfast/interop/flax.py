@@ -11,7 +11,7 @@ from flax import linen
 from torch import Tensor, nn
 
 from ..modules import GRUCell, LSTMCell, RNNCell
-from .weights import from_array, to_array
+from .weights import from_array, resets_after, to_array
 
 _GATES = {"LSTMCell": "ifgo", "OptimizedLSTMCell": "ifgo", "GRUCell": "rzn", "SimpleCell": [""]}
 _CLASSES: dict[str, Any] = {name: LSTMCell if "LSTM" in name else GRUCell for name in _GATES} | {"SimpleCell": RNNCell}
@@ -27,7 +27,7 @@ def from_flax(cell: linen.RNNCellBase, params: Any) -> LSTMCell | GRUCell | RNNC
 
     Raises:
         TypeError: the cell is none of these.
-        ValueError: it has an activation, or another option, that torch's cells do not have.
+        ValueError: it has an activation, or another option, that torch's cells do not have; params are another cell's.
     """
     kind = type(cell).__name__
     if kind not in _GATES or type(cell) is not getattr(linen, kind, None):
@@ -39,6 +39,13 @@ def from_flax(cell: linen.RNNCellBase, params: Any) -> LSTMCell | GRUCell | RNNC
         raise ValueError(f"Flax's {kind} has gate_fn={cell.gate_fn}, torch's cells have sigmoid only")
     if getattr(cell, "residual", False):
         raise ValueError("Flax's SimpleCell has residual=True, torch's cells have no such option")
+
+    missing = [which + gate for which in "ih" for gate in _GATES[kind] if which + gate not in params]
+    if missing:
+        found_keys = ", ".join(map(str, params)) or "nothing"
+        raise ValueError(
+            f"params of Flax's {kind} have {', '.join(missing)}, not {found_keys}: give variables['params']"
+        )
 
     def weight(which: str) -> Tensor:
         return torch.cat([from_array(params[which + gate]["kernel"]).T for gate in _GATES[kind]])
@@ -69,17 +76,16 @@ def to_flax(module: nn.Module) -> tuple[linen.RNNCellBase, dict[str, Any]]:
     if kind is None:
         raise TypeError(f"{type(module).__name__} is no RNNCell, LSTMCell or GRUCell")
     form: Any = module
-    if form.bias_ih is None or not getattr(form, "reset_after", True):
-        raise ValueError(f"Flax has no {kind} with {'reset_after=False' if form.bias else 'bias=False'}")
+    given = form.bias_hh if form.bias_ih is None else form.bias_ih
+    if given is None or not resets_after(form):
+        raise ValueError(f"Flax has no {kind} with {'bias=False' if given is None else 'reset_after=False'}")
+    biases = [torch.zeros_like(given) if bias is None else bias for bias in (form.bias_ih, form.bias_hh)]
     options = {"activation_fn": getattr(linen, form.nonlinearity)} if kind == "SimpleCell" else {}
     dtype = str(form.weight_hh.dtype).removeprefix("torch.")
     cell = getattr(linen, kind)(form.hidden_size, param_dtype=dtype, **options)
     params: dict[str, Any] = {}
     for k, gate in enumerate(_GATES[kind]):
-        of_gate = [
-            weight.chunk(len(_GATES[kind]))[k]
-            for weight in (form.weight_ih, form.weight_hh, form.bias_ih, form.bias_hh)
-        ]
+        of_gate = [weight.chunk(len(_GATES[kind]))[k] for weight in (form.weight_ih, form.weight_hh, *biases)]
         w_ih, w_hh, b_ih, b_hh = (
             jax.numpy.asarray(to_array(weight.mT if weight.dim() == 2 else weight), dtype) for weight in of_gate
         )

@@ -35,7 +35,7 @@ def from_keras(layers: Any) -> RNN | LSTM | GRU:
     Raises:
         TypeError: a layer is none of these.
         ValueError: a layer has no weights yet; it has an activation, or another option, which torch's layers do not
-            have; those of a stack are unequal.
+            have; those of a stack are unequal, or do not take what the one before gives.
     """
     listed = layers.layers if isinstance(layers, keras.Sequential) else layers
     listed = list(listed) if isinstance(listed, (list, tuple)) else [listed]
@@ -52,7 +52,12 @@ def from_keras(layers: Any) -> RNN | LSTM | GRU:
     forms, directions = zip(*(pair for layer in stack for pair in _read(layer)))
     if len(set(forms)) > 1:
         raise ValueError("the Keras layers of a stack, or two directions, are of several kinds: convert one at a time")
-    form = forms[0]
+    form, count = forms[0], 1 + forms[0].bidirectional
+    for given in (of.w_ih.size(1) for of in directions[count:]):
+        if given != form.units * count:
+            raise ValueError(
+                f"within a stack a Keras layer takes {given} features, the one before gives {form.units * count}"
+            )
     options: dict[str, Any] = {} if form.reset_after else {"reset_after": False}
     options |= {"dropout": rates.pop()} if rates else {}
     ours: RNN | LSTM | GRU = layer_of(form.mode, directions, form.bidirectional, batch_first=True, **options)
@@ -129,7 +134,12 @@ def _made(form: Any, directions: Sequence[Weights]) -> Any:
     dtype = str(first.w_ih.dtype).removeprefix("torch.")
     options |= {"recurrent_initializer": "glorot_uniform"}  # the default, orthogonal, cannot be drawn in half types
     layer = getattr(keras.layers, kind)(
-        form.hidden_size, activation=activation, use_bias=form.bias, return_sequences=True, dtype=dtype, **options
+        form.hidden_size,
+        activation=activation,
+        use_bias=first.b_ih is not None,
+        return_sequences=True,
+        dtype=dtype,
+        **options,
     )
     layer = keras.layers.Bidirectional(layer, dtype=dtype) if len(directions) > 1 else layer
     layer.build((None, None, first.w_ih.size(1)))

@@ -10,7 +10,7 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor, nn
 
-from .. import functional
+from .. import functional, modules
 from ..cells import GATES
 from ..modules import GRU, LSTM, RNN
 from ..onnx import ORDER
@@ -46,7 +46,7 @@ class Node(nn.Module):
 
     Raises:
         ValueError: the node is another operator's; it has an activation or attribute that our layers do not have; a
-            weight is no initializer.
+            weight is missing, no initializer, or of a wrong shape.
     """
 
     def __init__(self, node: onnx.NodeProto, initializers: Iterable[onnx.TensorProto]) -> None:
@@ -69,11 +69,14 @@ class Node(nn.Module):
             kind, [of.decode().lower() for of in attributes.get("activations", ())], 1 + self.bidirectional
         )
         x, w, r, b, _, _, _, p = (*node.input, *[""] * 8)[:8]
+        if not (w and r):
+            raise ValueError(f"ONNX's {kind} needs W and R, got {w!r} and {r!r}")
         given = {of.name: of for of in initializers}
         for name in (w, r, b, p):
             if name and name not in given:
                 raise ValueError(f"the weight {name!r} of ONNX's {kind} is no initializer")
         arrays = [from_array(numpy_helper.to_array(given[name])) if name else None for name in (w, r, b, p)]
+        _check_shapes(kind, 1 + self.bidirectional, attributes.get("hidden_size"), *arrays)
         self.weights = nn.ParameterList(
             weight for of in _directions(self.mode, *arrays) for weight in of if weight is not None
         )
@@ -100,12 +103,17 @@ class Node(nn.Module):
         Raises:
             RuntimeError, ValueError: as :func:`rnnfast.functional.rnn`.
         """
+        if X.dim() != 3:
+            raise ValueError(f"X has to have 3 dimensions, got {X.dim()}")
         directions, is_lstm = 1 + self.bidirectional, self.mode.endswith("LSTM")
         states = [initial_h, initial_c][: 1 + is_lstm]
         if self.batch_first:
             X, *states = (None if of is None else of.transpose(0, 1) for of in (X, *states))  # type: ignore[assignment]
         zeros = X.new_zeros(directions, X.size(1), self.weights[1].size(1))
         hx = [zeros if state is None else state for state in states]
+        if sequence_lens is not None:
+            modules._check_are_tensors(sequence_lens=sequence_lens)
+            functional._check_lengths(X, sequence_lens)  # before they are an index
         X = _reversed(X, sequence_lens) if self.reverse else X
         Y, h, c, _ = functional.rnn(
             self.mode, X, hx, list(self.weights), bidirectional=self.bidirectional, lengths=sequence_lens,
@@ -130,8 +138,22 @@ def _mode(kind: str, activations: list[str], directions: int) -> str:
     return _ACTIVATIONS[kind][one]
 
 
+def _check_shapes(kind: str, count: int, hidden: int | None, w: Any, r: Any, b: Any, p: Any) -> None:
+    """Against the operator's: W ``[D, G*H, I]``, R ``[D, G*H, H]``, B ``[D, 2*G*H]`` and P ``[D, 3*H]``."""
+    gates = GATES["RNN_TANH" if kind == "RNN" else kind]
+    hidden = r.shape[-1] if hidden is None else hidden
+    rows = gates * hidden
+    inputs = w.shape[-1] if w.dim() else 0
+    expected = (count, rows, inputs), (count, rows, hidden), (count, 2 * rows), (count, 3 * hidden)
+    for name, weight, shape in zip("WRBP", (w, r, b, p), expected):
+        if weight is not None and weight.shape != shape:
+            raise ValueError(f"ONNX's {kind} has {name} of shape {list(weight.shape)}, expected {list(shape)}")
+    if p is not None and kind != "LSTM":
+        raise ValueError(f"ONNX's {kind} has no peepholes")
+
+
 def _directions(mode: str, w: Any, r: Any, b: Tensor | None, p: Tensor | None) -> list[Weights]:
-    """Of W ``[D, G*H, I]``, R ``[D, G*H, H]``, B ``[D, 2*G*H]`` and P ``[D, 3*H]``."""
+    """Of the operator's weights ours."""
     gates = [ORDER[mode].index(gate) for gate in range(GATES[mode])]
     found = []
     for d in range(len(w)):
@@ -182,7 +204,8 @@ def to_onnx(module: nn.Module, name: str = "") -> tuple[onnx.NodeProto, list[onn
         name: stands before the names of the node's inputs X, W, R and B, and of its outputs Y, Y_h and Y_c.
 
     Returns:
-        The node, and the initializers W, R and, if there are biases, B.
+        The node, and the initializers W, R and, if there are biases, B. Of a ``batch_first`` layer it is of layout 1,
+        which is opset 14's and which onnxruntime does not run on CPUs; bfloat16 is opset 22's.
 
     Raises:
         TypeError: the module is no RNN, LSTM or GRU.
@@ -193,12 +216,14 @@ def to_onnx(module: nn.Module, name: str = "") -> tuple[onnx.NodeProto, list[onn
     mode, dtype = form.mode, directions[0].w_ih.dtype
     if form.num_layers > 1:
         raise ValueError(f"a node of ONNX is one layer, got {form.num_layers}: torch.onnx.export makes a graph of them")
-    if dtype not in (torch.float32, torch.float64, torch.float16):
+    if dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
         raise ValueError(f"a recurrent node of ONNX cannot be of {dtype}")
     kind = mode.partition("_")[0]
     attributes: dict[str, Any] = {"linear_before_reset": int(resets_after(form))} if kind == "GRU" else {}
     if kind == "RNN":
         attributes["activations"] = [mode[4:].capitalize()] * len(directions)
+    if form.batch_first:
+        attributes["layout"] = 1
     arrays = {
         "W": torch.stack([reorder(of.w_ih, ORDER[mode]) for of in directions]),
         "R": torch.stack([reorder(of.w_hh, ORDER[mode]) for of in directions]),
@@ -206,12 +231,19 @@ def to_onnx(module: nn.Module, name: str = "") -> tuple[onnx.NodeProto, list[onn
     biases = [
         torch.cat([reorder(b, ORDER[mode]) for b in (of.b_ih, of.b_hh) if b is not None])
         for of in directions
-        if form.bias
+        if of.b_ih is not None
     ]
     arrays |= {"B": torch.stack(biases)} if biases else {}
     node = onnx.helper.make_node(
         kind, [name + of for of in ("X", *arrays)], [f"{name}Y", f"{name}Y_h", *[f"{name}Y_c"] * (kind == "LSTM")],
         name=name, hidden_size=form.hidden_size, direction="bidirectional" if form.bidirectional else "forward",
-        layout=int(form.batch_first), **attributes,
+        **attributes,
     )  # fmt: skip
-    return node, [numpy_helper.from_array(to_array(of), name + key) for key, of in arrays.items()]
+    return node, [_initializer(name + key, of) for key, of in arrays.items()]
+
+
+def _initializer(name: str, weight: Tensor) -> onnx.TensorProto:
+    array = to_array(weight)
+    if weight.dtype == torch.bfloat16:  # an array of float32
+        return onnx.helper.make_tensor(name, onnx.TensorProto.BFLOAT16, array.shape, array.ravel())
+    return numpy_helper.from_array(array, name)

@@ -28,44 +28,66 @@ def prepare(model: Model) -> Model:
         model, optimizer, loader = PrivacyEngine().make_private(module=model, ...)
 
     The layers stay what they are. All samples go through the kernels at once, with the gates for an input; per sample
-    are the products of their gradients with inputs and states. Opacus tells of the gradient of the output alone: a use
-    of the final states raises in the backward, so take the last step of the output instead.
+    are the products of their gradients with inputs and states. The gates enter by a product with an identity of
+    ``D*G*H`` columns (G gates), which is D*G times the arithmetic of the recurrent products.
+
+    Opacus tells of the gradient of the output alone: a use of the final states raises in the backward, so take the last
+    step of the output instead. Its ``grad_sample_mode`` is ``"hooks"`` or ``"ghost"``; ``"functorch"`` and ``"ew"``,
+    which derive without these samplers, cannot train recurrent layers.
 
     Args:
         model: its layers are ``batch_first``, without dropout, projection and ``reset_after=False``. Their input is a
-            tensor, without a state, ``lengths`` or ``resets``. It is changed in place: the layers get hooks.
+            tensor, without a state, ``lengths`` or ``resets``. It is changed in place: the layers get hooks, which
+            watch trainings alone and which :func:`rnnfast.revert` takes away.
 
     Raises:
-        ValueError: a layer has one of these options, or, from its call, one of these arguments; it is one of torch.nn's
-            classes, which Opacus replaces by layers of its own: ``rnnfast.convert(model, compile=True)`` makes it ours.
-        RuntimeError: from the backward: a gradient comes to the final states.
+        ValueError: a layer has one of these options, or, from its call, one of these arguments, or a forward of its
+            own; it is one of torch.nn's classes, which Opacus replaces by layers of its own:
+            ``rnnfast.convert(model, compile=True)`` makes it ours.
+        RuntimeError: from the backward: a gradient comes to the final states; a layer of such a class was not
+            prepared.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, _Recurrent)}
     for name, layer in layers.items():
-        list(directions_of(layer, "Opacus' training"))
-        refused = [
-            option
-            for option, has in {
-                "batch_first=False": not layer.batch_first,
-                "dropout": layer.dropout and layer.num_layers > 1,
-                "reset_after=False": not resets_after(layer),
-                "a class of torch.nn's": isinstance(type(layer), _PassesFor),
-            }.items()
-            if has
-        ]
-        if refused:
-            raise ValueError(f"Opacus cannot train the layer {name or type(layer).__name__} with {', '.join(refused)}")
+        _check_options(layer, name)
     for layer in layers.values():
-        register_grad_sampler(type(layer))(_gradients)
-        layer.register_forward_pre_hook(_check_arguments, with_kwargs=True)
-        if layer._has_cell_state:  # of a tuple within the outputs a module's hooks see nothing
-            layer.register_forward_hook(_watch_states)
-        else:
-            layer.register_full_backward_pre_hook(_check_gradients)
+        register_grad_sampler(type(layer))(_gradients)  # of the class, so that it also asks whether a layer is prepared
+        if not _is_prepared(layer):
+            hooks = [layer.register_forward_pre_hook(_check_arguments, with_kwargs=True)]
+            if layer._has_cell_state:  # of a tuple within the outputs a module's hooks see nothing
+                hooks.append(layer.register_forward_hook(_watch_states))
+            else:
+                hooks.append(layer.register_full_backward_pre_hook(_check_gradients))
+            layer._rnnfast_hooks = hooks
     return model
 
 
+def _is_prepared(layer: nn.Module) -> bool:
+    return "_rnnfast_hooks" in layer.__dict__
+
+
+def _check_options(layer: Any, name: str = "") -> None:
+    list(directions_of(layer, "Opacus' training"))
+    cls = type(layer)
+    refused = {
+        "batch_first=False": not layer.batch_first,
+        "dropout": layer.dropout and layer.num_layers > 1,
+        "reset_after=False": not resets_after(layer),
+        "a class of torch.nn's": isinstance(cls, _PassesFor),
+        "its own forward": cls.forward is not _Recurrent.forward or cls.__call__ is not _Recurrent.__call__,
+    }
+    if found := [option for option, has in refused.items() if has]:
+        raise ValueError(f"Opacus cannot train the layer {name or cls.__name__} with {', '.join(found)}")
+
+
+def _is_trained(layer: nn.Module) -> bool:
+    """When Opacus watches, too."""
+    return layer.training and torch.is_grad_enabled()
+
+
 def _check_arguments(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if not _is_trained(layer):
+        return
     if len(args) != 1 or kwargs or not isinstance(args[0], Tensor) or args[0].dim() != 3:
         raise ValueError(
             "Opacus sees the input alone: a layer that it trains takes one batch of tensors and nothing else"
@@ -73,13 +95,14 @@ def _check_arguments(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
 
 
 def _watch_states(layer: nn.Module, args: Any, outputs: tuple[Tensor, tuple[Tensor, Tensor]]) -> None:
-    for state in outputs[1]:
+    for state in outputs[1] if _is_trained(layer) else ():
         if state.requires_grad:
             state.register_hook(_refuse_gradient)
 
 
 def _check_gradients(layer: nn.Module, grads: Any) -> None:
-    _refuse_gradient(grads[1])
+    if layer.training:
+        _refuse_gradient(grads[1])
 
 
 def _refuse_gradient(grad: Tensor | None) -> None:
@@ -89,6 +112,12 @@ def _refuse_gradient(grad: Tensor | None) -> None:
 
 def _gradients(layer: Any, activations: list[Tensor], grads: Tensor) -> dict[nn.Parameter, Tensor]:
     """Of each weight, ``[N, ...]``, from the input and the gradient of the output, both ``[N, T, F]``."""
+    if not _is_prepared(layer):
+        raise RuntimeError(f"this {type(layer).__name__} is not prepared: call rnnfast.interop.opacus.prepare(model)")
+    _check_options(layer)
+    if activations[0].shape[:2] != grads.shape[:2]:
+        sizes = list(activations[0].shape[:2]), list(grads.shape[:2])
+        raise RuntimeError("Opacus gives inputs of {} samples and steps, and gradients of {}".format(*sizes))
     found: dict[nn.Parameter, Tensor] = {}
     weights = iter(layer._flat_weights)
     for of_direction in _of_directions(layer, activations[0].transpose(0, 1), grads.transpose(0, 1)):
@@ -100,7 +129,8 @@ def _gradients(layer: Any, activations: list[Tensor], grads: Tensor) -> dict[nn.
 
 def _of_directions(layer: Any, x: Tensor, dy: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """In the order of the weights. Each layer runs once more, from its ``W_ih x + b_ih``, the gates, which an identity
-    takes in: so the input's gradient is that at the gates."""
+    takes in: so the input's gradient is that at the gates. That costs each direction a product of ``[T*N, D*G*H]``
+    with ``[D*G*H, G*H]``, forward and backward."""
     mode, count, H = layer.mode, 1 + layer.bidirectional, layer.hidden_size
     directions = list(directions_of(layer, "Opacus"))
     units = torch.eye(count * GATES[mode] * H, dtype=x.dtype, device=x.device).chunk(count)

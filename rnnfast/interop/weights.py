@@ -21,7 +21,7 @@ _CLASSES: dict[str, Any] = {
 def from_array(array: Any) -> Tensor:
     """A copy. Of a type that numpy does not have, such as bfloat16, torch has the name."""
     array = numpy.asarray(array)
-    return torch.from_numpy(array.astype("float64")).to(getattr(torch, str(array.dtype)))
+    return torch.from_numpy(array.astype("float64")).to(getattr(torch, array.dtype.name))
 
 
 def to_array(tensor: Tensor) -> Any:
@@ -50,7 +50,8 @@ def layer_of(mode: str, directions: Sequence[Weights], bidirectional: bool = Fal
 
 
 def directions_of(module: nn.Module, library: str) -> Iterator[Weights]:
-    """The weights of a layer's directions, layer by layer.
+    """The weights of a layer's directions, layer by layer, all with both biases or all with none: for one that was
+    deleted stand zeros.
 
     Raises:
         TypeError: the module is no layer of rnnfast or torch.nn.
@@ -66,12 +67,18 @@ def directions_of(module: nn.Module, library: str) -> Iterator[Weights]:
     weights = [getattr(module, key) for key in module._flat_weights_names]  # also those that are parametrized
     each = len(weights) // (module.num_layers * (1 + module.bidirectional))
     names = names_of(module.mode, each).split()
+    has_biases = any(weight is not None for key, weight in zip(module._flat_weights_names, weights) if "bias" in key)
     for first in range(0, len(weights), each):
-        yield Weights(**dict(zip(names, weights[first : first + each])))
+        of = Weights(**dict(zip(names, weights[first : first + each])))
+        if has_biases:
+            biases = (of.w_ih.new_zeros(len(of.w_ih)) if b is None else b for b in (of.b_ih, of.b_hh))
+            of = Weights(of.w_ih, of.w_hh, *biases)
+        yield of
 
 
 def resets_after(module: Any) -> bool:
-    return getattr(module, "reset_after", True)  # torch.nn's always do
+    """Whether a GRU does; torch.nn's always do."""
+    return getattr(module, "_rnnfast_options", modules.Options()).reset_after
 
 
 def sum_of(w: Weights) -> Tensor | None:
