@@ -490,7 +490,7 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
     ],
     "rnnfast/choice.py": [
         ("a race in a capture", "test_choice.py -k capture", "if _is_captured(call.x) or", "if"),
-        ("a race in a backward", "test_choice.py -k backward", " or torch._C._current_graph_task_id() != -1:", ":"),
+        ("a race in a backward", "test_choice.py -k backward", " or torch._C._current_graph_task_id() != -1", ""),
         ("every rank measures", "test_choice.py -k ranks", "and distributed.get_rank())", "and False)"),
         (
             "the caller's modes hold",
