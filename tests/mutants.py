@@ -397,7 +397,7 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         ),
     ],
     "rnnfast/convert.py": [
-        ("revert leaves the option", "test_convert.py", "module.__dict__.pop(option, None)", "pass"),
+        ("revert leaves the option", "test_convert.py", 'module.__dict__.pop("recompute", None)', "pass"),
         ("no instance of torch's", "test_convert.py", "bases = (_OURS[cls], cls) if", "bases = (_OURS[cls],) if"),
         ("no key as torch's", "test_convert.py", 'vars(cls).get("stands_for") is other', "False"),
         ("a forward of the user's is lost", "test_convert.py", "if cls.forward is not base.forward or", "if"),
