@@ -60,7 +60,7 @@ def tune(args: argparse.Namespace) -> int:
     device = args.device
     if device.type == "cuda" and device.index is None and torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
-    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()) > 0:
+    if device.type == "cuda" and device.index is not None and device.index >= (count := torch.cuda.device_count()):
         print(f"there is no {device}: torch finds {count} GPU(s)", file=sys.stderr)
         return 1
     backend, why = choose_backend(USUAL, "LSTM", device, torch.float32)
