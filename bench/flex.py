@@ -94,8 +94,8 @@ def main() -> None:
                     runs["compiled"]()
                     row["compile_s"] = f"{perf_counter() - start:.1f}"
                 ms = run.measure(runs, options.rounds, "cpu")
-            row |= {f"{name}_ms": f"{value:.3f}" for name, value in ms.items()}
-            row |= {f"ratio_{name}": f"{value / ms['ours']:.2f}" for name, value in ms.items() if name != "ours"}
+            row |= {f"{name}_ms": f"{value:.4g}" for name, value in ms.items()}
+            row |= {f"ratio_{name}": f"{value / ms['ours']:.4g}" for name, value in ms.items() if name != "ours"}
             writer.writerow(row)
             out.flush()
 
