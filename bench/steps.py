@@ -85,7 +85,7 @@ def main() -> None:
                     ratios["ratio_stream"] = found["onnxruntime"] / found["stream"]
                 row = head | {"name": name, "mode": mode, "N": N, "H": H}
                 row |= {f"{key}_us": f"{value:.1f}" for key, value in found.items()}
-                writer.writerow(row | {key: f"{value:.2f}" for key, value in ratios.items()})
+                writer.writerow(row | {key: f"{value:.3g}" for key, value in ratios.items()})
                 out.flush()
                 logs.append(math.log(ratios["ratio_torch"]))
             mean, least = (math.exp(value) for value in (statistics.fmean(logs), min(logs)))
