@@ -80,7 +80,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     head = machine.describe("cpu") | {"threads": options.threads, "T": options.steps}
     with options.out.open("w", newline="") if options.out else sys.stdout as out:
-        writer = csv.DictWriter(out, COLUMNS)
+        writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
         writer.writeheader()
         cases = itertools.product(options.cells, options.modes, options.batches, options.hidden, options.heads)
         for cell, mode, N, H, heads in cases:

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from rnnfast.onnx import ORDER
+
 Runner = Callable[[np.ndarray], np.ndarray]
 
 
@@ -23,11 +25,11 @@ def runners(module: nn.RNNBase, steps: int, batch: int, threads: int) -> dict[st
 
 
 def _onnx(module: nn.RNNBase, steps: int, batch: int) -> bytes:
-    """The module as an ONNX model: a node a layer. ONNX orders gates i o f c and z r h."""
+    """The module as an ONNX model: a node a layer."""
     from onnx import TensorProto, helper, numpy_helper
 
     cell, hidden, directions = type(module).__name__, module.hidden_size, 1 + module.bidirectional
-    order = {"LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2), "RNN": (0,)}[cell]
+    order = ORDER[module.mode]
     nodes, constants, x = [], [], "x"
 
     def constant(name: str, value: Tensor) -> str:

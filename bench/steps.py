@@ -71,7 +71,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     head = machine.describe("cpu") | {"threads": options.threads}
     with options.out.open("w", newline="") if options.out else sys.stdout as out:
-        writer = csv.DictWriter(out, COLUMNS)
+        writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
         writer.writeheader()
         for mode in options.modes:
             logs = []
