@@ -30,7 +30,7 @@ class ForwardPass {
         teams(f, gates, Cost::of<Exact>()),
         chunk(max(1, min(f.steps.T,
                          max(kChunkBytes / int64_t(gates.width() * sizeof(Sum)), kChunkRows) / max(1, teams.rows())))),
-        own(f.kept ? 0 : kept_bytes(f) / sizeof(typename Exact::Element)),
+        own(f.kept || !packed ? 0 : kept_bytes(f) / sizeof(typename Exact::Element)),
         w_ih(f.kept ? static_cast<Elements<Exact>>(f.kept) : own),
         w_hh(packed ? w_ih + f.D * gates.width() * Exact::column(f.I) : nullptr),
         w_hr(packed ? w_hh + f.D * gates.width() * Exact::column(f.P) : nullptr),
@@ -45,7 +45,7 @@ class ForwardPass {
 
   // Of the packed weights.
   static size_t kept_bytes(const Forward& f) {
-    if (!is_packed(f)) return 0;
+    if (f.R <= kUnpackedRows) return 0;
     const int64_t width = Panels<Sum>(f.H, G).width() * (Exact::column(f.I) + Exact::column(f.P));
     const int64_t projection = f.projected ? Panels<Sum>(f.P).width() * Exact::column(f.H) : 0;
     return f.D * (width + projection) * sizeof(typename Exact::Element);
@@ -80,7 +80,12 @@ class ForwardPass {
           base(p.bases + g * (p.f.steps.T + 1)) {}
   };
 
-  static bool is_packed(const Forward& f) { return f.R > kUnpackedRows; }
+  // Packing for this call alone moves every weight once. Weights that are read as they lie cost each row its share of
+  // adding up the lanes of a vector, which is the less of it the more columns are summed there.
+  static bool is_packed(const Forward& f) {
+    constexpr bool kAsStored = std::is_same_v<Exact, Plain<Stored>>;
+    return f.kept || f.R > (kAsStored ? max(kUnpackedRows, min(16, min(f.I, f.P) / 16)) : kUnpackedRows);
+  }
 
   int64_t group_rows() const { return teams.groups() * teams.rows(); }
 

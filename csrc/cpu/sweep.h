@@ -12,7 +12,7 @@ namespace RNNFAST_ISA {
 namespace {
 
 constexpr int64_t kThreadWork = 1 << 18;  // multiply-adds worth a thread
-constexpr int64_t kUnpackedRows = 4;      // of a sequence, up to which packing would cost more than it gains
+constexpr int64_t kUnpackedRows = 4;      // of a sequence, up to which even weights packed beforehand gain nothing
 
 // What a step costs, counted in multiply-adds of the vector unit. Each weight is multiplied once for every row of the
 // batch, and read once: a byte costs as much as a multiply-add if it comes from the L2 cache, three times that if not.
