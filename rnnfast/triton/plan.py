@@ -94,9 +94,11 @@ def plan(mode: str, dtype: torch.dtype, hidden: int, batch: int, projected: bool
         reason = f"fused: W_hh, padded to {units} units, is {size // _KB} KB a direction and stays on a multiprocessor"
         return Plan(True, units, 16 if chip.is_amd or many else 8, options, precision, reason)
     # Every program reads its part of W_hh anew in each step, so the more programs the less each waits for it: the large
-    # tiles only where they leave one for every multiprocessor. Sums of wider types fill the registers sooner.
-    rows = 16 if batch <= 16 else 128 // dtype.itemsize
-    large = min(128 // dtype.itemsize, 32 if chip.is_blackwell else 64)  # there no tensor memory either
+    # tiles only where they leave one for every multiprocessor. What larger ones spill is bench/resources.py's to say.
+    rows = 16 if batch <= 16 else min(128 // dtype.itemsize, 32 if chip.is_amd else 64)
+    large = 16 if chip.is_amd or precision == "tf32x3" or dtype == torch.float64 else 32
+    if chip.generation == 9 and dtype.itemsize == 2 and not UNIT_WEIGHTS[mode]:  # Hopper's products read shared memory
+        large = 64
     units = large if -(-hidden // large) * -(-batch // rows) >= chip.processors else 16
     options["num_warps"] = 4 if units * rows < 1024 else 8
     if chip.is_rdna:  # larger ones spill hundreds of registers
