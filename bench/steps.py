@@ -4,7 +4,8 @@
 
 Times (`ours_us`, ...) are medians over the rounds, in microseconds; `ratio_torch` is torch.nn's over ours,
 `ratio_onnxruntime` onnxruntime's over ours, and `ratio_stream` onnxruntime's over that of rnnfast.Stream. Neither of
-these two trains, and onnxruntime has no cells. A call of it takes an h_0 of zeros.
+these two trains, and onnxruntime has no cells. A call of it takes an h_0 of zeros. `host_us` and `torch_host_us` are
+what a call costs before it computes: one of a single row and unit, in the same rounds.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import machine
 import peers
@@ -28,32 +30,48 @@ import rnnfast
 
 NAMES = ("RNNCell", "GRUCell", "LSTMCell", "RNN", "GRU", "LSTM")
 COLUMNS = ["machine", "versions", "commit", "threads", "name", "mode", "N", "H", "ours_us", "torch_us", "stream_us"]
-COLUMNS += ["onnxruntime_us", "ratio_torch", "ratio_onnxruntime", "ratio_stream"]
+COLUMNS += ["onnxruntime_us", "host_us", "torch_host_us", "ratio_torch", "ratio_onnxruntime", "ratio_stream"]
 BURST = 0.006  # seconds that one contender runs before the next one has its turn
 
 
-def contenders(name: str, mode: str, N: int, H: int, threads: int) -> dict[str, Callable[[], object]]:
+def pair(name: str, N: int, H: int) -> tuple[nn.Module, nn.Module, torch.Tensor]:
+    """Ours and torch.nn's of the same weights, and what they take."""
     torch.manual_seed(0)
     theirs = getattr(nn, name)(H, H)
     ours = getattr(rnnfast, name)(H, H)
     ours.load_state_dict(theirs.state_dict())
-    of_cell = torch.randn(N, H)
-    x = of_cell if name.endswith("Cell") else of_cell[None]
-    first = lambda output: output[0] if isinstance(output, tuple) else output
+    x = torch.randn(N, H) if name.endswith("Cell") else torch.randn(1, N, H)
     assert torch.allclose(first(ours(x)), first(theirs(x)), atol=1e-5)
-    if mode == "train":
-        d_output = torch.randn_like(x)
-        return {
-            "ours": lambda: first(ours(x)).backward(d_output),
-            "torch": lambda: first(theirs(x)).backward(d_output),
-        }
-    found = {"ours": lambda: ours(x), "torch": lambda: theirs(x)}
-    step = rnnfast.Stream(ours, N)
-    found["stream"] = lambda: step(of_cell)
-    if not name.endswith("Cell"):
-        runners, given = peers.runners(theirs, 1, N, threads), x.numpy()
-        if "onnxruntime" in runners:
-            found["onnxruntime"] = lambda: runners["onnxruntime"](given)
+    return ours, theirs, x
+
+
+def first(output: Any) -> torch.Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def call(module: nn.Module, x: torch.Tensor, mode: str) -> Callable[[], object]:
+    if mode == "infer":
+        return lambda: module(x)
+    d_output = torch.randn_like(x)
+    return lambda: first(module(x)).backward(d_output)
+
+
+def contenders(name: str, mode: str, N: int, H: int, threads: int) -> dict[str, Callable[[], object]]:
+    ours, theirs, x = pair(name, N, H)
+    small, torchs_small, of_one = pair(name, 1, 1)
+    found = {
+        "ours": call(ours, x, mode),
+        "torch": call(theirs, x, mode),
+        "host": call(small, of_one, mode),
+        "torch_host": call(torchs_small, of_one, mode),
+    }
+    if mode == "infer":
+        step, rows = rnnfast.Stream(ours, N), x.view(N, H)
+        found["stream"] = lambda: step(rows)
+        if not name.endswith("Cell"):
+            runners, given = peers.runners(theirs, 1, N, threads), x.numpy()
+            if "onnxruntime" in runners:
+                found["onnxruntime"] = lambda: runners["onnxruntime"](given)
     return found
 
 

@@ -69,7 +69,7 @@ def test_single_steps(tmp_path):
     assert [(row["name"], row["mode"]) for row in rows] == [
         (name, mode) for mode in ("infer", "train") for name in ("GRUCell", "LSTM")
     ]
-    assert all(float(row["ratio_torch"]) > 0 for row in rows)
+    assert all(float(row[key]) > 0 for row in rows for key in ("ratio_torch", "host_us", "torch_host_us"))
     assert [bool(row["stream_us"]) for row in rows] == [True, True, False, False]
 
 
