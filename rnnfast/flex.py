@@ -26,7 +26,16 @@ from .evaluator import Plan, in_plain_torch, on_cpu, valid_steps, without_matrix
 from .modules import _check_are_tensors, _Module
 
 RECURRENCES = ("dense", "diagonal", "none")
-RUN = {"reference": in_plain_torch, "cpu": on_cpu}  # by backend
+
+
+def _by_triton(*inputs: Any) -> tuple[Tensor, ...]:
+    """Triton takes time to import, and may be missing."""
+    from .triton.flex import run
+
+    return run(*inputs)
+
+
+RUN = {"reference": in_plain_torch, "cpu": on_cpu, "triton": _by_triton}  # by backend
 
 
 # Of one direction, by the names that FlexRNN has for its parameters, without what they end in.
@@ -382,15 +391,29 @@ class FlexRNN(_Module):
         if mode := self._mode():
             sizes = self.hidden_size, batch, self.bidirectional
             return choose_backend(made, mode, device, dtype, *sizes, extended=extended)
-        can, why = True, "the evaluator of the native library goes through the cell's operations"
-        found = BACKENDS["cpu"].probe(device)
-        if not found.available or dtype not in DTYPES:
-            can, why = False, found.detail if not found.available else f"no kernel for {dtype}"
+        # The CUDA library has torch's cells and the peephole LSTM: of others those who ask for it get Triton's kernels.
+        asked = "triton" if made.forced == "cuda" else made.forced
+        name = asked or {"cpu": "cpu", "cuda": "triton"}.get(device.type, "reference")
+        if name == "reference":
+            return name, "asked for by use_backend" if asked else f"no kernels for device {device.type!r}"
+        if name not in RUN:
+            why = "its kernels are of torch's cells"
+        elif not (found := BACKENDS[name].probe(device)).available:
+            why = found.detail
+        elif dtype not in DTYPES:
+            why = f"no kernel for {dtype}"
         elif made._replace(forced=None) != USUAL:
-            can, why = False, "derivatives, graphs and transforms of torch's go through plain torch"
-        if made.forced not in (None, "reference") and not (can and made.forced == "cpu"):
-            why = why if made.forced == "cpu" else "its kernels are of torch's cells and the peephole LSTM"
+            why = "derivatives, graphs and transforms of torch's go through plain torch"
+        else:
+            return name, self._how(name, device)
+        if asked:
             raise RuntimeError(f"backend {made.forced!r} cannot serve this call: {why}")
-        if made.forced == "reference":
-            return "reference", "asked for by use_backend"
-        return ("cpu", why) if can else ("reference", why)
+        return "reference", why
+
+    def _how(self, name: str, device: torch.device) -> str:
+        """What a backend does."""
+        if name == "cpu":
+            return "the evaluator of the native library goes through the cell's operations"
+        how = "a launch and a product a step" if self._run_cell.gates_of_a else "all steps in one launch"
+        lacks = "" if device.type == "cpu" else "cuda has no kernels of this cell, "
+        return f"{lacks}Triton compiles it: {how}"
