@@ -26,6 +26,7 @@ from ..codegen import triton_program
 from ..evaluator import Plan
 from . import flex_kernels
 from .layer import _chip
+from .plan import Chip
 
 _TILE = 128  # numbers, one a thread: of units that lie side by side, and rows where there are fewer units
 
@@ -63,6 +64,12 @@ def steps_of(cell: Cell) -> tuple[Any, Any]:
     return _module(forward).step, _module(backward).step
 
 
+def tile_of(hidden: int, chip: Chip) -> tuple[int, int, dict[str, Any]]:
+    """Its units and rows, and options of the launch."""
+    units = min(_TILE, 1 << (hidden - 1).bit_length())
+    return units, _TILE // units, {"num_warps": _TILE // chip.warp_size, "enable_fp_fusion": True}
+
+
 class _Recurrence:
     """A direction on contiguous tensors; letters as in ``evaluator.py``, and W units of a head."""
 
@@ -87,13 +94,12 @@ class _Recurrence:
         return rows.view(self.N, self.K, -1).transpose(0, 1)
 
     def launch(self, kernel: Any, cell: Any, *operands: Any, first: int, last: int, **of_kernel: Any) -> None:
-        units = min(_TILE, triton.next_power_of_2(self.H))
-        rows = _TILE // units
+        units, rows, options = tile_of(self.H, _chip(self.x_gates.device))
         grid = triton.cdiv(self.N, rows), triton.cdiv(self.H, units), 1
         kernel[grid](
             *operands, self.lengths, self.resets, first=first, last=last, T=self.T, N=self.N, H=self.H, W=self.W,
             CELL=cell, X=len(self.plan.cell.gates_of_x), A=self.A, REVERSE=int(self.plan.reverse), BH=units, BN=rows,
-            num_warps=_TILE // _chip(self.x_gates.device).warp_size, **of_kernel,
+            **options, **of_kernel,
         )  # fmt: skip
 
 

@@ -1,0 +1,102 @@
+"""Registers, spills and compile times of the Triton kernels around cells of FlexRNN, for GPUs that need not be here.
+
+    python bench/flex_resources.py                           # every cell of rnnfast.cells, for every target
+    python bench/flex_resources.py --target sm_90 -k slstm   # for one, and one cell
+
+The exit code is 1 if a kernel spills more than four registers, or takes more shared memory than its target has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any, NamedTuple
+
+import triton
+from resources import KB, TARGETS, TOLERATED, Resources, _of_binary
+from triton.compiler import ASTSource
+
+from rnnfast import cells
+from rnnfast.evaluator import without_matrix
+from rnnfast.triton import flex, flex_kernels
+
+CELLS = {name: of for name, of in vars(cells).items() if isinstance(of, cells.Cell)}
+DTYPES = {"fp32": "fp32", "fp64": "fp64"}  # half types are promoted
+HIDDEN = 256
+
+
+class Variant(NamedTuple):
+    target: str
+    kernel: str
+    cell: str
+    recurrent: str
+    dtype: str
+
+
+def variants(target: str) -> list[Variant]:
+    found = itertools.product(("forward", "backward"), CELLS, ("dense", "diagonal"), DTYPES)
+    return [Variant(target, *of) for of in found if CELLS[of[1]].gates_of_a or of[2] == "dense"]
+
+
+def compile(variant: Variant) -> Resources:
+    """Compile a kernel in training, with lengths, resets and a gradient at every output: what needs most."""
+    cell, (target, chip) = CELLS[variant.cell], TARGETS[variant.target]
+    if variant.recurrent == "diagonal":
+        cell = without_matrix(cell, "diagonal", True)
+    tensor = f"*{variant.dtype}"
+    states, units = (tensor,) * len(cell.states), (tensor,) * len(cell.weights)
+    read = units + (tensor,) * len(cell.scalars)
+    a = tensor if cell.gates_of_a else None
+    sizes = dict.fromkeys(("first", "last", "T", "N", "H", "W"), "i32")
+    given: dict[str, Any] = {"p_x": tensor, "p_a": a, "p_before": states, "p_units": read}
+    given |= {"p_states": states, "p_every": states} if variant.kernel == "forward" else {"p_d_every": states}
+    given |= {"p_d_states": states, "p_dx": tensor, "p_da": a, "p_d_units": units}
+    given |= {"p_lengths": "*i64", "p_resets": "*u8", **sizes}
+    step = flex.steps_of(cell)[variant.kernel == "backward"]
+    constants = {"CELL": step, "INITIAL": tuple(cell.initial), "X": len(cell.gates_of_x), "A": len(cell.gates_of_a)}
+    units_of_tile, rows, options = flex.tile_of(HIDDEN, chip)
+    constants |= {"REVERSE": 0, "BH": units_of_tile, "BN": rows}
+
+    kernel = getattr(flex_kernels, variant.kernel)
+    signature: dict[str, Any] = {}
+    values: dict[tuple[int, ...], Any] = {}
+    aligned: list[tuple[int, ...]] = []
+    for i, name in enumerate(kernel.arg_names):
+        kind = None if name in constants else given[name]
+        signature[name] = "constexpr" if kind is None else kind
+        if kind is None:
+            values[(i,)] = constants.get(name)
+        elif name not in flex_kernels.VARYING:
+            aligned += [(i, j) for j in range(len(kind))] if isinstance(kind, tuple) else [(i,)]
+    source = ASTSource(kernel, signature, values, {place: [["tt.divisibility", 16]] for place in aligned})
+    triton.knobs.compilation.always_compile = True  # not what an earlier run left: its time is asked for, too
+    start = time.perf_counter()
+    compiled = triton.compile(source, target=target, options=options)
+    return Resources(*_of_binary(compiled), time.perf_counter() - start)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", nargs="*", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("-k", default="", help="only variants whose line has this")
+    args = parser.parse_args()
+    found = [v for target in args.target for v in variants(target) if args.k in " ".join(v)]
+    print(f"Triton {triton.__version__}")
+    titles = ("target", "kernel", "cell", "recurrent", "dtype")
+    widths = (8, 10, 15, 10, 6)
+    print("".join(f"{title:<{width}}" for title, width in zip(titles, widths)) + "registers spilled shared KB compile s")
+    bad = 0
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        for v, r in zip(found, pool.map(compile, found)):
+            line = "".join(f"{of:<{width}}" for of, width in zip(v, widths))
+            print(f"{line}{r.registers:>9}{r.spilled:>8}{r.shared / KB:>10.1f}{r.seconds:>10.1f}", flush=True)
+            bad += r.spilled > TOLERATED or r.shared > TARGETS[v.target][1].shared_memory
+    return min(bad, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
