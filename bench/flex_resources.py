@@ -88,7 +88,9 @@ def main() -> int:
     print(f"Triton {triton.__version__}")
     titles = ("target", "kernel", "cell", "recurrent", "dtype")
     widths = (8, 10, 15, 10, 6)
-    print("".join(f"{title:<{width}}" for title, width in zip(titles, widths)) + "registers spilled shared KB compile s")
+    print(
+        "".join(f"{title:<{width}}" for title, width in zip(titles, widths)) + "registers spilled shared KB compile s"
+    )
     bad = 0
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         for v, r in zip(found, pool.map(compile, found)):

@@ -367,7 +367,7 @@ def _triton_tuple(texts: list[str]) -> str:
     return f"({', '.join(texts)}{',' if len(texts) == 1 else ''})"
 
 
-TRITON_PROGRAM = '''\
+TRITON_PROGRAM = """\
 import triton
 import triton.language as tl
 
@@ -377,7 +377,7 @@ from rnnfast.triton.maths import log1p, maximum, minimum, relu, sigmoid, tanh, w
 @triton.jit
 def step(%(given)s):
 %(lines)s
-'''
+"""
 
 
 def triton_program(program: Program, inputs: Mapping[str, int], results: Sequence[int]) -> str:
