@@ -67,7 +67,7 @@ def of_program(function: Callable[..., Any], x: torch.Tensor, **options: Any) ->
 
 
 @interpreted
-@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # NumPy's, of infinities
+@pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # NumPy's, of infinities
 @pytest.mark.parametrize("dtype", [torch.float32, DOUBLE], ids=str)
 @pytest.mark.parametrize("name", sorted(PRIMITIVES.keys() - {"where_positive"}))
 def test_operations(name: str, dtype: torch.dtype) -> None:
@@ -148,7 +148,8 @@ def test_other_scalars_are_no_other_kernel() -> None:
     x = torch.randn(3, 2, 3, dtype=DOUBLE)
     for scalars in ({}, {"beta": 0.25}):
         net = FlexRNN(cells.janet, 3, 4, dtype=DOUBLE, scalars=scalars)
-        for net.scalars["beta"] in (net.scalars["beta"], -3.0):
+        for beta in (net.scalars["beta"], -3.0):
+            net.scalars["beta"] = beta
             expected = values_and_grads(net, x)
             with rnnfast.use_backend("triton"):
                 assert_same_or_zero(values_and_grads(net, x), expected)
@@ -205,9 +206,9 @@ def test_a_gpu_gets_triton(gpus: Callable[..., None], monkeypatch: pytest.Monkey
     assert FlexRNN(cells.janet, 3, 4, recurrent="none")._backend(CUDA, torch.float32)[1].endswith("in one launch")
     assert net._backend(CUDA, torch.complex64) == ("reference", "no kernel for torch.complex64")
     assert net._backend(torch.device("mps"), torch.float32) == ("reference", "no kernels for device 'mps'")
-    with rnnfast.use_backend("triton"), pytest.raises(RuntimeError, match="'triton' cannot serve.*device 'cpu'"):
+    with rnnfast.use_backend("triton"), pytest.raises(RuntimeError, match=r"'triton' cannot serve.*device 'cpu'"):
         net(torch.randn(3, 2, 3))
-    with rnnfast.use_backend("cpu"), pytest.raises(RuntimeError, match="'cpu' cannot serve.*device 'cuda'"):
+    with rnnfast.use_backend("cpu"), pytest.raises(RuntimeError, match=r"'cpu' cannot serve.*device 'cuda'"):
         net._backend(CUDA, torch.float32)
     gpus((9, 0), library=True)
     with rnnfast.use_backend("cuda"):

@@ -84,7 +84,8 @@ class _Recurrence:
         self.lengths = None if lengths is None else lengths.contiguous()
         self.resets = None if resets is None else resets.contiguous().view(torch.uint8)
         self.w_hh, self.A = w_hh, len(plan.cell.gates_of_a) if w_hh is not None else 0
-        self.K, self.W = (1, self.H) if w_hh is None else (w_hh.size(0), w_hh.size(2))
+        self.K: int = 1 if w_hh is None else w_hh.size(0)
+        self.W = self.H // self.K
         self.bias = None if b_hh is None else b_hh.view(self.A, self.K, 1, self.W).permute(1, 2, 0, 3).flatten(2)
         # Zero in steps that the kernels leave out.
         self.new_rows = x_gates.new_empty if lengths is None else x_gates.new_zeros
@@ -105,7 +106,7 @@ class _Recurrence:
 
 def _forward(plan: Plan, inputs: Sequence[Any], keep: bool) -> Any:
     k, (step, _) = _Recurrence(plan, inputs), steps_of(plan.cell)
-    T, N, H, A, count = k.T, k.N, k.H, k.A, len(k.states)
+    T, N, H, A = k.T, k.N, k.H, k.A
     after = tuple(state.clone() for state in k.states)
     every = tuple(k.new_rows(T, N, H) for _ in after)
     before = tuple(k.new_rows(T, N, H) for _ in after) if keep else None
