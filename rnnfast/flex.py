@@ -406,15 +406,17 @@ class FlexRNN(_Module):
         elif made._replace(forced=None) != USUAL:
             why = "derivatives, graphs and transforms of torch's go through plain torch"
         else:
-            return name, self._how(name, device)
+            return name, self._how(name, device, dtype)
         if asked:
             raise RuntimeError(f"backend {made.forced!r} cannot serve this call: {why}")
         return "reference", why
 
-    def _how(self, name: str, device: torch.device) -> str:
+    def _how(self, name: str, device: torch.device, dtype: torch.dtype) -> str:
         """What a backend does."""
         if name == "cpu":
             return "the evaluator of the native library goes through the cell's operations"
-        how = "a launch and a product a step" if self._run_cell.gates_of_a else "all steps in one launch"
+        from .triton.flex import reason
+
+        how = reason(self._run_cell, self.hidden_size, self.num_heads, dtype, device)
         lacks = "" if device.type == "cpu" else "cuda has no kernels of this cell, "
         return f"{lacks}Triton compiles it: {how}"

@@ -14,7 +14,7 @@ import linecache
 import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -29,6 +29,16 @@ from .layer import _chip
 from .plan import Chip
 
 _TILE = 128  # numbers, one a thread: of units that lie side by side, and rows where there are fewer units
+
+
+class How(NamedTuple):
+    """Which kernels run, on which tiles: those of all steps, in tl.dot's precision, or of a step each."""
+
+    fused: bool
+    units: int
+    rows: int
+    precision: str
+    options: dict[str, Any]  # of the launch
 
 
 @functools.cache
@@ -64,10 +74,26 @@ def steps_of(cell: Cell) -> tuple[Any, Any]:
     return _module(forward).step, _module(backward).step
 
 
-def tile_of(hidden: int, chip: Chip) -> tuple[int, int, dict[str, Any]]:
-    """Its units and rows, and options of the launch."""
+def choose(gates: int, hidden: int, width: int, dtype: torch.dtype, tf32: bool, chip: Chip) -> How:
+    """How a direction runs that has so many gates of W_hh h, of H units in heads of W."""
+    options: dict[str, Any] = {"num_warps": _TILE // chip.warp_size, "enable_fp_fusion": True}
     units = min(_TILE, 1 << (hidden - 1).bit_length())
-    return units, _TILE // units, {"num_warps": _TILE // chip.warp_size, "enable_fp_fusion": True}
+    apart = How(not gates, units, _TILE // units, "ieee", options)
+    units, precision = max(16, 1 << (width - 1).bit_length()), "ieee"
+    if dtype == torch.float32 and not chip.is_amd:
+        precision = "tf32" if tf32 else "tf32x3"
+    size = gates * units * units * dtype.itemsize * (2 if precision == "tf32x3" else 1)
+    if not gates or size > chip.room or (dtype == torch.float64 and (units > 32 or chip.is_amd)):
+        return apart
+    options = {"num_warps": 8 if units * dtype.itemsize > 128 else 4, "enable_fp_fusion": True}
+    options |= {} if chip.is_amd else {"maxnreg": 255}
+    return How(True, units, 16 if chip.is_amd else 8, precision, options)
+
+
+def reason(cell: Cell, hidden: int, heads: int, dtype: torch.dtype, device: torch.device) -> str:
+    dtype = torch.promote_types(dtype, torch.float32)
+    how = choose(len(cell.gates_of_a), hidden, hidden // heads, dtype, gpu.allows_tf32(), _chip(device))
+    return "all steps in one launch" if how.fused else "a launch and a product a step"
 
 
 class _Recurrence:
@@ -87,6 +113,9 @@ class _Recurrence:
         self.K: int = 1 if w_hh is None else w_hh.size(0)
         self.W = self.H // self.K
         self.bias = None if b_hh is None else b_hh.view(self.A, self.K, 1, self.W).permute(1, 2, 0, 3).flatten(2)
+        chip = _chip(x_gates.device)
+        self.how = choose(self.A, self.H, self.W, x_gates.dtype, gpu.allows_tf32(), chip)
+        self.own_w = w_hh.contiguous() if self.A and self.how.fused else None  # for products within the kernel
         # Zero in steps that the kernels leave out.
         self.new_rows = x_gates.new_empty if lengths is None else x_gates.new_zeros
 
@@ -95,12 +124,13 @@ class _Recurrence:
         return rows.view(self.N, self.K, -1).transpose(0, 1)
 
     def launch(self, kernel: Any, cell: Any, *operands: Any, first: int, last: int, **of_kernel: Any) -> None:
-        units, rows, options = tile_of(self.H, _chip(self.x_gates.device))
-        grid = triton.cdiv(self.N, rows), triton.cdiv(self.H, units), 1
+        how = self.how
+        tiles = triton.cdiv(self.H, how.units) if self.own_w is None else self.K
+        grid = triton.cdiv(self.N, how.rows), tiles, 1
         kernel[grid](
             *operands, self.lengths, self.resets, first=first, last=last, T=self.T, N=self.N, H=self.H, W=self.W,
-            CELL=cell, X=len(self.plan.cell.gates_of_x), A=self.A, REVERSE=int(self.plan.reverse), BH=units, BN=rows,
-            **options, **of_kernel,
+            CELL=cell, X=len(self.plan.cell.gates_of_x), A=self.A, REVERSE=int(self.plan.reverse), FUSED=how.fused,
+            BH=how.units, BN=how.rows, PRECISION=how.precision, **how.options, **of_kernel,
         )  # fmt: skip
 
 
@@ -114,11 +144,11 @@ def _forward(plan: Plan, inputs: Sequence[Any], keep: bool) -> Any:
     if k.x_gates.numel():
         launch = functools.partial(
             k.launch, flex_kernels.forward, step, k.x_gates, a_gates if A else None, after, every, before,
-            tuple(k.units), INITIAL=tuple(plan.cell.initial),
+            tuple(k.units), k.own_w, None if k.own_w is None else k.bias, INITIAL=tuple(plan.cell.initial),
         )  # fmt: skip
-        if not A:
+        if k.how.fused:
             launch(first=0, last=T)
-        for s in range(T if A else 0):
+        for s in range(0 if k.how.fused else T):
             out = k.by_head(a_gates[(T - 1 - s if plan.reverse else s) if keep else 0])
             if k.bias is None:
                 torch.bmm(k.by_head(after[0]), k.w_hh.mT, out=out)
@@ -141,11 +171,11 @@ def _backward(
         launch = functools.partial(
             k.launch, flex_kernels.backward, step, k.x_gates, a_gates if A else None, tuple(before), tuple(k.units),
             tuple(None if grad is None else grad.contiguous() for grad in d_every), d_states, dx_gates,
-            da_gates if A else None, tuple(d_units.unbind()),
+            da_gates if A else None, tuple(d_units.unbind()), k.own_w,
         )  # fmt: skip
-        if not A:
+        if k.how.fused:
             launch(first=0, last=T)
-        for s in reversed(range(T if A else 0)):
+        for s in reversed(range(0 if k.how.fused else T)):
             launch(first=s, last=s + 1)
             t = T - 1 - s if plan.reverse else s
             through = k.by_head(d_states[0])
