@@ -227,8 +227,8 @@ def backward(
         if p_w is not None:
             through = tl.zeros([BH, BN], acc)
             for j in tl.static_range(A):
-                d = tl.where(inside, da[j], 0.0)
-                through = tl.dot(w[j], d, through, out_dtype=acc, input_precision=PRECISION)
+                of_gate = tl.where(inside, da[j], 0.0)
+                through = tl.dot(w[j], of_gate, through, out_dtype=acc, input_precision=PRECISION)
             d_before = (d_before[0] + through,) + d_before[1:]
         d_states = chosen(valid, d_before, d_states)
         d_units = add(d_units, where(valid, of_units, U), U)
