@@ -63,11 +63,10 @@ def compile(variant: Variant) -> Resources:
     how, tensor = variant.how, "*fp64" if variant.dtype == "fp64" else "*fp32"
     states, units = (tensor,) * len(cell.states), (tensor,) * len(cell.weights)
     read = units + (tensor,) * len(cell.scalars)
-    a = tensor if cell.gates_of_a else None
     sizes = dict.fromkeys(("first", "last", "T", "N", "H", "W"), "i32")
-    given: dict[str, Any] = {"p_x": tensor, "p_a": a, "p_before": states, "p_units": read}
+    given: dict[str, Any] = {"p_x": tensor, "p_a": tensor, "p_before": states, "p_units": read}
     given |= {"p_states": states, "p_every": states} if variant.kernel == "forward" else {"p_d_every": states}
-    given |= {"p_d_states": states, "p_dx": tensor, "p_da": a, "p_d_units": units}
+    given |= {"p_d_states": states, "p_dx": tensor, "p_da": tensor, "p_d_units": units}
     w = tensor if variant.form == "fused" else None
     given |= {"p_w": w, "p_b": w, "p_lengths": "*i64", "p_resets": "*u8", **sizes}
     step = flex.steps_of(cell)[variant.kernel == "backward"]

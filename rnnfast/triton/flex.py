@@ -51,7 +51,6 @@ def _module(source: str) -> ModuleType:
     return module
 
 
-@functools.lru_cache(maxsize=1024)
 def sources(cell: Cell) -> tuple[str, str]:
     """Of a step and of its backward. Scalars are as weights of the units' own, of which nobody asks for gradients."""
     of = cell.inputs
@@ -76,18 +75,22 @@ def steps_of(cell: Cell) -> tuple[Any, Any]:
 
 def choose(gates: int, hidden: int, width: int, dtype: torch.dtype, tf32: bool, chip: Chip) -> How:
     """How a direction runs that has so many gates of W_hh h, of H units in heads of W."""
-    options: dict[str, Any] = {"num_warps": _TILE // chip.warp_size, "enable_fp_fusion": True}
-    units = min(_TILE, 1 << (hidden - 1).bit_length())
-    apart = How(not gates, units, _TILE // units, "ieee", options)
-    units, precision = max(16, 1 << (width - 1).bit_length()), "ieee"
+    precision = "ieee"
     if dtype == torch.float32 and not chip.is_amd:
-        precision = "tf32" if tf32 else "tf32x3"
+        precision = "tf32" if tf32 else "tf32x3"  # three products of TF32 parts are as exact as one of float32
+    units = max(16, 1 << (width - 1).bit_length())  # as the tensor cores want them
     size = gates * units * units * dtype.itemsize * (2 if precision == "tf32x3" else 1)
-    if not gates or size > chip.room or (dtype == torch.float64 and (units > 32 or chip.is_amd)):
-        return apart
-    options = {"num_warps": 8 if units * dtype.itemsize > 128 else 4, "enable_fp_fusion": True}
-    options |= {} if chip.is_amd else {"maxnreg": 255}
-    return How(True, units, 16 if chip.is_amd else 8, precision, options)
+    room = min(chip.room, 32 * 1024) if chip.is_amd else chip.room  # beside 48 KB cells spill there
+    # What plan.py says of float64, and of RDNA's cells with weights of the units' own, holds for all cells here.
+    fits = size <= room and not chip.is_rdna and not (dtype == torch.float64 and (units > 32 or chip.is_amd))
+    options: dict[str, Any] = {"enable_fp_fusion": True}
+    if gates and fits:  # as plan.py has it
+        options["num_warps"] = 8 if units * dtype.itemsize > 128 else 4
+        options |= {} if chip.is_amd else {"maxnreg": 255}
+        return How(True, units, 16 if chip.is_amd else 8, precision, options)
+    units = min(_TILE, 1 << (hidden - 1).bit_length())
+    options["num_warps"] = _TILE // chip.warp_size
+    return How(not gates, units, _TILE // units, precision, options)
 
 
 def reason(cell: Cell, hidden: int, heads: int, dtype: torch.dtype, device: torch.device) -> str:
@@ -103,8 +106,8 @@ class _Recurrence:
         x_gates, w_hh, b_hh, lengths, resets, *others = inputs
         count = len(plan.cell.states)
         self.plan, self.x_gates = plan, x_gates.contiguous()
-        self.states = [state.contiguous() for state in others[:count]]
-        self.T, (self.N, self.H) = x_gates.size(0), self.states[0].shape
+        self.T, (self.N, self.H) = x_gates.size(0), others[0].shape
+        self.states = others[:count]
         self.units = [unit.contiguous() for unit in others[count:]]
         self.units += [x_gates.new_full((self.H,), scalar) for scalar in plan.scalars]
         self.lengths = None if lengths is None else lengths.contiguous()
@@ -137,13 +140,13 @@ class _Recurrence:
 def _forward(plan: Plan, inputs: Sequence[Any], keep: bool) -> Any:
     k, (step, _) = _Recurrence(plan, inputs), steps_of(plan.cell)
     T, N, H, A = k.T, k.N, k.H, k.A
-    after = tuple(state.clone() for state in k.states)
+    after = tuple(state.clone(memory_format=torch.contiguous_format) for state in k.states)
     every = tuple(k.new_rows(T, N, H) for _ in after)
     before = tuple(k.new_rows(T, N, H) for _ in after) if keep else None
     a_gates = k.new_rows(T if keep else 1, N, A * H)
     if k.x_gates.numel():
         launch = functools.partial(
-            k.launch, flex_kernels.forward, step, k.x_gates, a_gates if A else None, after, every, before,
+            k.launch, flex_kernels.forward, step, k.x_gates, a_gates, after, every, before,
             tuple(k.units), k.own_w, None if k.own_w is None else k.bias, INITIAL=tuple(plan.cell.initial),
         )  # fmt: skip
         if k.how.fused:
@@ -169,9 +172,9 @@ def _backward(
     d_units = k.x_gates.new_zeros(len(plan.cell.weights), 1, N, H)
     if k.x_gates.numel():
         launch = functools.partial(
-            k.launch, flex_kernels.backward, step, k.x_gates, a_gates if A else None, tuple(before), tuple(k.units),
+            k.launch, flex_kernels.backward, step, k.x_gates, a_gates, tuple(before), tuple(k.units),
             tuple(None if grad is None else grad.contiguous() for grad in d_every), d_states, dx_gates,
-            da_gates if A else None, tuple(d_units.unbind()), k.own_w,
+            da_gates, tuple(d_units.unbind()), k.own_w,
         )  # fmt: skip
         if k.how.fused:
             launch(first=0, last=T)

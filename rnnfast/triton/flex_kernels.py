@@ -1,9 +1,9 @@
 """The recurrence around a user's cell, forward and backward, each written once.
 
-A program owns a tile of units and a tile of rows. Fused, all steps are one launch: of a cell without W_hh h, whose units
-know nothing of each other, and where the tile is a head and its W_hh stays on the chip. Otherwise a launch is one step,
-whose gates of W_hh h torch has made. States lie in memory between launches; one that leaves a step is as it enters the
-next, so is the initial one where an episode begins there.
+A program owns a tile of units and a tile of rows. Fused, all steps are one launch: of a cell without W_hh h, whose
+units know nothing of each other, and where the tile is a head and its W_hh stays on the chip. Otherwise a launch is one
+step, whose gates of W_hh h torch has made. States lie in memory between launches; one that leaves a step is as it
+enters the next, so is the initial one where an episode begins there.
 
 The cell comes as two functions that ``flex.py`` has printed, on tuples of tiles [units, rows]: of the gates of x and of
 a, the states before the step, the weights of the units' own, and in the backward the gradients of the states after it.
@@ -78,7 +78,7 @@ def is_cut(at, t):
 @triton.jit(do_not_specialize=VARYING)
 def forward(
     p_x,  # [T, N, X * H]
-    p_a,  # [T, N, K, A * W] where every step's are kept, else [N, K, A * W]; or None
+    p_a,  # [T, N, K, A * W]; of a step alone, [1, N, K, A * W], where p_before is None
     p_states,  # S of [N, H]: before the first step on entry, after the last one on return
     p_every,  # S of [T, N, H]: after every step
     p_before,  # S of [T, N, H]: before every step; or None
@@ -166,13 +166,13 @@ def load_backward(at, t, p_x, p_a, p_before, p_d_every, H, W, X: tl.constexpr, A
 @triton.jit(do_not_specialize=VARYING)
 def backward(
     p_x,
-    p_a,  # [T, N, K, A * W]; or None
+    p_a,  # [T, N, K, A * W]
     p_before,
     p_units,
     p_d_every,  # S of [T, N, H], each of which may be None
     p_d_states,  # S of [N, H]: of the state after the last step on entry, before the first on return
     p_dx,  # [T, N, X * H]
-    p_da,  # [T, N, K, A * W]; or None
+    p_da,  # [T, N, K, A * W]
     p_d_units,  # U of [N, H]: what all rows' steps have added so far
     p_w,
     p_lengths,
