@@ -84,6 +84,7 @@ def test_operations(name: str, dtype: torch.dtype) -> None:
 
 
 @interpreted
+@pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
 def test_numbers_have_all_their_digits_and_signs() -> None:
     x = torch.tensor([[-1.0, 0.0, 1.0]], dtype=DOUBLE)
     tenth = lambda x, a, s: cells.where(x.p < 0, 0.1, cells.maximum(x.p, -0.1)) + 1e-300
@@ -156,6 +157,23 @@ def test_other_scalars_are_no_other_kernel() -> None:
             expected = values_and_grads(net, x)
             with rnnfast.use_backend("triton"):
                 assert_same_or_zero(values_and_grads(net, x), expected)
+
+
+@interpreted
+@pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
+def test_what_pads_a_tile_is_nothing() -> None:
+    """A unit that is not there is infinite here, and so are its gradients."""
+
+    @rnnfast.cell(gates="g k")
+    def inverse(x: Any, a: Any, s: Any) -> Any:
+        return 1 / (x.g * x.g + a.g * a.g) + a.k / (x.g * x.g)
+
+    net, x = FlexRNN(inverse, 3, 5, bias=False, dtype=DOUBLE), 1 + torch.rand(3, 2, 3, dtype=DOUBLE)
+    net.weight_ih_l0.data.abs_()
+    expected = values_and_grads(net, x)
+    assert all(t.isfinite().all() for t in expected.values())
+    with rnnfast.use_backend("triton"):
+        assert_same_or_zero(values_and_grads(net, x), expected)
 
 
 @interpreted
