@@ -48,7 +48,7 @@ def variants(target: str) -> Iterator[Variant]:
         for width in (16, 32, 64, 128, 256, 512) if gates else ():
             how = flex.choose(gates, width, width, of, dtype == "tf32", chip)
             (fused if how.fused else stepwise).append(how)
-        forms = {"fused": fused[-1:]}
+        forms = {} if dtype == "tf32" and chip.is_amd else {"fused": fused[-1:]}  # there they are float32's
         if dtype != "tf32":  # in the others there are no products
             forms |= {"stepwise": stepwise[-1:], "apart": [flex.choose(0, 256, 256, of, False, chip)]}
         for form, found in forms.items():
