@@ -399,12 +399,12 @@ class FlexRNN(_Module):
             return name, "asked for by use_backend" if asked else f"no kernels for device {device.type!r}"
         if name not in RUN:
             why = "its kernels are of torch's cells"
+        elif made._replace(forced=None) != USUAL:  # first: torch.compile cannot trace what asks for a GPU
+            why = "derivatives, graphs and transforms of torch's go through plain torch"
         elif not (found := BACKENDS[name].probe(device)).available:
             why = found.detail
         elif dtype not in DTYPES:
             why = f"no kernel for {dtype}"
-        elif made._replace(forced=None) != USUAL:
-            why = "derivatives, graphs and transforms of torch's go through plain torch"
         else:
             return name, self._how(name, device, dtype)
         if asked:
