@@ -5,14 +5,16 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import records
-from .cells import CELLS, Cell, Value, reachable, unlike
+from .cells import CELLS, Cell, Program, Value, reachable, unlike
 
 _INFIX = {"add": "+", "subtract": "-", "multiply": "*", "divide": "/", "less": "<", "less_equal": "<="}
 _STRENGTH = {"<": 0, "<=": 0, "+": 1, "-": 1, "*": 2, "/": 2}  # with which operators bind
@@ -109,8 +111,8 @@ class Cpp(Printer):
 class Triton(Printer):
     functions = {name: name + "({})" for name in ("sigmoid", "tanh", "relu")}
     functions |= {name: f"tl.{name}({{}})" for name in ("exp", "log", "sqrt", "abs")}
-    functions |= {name: f"tl.{name}({{}}, {{}})" for name in ("minimum", "maximum")}
-    functions |= {"where_positive": "where_positive({}, {})", "where": "tl.where({}, {}, {})"}
+    functions |= {"log1p": "log1p({})", "where": "tl.where({}, {}, {})"}
+    functions |= {name: name + "({}, {})" for name in ("minimum", "maximum", "where_positive")}
 
 
 def _forward(cell: Cell, printer: Printer) -> list[Statement]:
@@ -363,6 +365,42 @@ def _triton_cell(cell: Cell) -> str:
 
 def _triton_tuple(texts: list[str]) -> str:
     return f"({', '.join(texts)}{',' if len(texts) == 1 else ''})"
+
+
+TRITON_PROGRAM = """\
+import triton
+import triton.language as tl
+
+from rnnfast.triton.maths import log1p, maximum, minimum, relu, sigmoid, tanh, where_positive
+
+
+@triton.jit
+def step(%(given)s):
+%(lines)s
+"""
+
+
+def triton_program(program: Program, inputs: Mapping[str, int], results: Sequence[int]) -> str:
+    """A module with the function ``step``, which runs a program operation by operation: on tuples of so many tiles by
+    name, and to a tuple of its results, or where they are of several kinds to a tuple of each kind's."""
+    names = [f"{which}[{k}]" for which, count in inputs.items() for k in range(count)]
+    lines = []
+
+    def named(text: str) -> None:
+        lines.append(f"v{len(names)} = {text}")
+        names.append(f"v{len(names)}")
+
+    for number in program.numbers:  # tiles, for bare numbers are float32 in some places, and have no negative zero
+        sign = "-1.0 * " if math.copysign(1, number) < 0 else ""
+        named(f'{sign}tl.full(x[0].shape, float("{abs(number)!r}"), x[0].dtype)')
+    formats = {**Triton.functions, **{op: f"{{}} {sign} {{}}" for op, sign in _INFIX.items()}}
+    formats["negate"] = "-1.0 * {}"  # of 0 Triton's minus makes 0
+    for op, places in program.operations:
+        named(formats[op].format(*[names[place] for place in places]))
+    found = iter([names[place] for place in program.results])
+    kinds = [_triton_tuple(list(itertools.islice(found, count))) for count in results]
+    lines.append(f"return {', '.join(kinds)}")
+    return TRITON_PROGRAM % {"given": ", ".join(inputs), "lines": "\n".join(f"    {line}" for line in lines)}
 
 
 # Schemas

@@ -16,7 +16,7 @@ last one, [N, H].
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -110,10 +110,25 @@ def _recurrent(h: Tensor, w_hh: Tensor, b_hh: Tensor | None) -> Tensor:
 
 def on_cpu(plan: Plan, *inputs: Any) -> tuple[Tensor, ...]:
     """By the CPU library, of float32 or float64."""
+    return by_kernels(_CPU, plan, inputs)
+
+
+class Kernels(NamedTuple):
+    """A backend's, of float32 or float64."""
+
+    # plan, inputs, whether for a backward -> states after, every, before (S of [T, N, H]), a_gates [T, N, K*A*H/K]
+    forward: Callable[[Plan, Sequence[Any], bool], Any]
+    # plan, inputs, before, a_gates, gradients of every (or None) and of the states after -> those of x_gates, of
+    # a_gates, of the states, and what each step and row adds to those of the units' weights, [T or 1, N, U*H]
+    backward: Callable[[Plan, Sequence[Any], Sequence[Tensor], Tensor, Sequence[Any], Sequence[Tensor]], Any]
+
+
+def by_kernels(kernels: Kernels, plan: Plan, inputs: Sequence[Any]) -> tuple[Tensor, ...]:
+    """With all derivatives."""
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in inputs):
-        found: tuple[Tensor, ...] = _Recurrence.apply(plan, *inputs)  # type: ignore[no-untyped-call]
+        found: tuple[Tensor, ...] = _Recurrence.apply(kernels, plan, *inputs)  # type: ignore[no-untyped-call]
         return found
-    after, every, _, _ = _forward(plan, inputs, False)
+    after, every, _, _ = kernels.forward(plan, inputs, False)
     return *every, *after
 
 
@@ -157,12 +172,27 @@ def _forward(plan: Plan, inputs: Sequence[Any], keep: bool) -> Any:
     )
 
 
+def _backward(
+    plan: Plan, inputs: Sequence[Any], before: Sequence[Tensor], a_gates: Tensor, d_every: Sequence[Tensor | None],
+    d_after: Sequence[Tensor],
+) -> Any:  # fmt: skip
+    x_gates, w_hh, _, lengths, resets, *others = inputs
+    given = [x_gates.new_empty(0) if grad is None else grad for grad in d_every]
+    return torch.ops.rnnfast.cpu_flex_backward(
+        *programs(plan.cell, plan.scalars).backward, x_gates, w_hh, before, others[len(before) :], a_gates, lengths,
+        resets, given, d_after, plan.reverse,
+    )  # fmt: skip
+
+
+_CPU = Kernels(_forward, _backward)
+
+
 class _Recurrence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, plan: Plan, *inputs: Any) -> Any:
-        ctx.plan = plan
+    def forward(ctx: Any, kernels: Kernels, plan: Plan, *inputs: Any) -> Any:
+        ctx.kernels, ctx.plan = kernels, plan
         ctx.set_materialize_grads(False)
-        after, every, before, a_gates = _forward(plan, inputs, True)
+        after, every, before, a_gates = kernels.forward(plan, inputs, True)
         _save(ctx, (*inputs, *before, a_gates))
         return *every, *after
 
@@ -173,15 +203,12 @@ class _Recurrence(torch.autograd.Function):
         *values, a_gates = _saved(ctx)
         inputs, before = values[:-count], values[-count:]
         if torch.is_grad_enabled():
-            return None, *_derivable_backward(plan, inputs, ctx.needs_input_grad[1:], grads)
-        x_gates, w_hh, b_hh, lengths, resets, *others = inputs
+            return None, None, *_derivable_backward(plan, inputs, ctx.needs_input_grad[2:], grads)
+        x_gates, w_hh, b_hh, _, _, *others = inputs
         states, units = others[:count], others[count:]
-        d_every = [x_gates.new_empty(0) if grad is None else grad for grad in grads[:count]]
-        d_final = [torch.zeros_like(s) if grad is None else grad for s, grad in zip(states, grads[count:])]
-        dx_gates, da_gates, d_states, d_units = torch.ops.rnnfast.cpu_flex_backward(
-            *programs(plan.cell, plan.scalars).backward, x_gates, w_hh, before, units, a_gates, lengths, resets,
-            d_every, d_final, plan.reverse,
-        )  # fmt: skip
+        d_after = [torch.zeros_like(s) if grad is None else grad for s, grad in zip(states, grads[count:])]
+        found = ctx.kernels.backward(plan, inputs, before, a_gates, grads[:count], d_after)
+        dx_gates, da_gates, d_states, d_units = found
         dw_hh = db_hh = None
         if w_hh is not None:
             heads, columns, width = w_hh.shape
@@ -191,7 +218,7 @@ class _Recurrence(torch.autograd.Function):
             if b_hh is not None:
                 db_hh = of_a.sum(0).view(heads, -1, width).transpose(0, 1).flatten()
         of_units = d_units.sum((0, 1)).split(states[0].size(1)) if units else ()
-        return None, dx_gates, dw_hh, db_hh, None, None, *d_states, *of_units
+        return None, None, dx_gates, dw_hh, db_hh, None, None, *d_states, *of_units
 
 
 def _derivable_backward(plan: Plan, inputs: Sequence[Any], needs: Sequence[bool], grads: Sequence[Any]) -> list[Any]:

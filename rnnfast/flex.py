@@ -26,7 +26,16 @@ from .evaluator import Plan, in_plain_torch, on_cpu, valid_steps, without_matrix
 from .modules import _check_are_tensors, _Module
 
 RECURRENCES = ("dense", "diagonal", "none")
-RUN = {"reference": in_plain_torch, "cpu": on_cpu}  # by backend
+
+
+def _by_triton(*inputs: Any) -> tuple[Tensor, ...]:
+    """Triton takes time to import, and may be missing."""
+    from .triton.flex import run
+
+    return run(*inputs)
+
+
+RUN = {"reference": in_plain_torch, "cpu": on_cpu, "triton": _by_triton}  # by backend
 
 
 # Of one direction, by the names that FlexRNN has for its parameters, without what they end in.
@@ -76,8 +85,9 @@ class FlexRNN(_Module):
 
     Where the cell has the equations of one of torch's, or of the peephole LSTM, as :mod:`rnnfast.cells` writes them,
     and the recurrence is dense and undivided, the layers run on the same kernels as :class:`rnnfast.LSTM`. Any other
-    cell runs on a CPU through an evaluator of its operations, with nothing to compile, and elsewhere, in graphs and
-    transforms of torch's, and where derivatives are derived, as plain torch: in any dtype, with any derivative.
+    cell runs on a CPU through an evaluator of its operations, with nothing to compile, and on a GPU on kernels that
+    Triton compiles of it when it first runs; and elsewhere, in graphs and transforms of torch's, and where derivatives
+    are derived, as plain torch: in any dtype, with any derivative.
 
     Args:
         cell: what :func:`rnnfast.cell` has made of a function; :mod:`rnnfast.cells` has some.
@@ -382,15 +392,31 @@ class FlexRNN(_Module):
         if mode := self._mode():
             sizes = self.hidden_size, batch, self.bidirectional
             return choose_backend(made, mode, device, dtype, *sizes, extended=extended)
-        can, why = True, "the evaluator of the native library goes through the cell's operations"
-        found = BACKENDS["cpu"].probe(device)
-        if not found.available or dtype not in DTYPES:
-            can, why = False, found.detail if not found.available else f"no kernel for {dtype}"
-        elif made._replace(forced=None) != USUAL:
-            can, why = False, "derivatives, graphs and transforms of torch's go through plain torch"
-        if made.forced not in (None, "reference") and not (can and made.forced == "cpu"):
-            why = why if made.forced == "cpu" else "its kernels are of torch's cells and the peephole LSTM"
+        # The CUDA library has torch's cells and the peephole LSTM: of others those who ask for it get Triton's kernels.
+        asked = "triton" if made.forced == "cuda" else made.forced
+        name = asked or {"cpu": "cpu", "cuda": "triton"}.get(device.type, "reference")
+        if name == "reference":
+            return name, "asked for by use_backend" if asked else f"no kernels for device {device.type!r}"
+        if name not in RUN:
+            why = "its kernels are of torch's cells"
+        elif made._replace(forced=None) != USUAL:  # first: torch.compile cannot trace what asks for a GPU
+            why = "derivatives, graphs and transforms of torch's go through plain torch"
+        elif not (found := BACKENDS[name].probe(device)).available:
+            why = found.detail
+        elif dtype not in DTYPES:
+            why = f"no kernel for {dtype}"
+        else:
+            return name, self._how(name, device, dtype)
+        if asked:
             raise RuntimeError(f"backend {made.forced!r} cannot serve this call: {why}")
-        if made.forced == "reference":
-            return "reference", "asked for by use_backend"
-        return ("cpu", why) if can else ("reference", why)
+        return "reference", why
+
+    def _how(self, name: str, device: torch.device, dtype: torch.dtype) -> str:
+        """What a backend does."""
+        if name == "cpu":
+            return "the evaluator of the native library goes through the cell's operations"
+        from .triton.flex import reason
+
+        how = reason(self._run_cell, self.hidden_size, self.num_heads, dtype, device)
+        lacks = "" if device.type == "cpu" else "cuda has no kernels of this cell, "
+        return f"{lacks}Triton compiles it: {how}"

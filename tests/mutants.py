@@ -50,6 +50,7 @@ REGIMES = "test_cuda.py -k 'order or chip'"
 FINITE = "test_cuda.py test_errors.py -k 'finite and {}'"
 CELL = "test_cells.py"
 FLEX = "test_flex.py"
+FLEX_TRITON = "test_flex_triton.py"
 PLAIN = "test_plain.py"
 UNITS = "test_peephole.py -k {}"
 # What is caught means little if these fail without a mistake.
@@ -312,6 +313,22 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         ("packed rows in order", FLEX, "state.index_select(1, back)", "state.index_select(1, order)"),
         ("no more to recompute", FLEX, "self.recompute and torch.is_grad_enabled()", "False"),
         ("dropout before the first", FLEX, "self.training and k > 0", "self.training"),
+    ],
+    "rnnfast/triton/flex.py": [
+        ("no episode begins first", FLEX_TRITON, "resets is not None and not plan.reverse", "False"),
+        (
+            "rows beyond their ends",
+            FLEX_TRITON,
+            "x_gates.new_empty if lengths is None else x_gates.new_zeros",
+            "x_gates.new_empty",
+        ),
+    ],
+    "rnnfast/triton/flex_kernels.py": [
+        ("border of the reverse direction", FLEX_TRITON, "border = t + 1 - at.d", "border = t + 1"),
+        ("gradient across a border", FLEX_TRITON, "where(is_cut(at, t) == 0, d_states, S)", "d_states"),
+        ("infinite padding", FLEX_TRITON, "h = tl.where(inside, states[0], 0.0)", "h = states[0]"),
+        ("gradient of padding", FLEX_TRITON, "of_gate = tl.where(inside, da[j], 0.0)", "of_gate = da[j]"),
+        ("the first head's product", FLEX_TRITON, "at.unit // W * (A * W) + at.unit % W", "at.unit % W"),
     ],
     "rnnfast/triton/cells.py": [
         (

@@ -2,6 +2,7 @@
 
     python tests/named_gpu.py sm_90            # few calls, with every two values of the options in one of them
     python tests/named_gpu.py sm_90 --all      # every cell, dtype, size, form and state
+    python tests/named_gpu.py sm_90 --flex     # cells of one's own
 
 The calls are made on a CPU, so all is real up to the launch: what a layer hands to Triton, and how Triton specialises
 its kernels on that, which no signature written by hand would tell. The exit code is 1 if a kernel does not compile.
@@ -122,6 +123,34 @@ def make(call: Call) -> None:
         (y.data if call.form == "packed" else y).sum().backward()
 
 
+class FlexCall(NamedTuple):
+    cell: str
+    dtype: str
+    hidden: int
+    form: str
+    trained: bool
+    options: dict[str, Any]
+
+
+FLEX = [
+    FlexCall("slstm", "float32", 256, "resets", True, {"num_heads": 4, "bidirectional": True}),
+    FlexCall("janet", "bfloat16", 5, "lengths", True, {"bias": False}),
+    FlexCall("sru", "float16", 40, "rectangular", True, {}),
+    FlexCall("leaky_rnn", "float64", 3, "rectangular", False, {"recurrent": "diagonal"}),
+]
+
+
+def make_flex(call: FlexCall) -> None:
+    dtype = getattr(torch, call.dtype)
+    net = rnnfast.FlexRNN(getattr(rnnfast.cells, call.cell), 8, call.hidden, dtype=dtype, **call.options)
+    options = {"lengths": torch.tensor([3, 0, 2])} if call.form == "lengths" else {}
+    options |= {"resets": torch.rand(3, 3) < 0.5} if call.form == "resets" else {}
+    with torch.set_grad_enabled(call.trained):
+        y, _ = net(torch.randn(3, 3, 8, dtype=dtype), **options)
+    if call.trained:
+        y.sum().backward()
+
+
 def start(target: str) -> None:
     named, chip = TARGETS[target]
     torch.set_num_threads(1)
@@ -130,10 +159,10 @@ def start(target: str) -> None:
     triton.runtime.driver.set_active(NamedGPU(named, chip.shared_memory))
 
 
-def failure(call: Call) -> str | None:
+def failure(call: Call | FlexCall) -> str | None:
     try:
         with rnnfast.use_backend("triton"):
-            make(call)
+            (make if isinstance(call, Call) else make_flex)(call)
     except Exception:
         return traceback.format_exc()
     return None
@@ -143,10 +172,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("target", choices=TARGETS)
     parser.add_argument("--all", action="store_true")
+    parser.add_argument("--flex", action="store_true")
     parser.add_argument("--strength", type=int, default=2)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     args = parser.parse_args()
-    calls, began, bad = ALL if args.all else few(args.strength), time.perf_counter(), 0
+    calls = FLEX if args.flex else ALL if args.all else few(args.strength)
+    began, bad = time.perf_counter(), 0
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
         with ProcessPoolExecutor(args.workers, initializer=start, initargs=(args.target,)) as pool:

@@ -31,3 +31,21 @@ def relu(x):
 def where_positive(y, x):
     """x, but 0 where y is not positive: relu's gradient. At a NaN it is x."""
     return tl.where(y <= 0, 0.0, x)
+
+
+@triton.jit
+def minimum(a, b):
+    return tl.where((a < b) | (a != a), a, b)  # NaN of either
+
+
+@triton.jit
+def maximum(a, b):
+    return tl.where((a > b) | (a != a), a, b)
+
+
+@triton.jit
+def log1p(x):
+    """What rounding has taken from 1 + x is put right to first order."""
+    u = 1 + x
+    y = tl.log(u)
+    return tl.where((u > 0) & (u < float("inf")), y + (x - (u - 1)) / u, y)

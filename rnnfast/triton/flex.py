@@ -1,0 +1,208 @@
+"""A direction of any cell's recurrence as launches of the kernels, around a cell that is printed when it first runs.
+
+A printed module exists in memory only, by a name that is a hash of its text, where Triton reads it as it would a file.
+What takes time is its compilation, whose result Triton keeps in the user's cache folder, by that text and all else that
+it depends on.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import linecache
+import sys
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from .. import evaluator, gpu
+from ..cells import Cell, Program, Value
+from ..codegen import triton_program
+from ..evaluator import Plan
+from . import flex_kernels
+from .layer import _chip
+from .plan import Chip
+
+_TILE = 128  # numbers, one a thread: of units that lie side by side, and rows where there are fewer units
+
+
+class How(NamedTuple):
+    """Which kernels run, on which tiles: those of all steps, in tl.dot's precision, or of a step each."""
+
+    fused: bool
+    units: int
+    rows: int
+    precision: str
+    options: dict[str, Any]  # of the launch
+
+
+@functools.cache
+def _module(source: str) -> ModuleType:
+    name = f"rnnfast.triton.cell_{hashlib.sha256(source.encode()).hexdigest()[:16]}"
+    module, file = ModuleType(name), f"<{name}>"
+    linecache.cache[file] = len(source), None, source.splitlines(keepends=True), file  # no time: it stays
+    sys.modules[name] = module  # where inspect looks for it
+    exec(compile(source, file, "exec"), module.__dict__)
+    return module
+
+
+def sources(cell: Cell) -> tuple[str, str]:
+    """Of a step and of its backward. Scalars are as weights of the units' own, of which nobody asks for gradients."""
+    of = cell.inputs
+    x, a = [of["x"][gate] for gate in cell.gates_of_x], [of["a"][gate] for gate in cell.gates_of_a]
+    derived, given = [*x, *a, *of["s"], *of["w"]], {"x": x, "a": a, "s": of["s"], "w": [*of["w"], *of["scalars"]]}
+    forward = Program.of(cell.after, itertools.chain(*given.values()))
+    given["d"] = cell.incoming
+    none = Value("add", 0.0, 0.0)
+    backward = Program.of([cell.adjoints.get(value, none) for value in derived], itertools.chain(*given.values()))
+    sizes = {which: len(values) for which, values in given.items()}
+    kinds = len(x), len(a), len(of["s"]), len(of["w"])
+    without_d = {which: count for which, count in sizes.items() if which != "d"}
+    return triton_program(forward, without_d, kinds[2:3]), triton_program(backward, sizes, kinds)
+
+
+@functools.lru_cache(maxsize=1024)
+def steps_of(cell: Cell) -> tuple[Any, Any]:
+    """As functions of Triton's."""
+    forward, backward = sources(cell)
+    return _module(forward).step, _module(backward).step
+
+
+def choose(gates: int, hidden: int, width: int, dtype: torch.dtype, tf32: bool, chip: Chip) -> How:
+    """How a direction runs that has so many gates of W_hh h, of H units in heads of W."""
+    precision = "ieee"
+    if dtype == torch.float32 and not chip.is_amd:
+        precision = "tf32" if tf32 else "tf32x3"  # three products of TF32 parts are as exact as one of float32
+    units = max(16, 1 << (width - 1).bit_length())  # as the tensor cores want them
+    size = gates * units * units * dtype.itemsize * (2 if precision == "tf32x3" else 1)
+    room = min(chip.room, 32 * 1024) if chip.is_amd else chip.room  # beside 48 KB cells spill there
+    # What plan.py says of float64, and of RDNA's cells with weights of the units' own, holds for all cells here.
+    fits = size <= room and not chip.is_rdna and not (dtype == torch.float64 and (units > 32 or chip.is_amd))
+    options: dict[str, Any] = {"enable_fp_fusion": True}
+    if gates and fits:  # as plan.py has it
+        options["num_warps"] = 8 if units * dtype.itemsize > 128 else 4
+        options |= {} if chip.is_amd else {"maxnreg": 255}
+        return How(True, units, 16 if chip.is_amd else 8, precision, options)
+    units = min(_TILE, 1 << (hidden - 1).bit_length())
+    options["num_warps"] = _TILE // chip.warp_size
+    return How(not gates, units, _TILE // units, precision, options)
+
+
+def reason(cell: Cell, hidden: int, heads: int, dtype: torch.dtype, device: torch.device) -> str:
+    dtype = torch.promote_types(dtype, torch.float32)
+    how = choose(len(cell.gates_of_a), hidden, hidden // heads, dtype, gpu.allows_tf32(), _chip(device))
+    return "all steps in one launch" if how.fused else "a launch and a product a step"
+
+
+class _Recurrence:
+    """A direction on contiguous tensors; letters as in ``evaluator.py``, and W units of a head."""
+
+    def __init__(self, plan: Plan, inputs: Sequence[Any]) -> None:
+        x_gates, w_hh, b_hh, lengths, resets, *others = inputs
+        count = len(plan.cell.states)
+        self.plan, self.x_gates = plan, x_gates.contiguous()
+        self.T, (self.N, self.H) = x_gates.size(0), others[0].shape
+        self.states = others[:count]
+        self.units = [unit.contiguous() for unit in others[count:]]
+        self.units += [x_gates.new_full((self.H,), scalar) for scalar in plan.scalars]
+        self.lengths = None if lengths is None else lengths.contiguous()
+        self.resets = None if resets is None else resets.contiguous().view(torch.uint8)
+        self.w_hh, self.A = w_hh, len(plan.cell.gates_of_a) if w_hh is not None else 0
+        self.K: int = 1 if w_hh is None else w_hh.size(0)
+        self.W = self.H // self.K
+        self.bias = None if b_hh is None else b_hh.view(self.A, self.K, 1, self.W).permute(1, 2, 0, 3).flatten(2)
+        chip = _chip(x_gates.device)
+        self.how = choose(self.A, self.H, self.W, x_gates.dtype, gpu.allows_tf32(), chip)
+        self.own_w = w_hh.contiguous() if self.A and self.how.fused else None  # for products within the kernel
+        # Zero in steps that the kernels leave out.
+        self.new_rows = x_gates.new_empty if lengths is None else x_gates.new_zeros
+
+    def by_head(self, rows: Tensor) -> Tensor:
+        """[N, K*columns] as [K, N, columns]."""
+        return rows.view(self.N, self.K, -1).transpose(0, 1)
+
+    def launch(self, kernel: Any, cell: Any, *operands: Any, first: int, last: int, **of_kernel: Any) -> None:
+        how = self.how
+        tiles = triton.cdiv(self.H, how.units) if self.own_w is None else self.K
+        grid = triton.cdiv(self.N, how.rows), tiles, 1
+        kernel[grid](
+            *operands, self.lengths, self.resets, first=first, last=last, T=self.T, N=self.N, H=self.H, W=self.W,
+            CELL=cell, X=len(self.plan.cell.gates_of_x), A=self.A, REVERSE=int(self.plan.reverse), FUSED=how.fused,
+            BH=how.units, BN=how.rows, PRECISION=how.precision, **how.options, **of_kernel,
+        )  # fmt: skip
+
+
+def _forward(plan: Plan, inputs: Sequence[Any], keep: bool) -> Any:
+    k, (step, _) = _Recurrence(plan, inputs), steps_of(plan.cell)
+    T, N, H, A = k.T, k.N, k.H, k.A
+    after = tuple(state.clone(memory_format=torch.contiguous_format) for state in k.states)
+    every = tuple(k.new_rows(T, N, H) for _ in after)
+    before = tuple(k.new_rows(T, N, H) for _ in after) if keep else None
+    a_gates = k.new_rows(T if keep else 1, N, A * H)
+    if k.x_gates.numel():
+        launch = functools.partial(
+            k.launch, flex_kernels.forward, step, k.x_gates, a_gates, after, every, before,
+            tuple(k.units), k.own_w, None if k.own_w is None else k.bias, INITIAL=tuple(plan.cell.initial),
+        )  # fmt: skip
+        if k.how.fused:
+            launch(first=0, last=T)
+        for s in range(0 if k.how.fused else T):
+            out = k.by_head(a_gates[(T - 1 - s if plan.reverse else s) if keep else 0])
+            if k.bias is None:
+                torch.bmm(k.by_head(after[0]), k.w_hh.mT, out=out)
+            else:
+                torch.baddbmm(k.bias, k.by_head(after[0]), k.w_hh.mT, out=out)
+            launch(first=s, last=s + 1)
+    return after, every, before or (), a_gates
+
+
+def _backward(
+    plan: Plan, inputs: Sequence[Any], before: Sequence[Tensor], a_gates: Tensor, d_every: Sequence[Tensor | None],
+    d_after: Sequence[Tensor],
+) -> Any:  # fmt: skip
+    k, (_, step) = _Recurrence(plan, inputs), steps_of(plan.cell)
+    T, N, H, A = k.T, k.N, k.H, k.A
+    d_states = tuple(grad.clone(memory_format=torch.contiguous_format) for grad in d_after)
+    dx_gates, da_gates = k.new_rows(k.x_gates.shape), k.new_rows(T, N, A * H)
+    d_units = k.x_gates.new_zeros(len(plan.cell.weights), 1, N, H)
+    if k.x_gates.numel():
+        launch = functools.partial(
+            k.launch, flex_kernels.backward, step, k.x_gates, a_gates, tuple(before), tuple(k.units),
+            tuple(None if grad is None else grad.contiguous() for grad in d_every), d_states, dx_gates,
+            da_gates, tuple(d_units.unbind()), k.own_w,
+        )  # fmt: skip
+        if k.how.fused:
+            launch(first=0, last=T)
+        for s in reversed(range(0 if k.how.fused else T)):
+            launch(first=s, last=s + 1)
+            t = T - 1 - s if plan.reverse else s
+            through = k.by_head(d_states[0])
+            torch.baddbmm(through, k.by_head(da_gates[t]), k.w_hh, out=through)
+    return dx_gates, da_gates, d_states, torch.cat(d_units.unbind(), 2) if len(d_units) else d_units
+
+
+def _on_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    def on_device(plan: Plan, inputs: Sequence[Any], *others: Any) -> Any:
+        with gpu._on(inputs[0].device):
+            return function(plan, inputs, *others)
+
+    return on_device
+
+
+_KERNELS = evaluator.Kernels(_on_device(_forward), _on_device(_backward))
+
+
+def run(plan: Plan, *inputs: Any) -> tuple[Tensor, ...]:
+    """As ``evaluator.in_plain_torch``, of float32 or float64."""
+    x_gates, w_hh, b_hh, lengths, resets, *others = inputs
+    if resets is not None and not plan.reverse and x_gates.size(0):  # the kernels cut what leaves a step
+        begins = resets[0] if lengths is None else resets[0] & (lengths > 0)
+        count = len(plan.cell.states)
+        cut = [torch.where(begins[:, None], value, state) for value, state in zip(plan.cell.initial, others)]
+        others = [*cut, *others[count:]]
+    return evaluator.by_kernels(_KERNELS, plan, [x_gates, w_hh, b_hh, lengths, resets, *others])

@@ -1,0 +1,237 @@
+"""The recurrence around a user's cell, forward and backward, each written once.
+
+A program owns a tile of units and a tile of rows. Fused, all steps are one launch: of a cell without W_hh h, whose
+units know nothing of each other, and where the tile is a head and its W_hh stays on the chip. Otherwise a launch is one
+step, whose gates of W_hh h torch has made. States lie in memory between launches; one that leaves a step is as it
+enters the next, so is the initial one where an episode begins there.
+
+The cell comes as two functions that ``flex.py`` has printed, on tuples of tiles [units, rows]: of the gates of x and of
+a, the states before the step, the weights of the units' own, and in the backward the gradients of the states after it.
+
+Letters as in ``flex.py``: X gates of x, A of a, S states, U weights of each unit's own, K heads of W units.
+"""
+
+import triton
+import triton.language as tl
+
+from .kernels import Tile, add, load, longest, row, store, tile, time, where
+
+# Differ from call to call: neither their values nor what divides them makes another kernel.
+VARYING = ("first", "last", "T", "N")
+
+
+@triton.jit
+def tiles_at(pointers, offset, mask):
+    """A tile of each of some tensors; of one that is absent zeros."""
+    found = ()
+    for k in tl.static_range(len(pointers)):
+        if pointers[k] is None:
+            found = found + (tl.zeros(mask.shape, tl.float32),)
+        else:
+            found = found + (tl.load(pointers[k] + offset, mask=mask, other=0.0),)
+    return found
+
+
+@triton.jit
+def store_at(pointers, offset, tiles, mask):
+    for k in tl.static_range(len(pointers)):
+        tl.store(pointers[k] + offset, tiles[k], mask=mask)
+
+
+@triton.jit
+def chosen(condition, tiles, others):
+    found = ()
+    for k in tl.static_range(len(tiles)):
+        found = found + (tl.where(condition, tiles[k], others[k]),)
+    return found
+
+
+@triton.jit
+def full(like, numbers: tl.constexpr, count: tl.constexpr):
+    """A tile of each number."""
+    found = ()
+    for k in tl.static_range(count):
+        found = found + (tl.full(like.shape, numbers[k], like.dtype),)
+    return found
+
+
+@triton.jit
+def gates_at(at, place, p, H, COUNT: tl.constexpr, mask):
+    """Of rows [.., COUNT * H]."""
+    return load(p + place * (COUNT * H) + at.unit, COUNT, H, mask)
+
+
+@triton.jit
+def place_of_a(at, place, H, W, A: tl.constexpr):
+    """Where the first gate of a lies, of rows [.., K, A * W]; the others follow W apart."""
+    return place * (A * H) + at.unit // W * (A * W) + at.unit % W
+
+
+@triton.jit
+def is_cut(at, t):
+    """Whether an episode begins between step t and the one that follows it."""
+    border = t + 1 - at.d
+    inside = tl.where(border > 0, border, at.T) < at.length
+    return tl.load(at.resets + border.to(tl.int64) * at.N + at.n, mask=inside, other=0) != 0
+
+
+@triton.jit(do_not_specialize=VARYING)
+def forward(
+    p_x,  # [T, N, X * H]
+    p_a,  # [T, N, K, A * W]; of a step alone, [1, N, K, A * W], where p_before is None
+    p_states,  # S of [N, H]: before the first step on entry, after the last one on return
+    p_every,  # S of [T, N, H]: after every step
+    p_before,  # S of [T, N, H]: before every step; or None
+    p_units,  # U of [H]
+    p_w,  # [K, A * W, W]; or None, where no products are made here
+    p_b,  # [K, A * W]; or None
+    p_lengths,
+    p_resets,
+    first,
+    last,
+    T,
+    N,
+    H,
+    W,
+    CELL: tl.constexpr,
+    INITIAL: tl.constexpr,  # of each state
+    X: tl.constexpr,
+    A: tl.constexpr,
+    REVERSE: tl.constexpr,
+    FUSED: tl.constexpr,
+    BH: tl.constexpr,
+    BN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    S: tl.constexpr = len(p_states)
+    d, unit, n, is_unit, is_row, inside, length = tile(tl.program_id(0), p_lengths, T, N, H, BH, BN)
+    acc: tl.constexpr = p_x.dtype.element_ty
+    zeros = tl.zeros([BH, BN], acc)
+    if p_w is not None:
+        own = tl.arange(0, BH)[:, None]
+        unit, inside = tl.program_id(1) * W + own, (own < W) & is_row
+        k = tl.arange(0, BH)[None, :]
+        w = load(p_w + tl.program_id(1).to(tl.int64) * (A * W * W) + own * W + k, A, W * W, (own < W) & (k < W))
+        b = (zeros,) * A
+        if p_b is not None:
+            b = load(p_b + tl.program_id(1) * (A * W) + own + n * 0, A, W, inside)
+    at = Tile(REVERSE, unit, n, is_unit, is_row, inside, length, None, p_resets, T, N)
+    steps = T
+    if FUSED:  # the launch ends with the tile's longest row
+        steps = longest(at, p_lengths)
+        last = steps
+    u = tiles_at(p_units, unit + n * 0, inside)
+    states = tiles_at(p_states, n * H + unit, inside)
+    t = time(at, first, steps)
+    x = gates_at(at, row(at, t), p_x, H, X, inside & (t < length))
+    for s in range(first, last):
+        t_ahead = time(at, tl.minimum(s + 1, last - 1), steps)
+        ahead = gates_at(at, row(at, t_ahead), p_x, H, X, inside & (t_ahead < length))
+        t = time(at, s, steps)
+        valid = t < length
+        place = row(at, t)
+        a = ()
+        of_a = place_of_a(at, place if p_before is not None else n, H, W, A)
+        if p_w is not None:
+            h = tl.where(inside, states[0], 0.0)  # not even a NaN of padded units may enter the product
+            for j in tl.static_range(A):
+                a = a + (tl.dot(w[j], h, zeros, out_dtype=acc, input_precision=PRECISION) + b[j],)
+            if p_before is not None:
+                store(p_a + of_a, a, A, W, inside & valid)
+        elif A > 0:
+            a = load(p_a + of_a, A, W, inside & valid)
+        if p_before is not None:
+            store_at(p_before, place * H + unit, states, inside & valid)
+        after = CELL(x, a, states, u)
+        store_at(p_every, place * H + unit, after, inside & valid)
+        states = chosen(valid, after, states)
+        if p_resets is not None:
+            states = chosen(is_cut(at, t), full(states[0], INITIAL, S), states)
+        x = ahead
+    store_at(p_states, n * H + unit, states, inside)
+
+
+@triton.jit
+def load_backward(at, t, p_x, p_a, p_before, p_d_every, H, W, X: tl.constexpr, A: tl.constexpr):
+    """Of step t the gates of x and a, the states before it, and the gradients of its own outputs."""
+    mask = at.inside & (t < at.length)
+    place = row(at, t)
+    a = ()
+    if A > 0:
+        a = load(p_a + place_of_a(at, place, H, W, A), A, W, mask)
+    unit = place * H + at.unit
+    return gates_at(at, place, p_x, H, X, mask), a, tiles_at(p_before, unit, mask), tiles_at(p_d_every, unit, mask)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def backward(
+    p_x,
+    p_a,  # [T, N, K, A * W]
+    p_before,
+    p_units,
+    p_d_every,  # S of [T, N, H], each of which may be None
+    p_d_states,  # S of [N, H]: of the state after the last step on entry, before the first on return
+    p_dx,  # [T, N, X * H]
+    p_da,  # [T, N, K, A * W]
+    p_d_units,  # U of [N, H]: what all rows' steps have added so far
+    p_w,
+    p_lengths,
+    p_resets,
+    first,
+    last,
+    T,
+    N,
+    H,
+    W,
+    CELL: tl.constexpr,
+    X: tl.constexpr,
+    A: tl.constexpr,
+    REVERSE: tl.constexpr,
+    FUSED: tl.constexpr,
+    BH: tl.constexpr,
+    BN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    S: tl.constexpr = len(p_before)
+    U: tl.constexpr = len(p_d_units)
+    acc: tl.constexpr = p_x.dtype.element_ty
+    d, unit, n, is_unit, is_row, inside, length = tile(tl.program_id(0), p_lengths, T, N, H, BH, BN)
+    if p_w is not None:
+        own = tl.arange(0, BH)[:, None]
+        unit, inside = tl.program_id(1) * W + own, (own < W) & is_row
+        k = tl.arange(0, BH)[None, :]
+        w = load(p_w + tl.program_id(1).to(tl.int64) * (A * W * W) + k * W + own, A, W * W, (own < W) & (k < W))
+    at = Tile(REVERSE, unit, n, is_unit, is_row, inside, length, None, p_resets, T, N)
+    steps = T
+    if FUSED:
+        steps = longest(at, p_lengths)
+        last = steps
+    u = tiles_at(p_units, unit + n * 0, inside)
+    d_units = tiles_at(p_d_units, n * H + unit, inside)
+    d_states = tiles_at(p_d_states, n * H + unit, inside)
+    values = load_backward(at, time(at, last - 1, steps), p_x, p_a, p_before, p_d_every, H, W, X, A)
+    for i in range(last - first):
+        s = last - 1 - i
+        t_ahead = time(at, tl.maximum(s - 1, first), steps)
+        ahead = load_backward(at, t_ahead, p_x, p_a, p_before, p_d_every, H, W, X, A)
+        x, a, before, d_every = values
+        t = time(at, s, steps)
+        valid = t < length
+        place = row(at, t)
+        if p_resets is not None:
+            d_states = where(is_cut(at, t) == 0, d_states, S)
+        dx, da, d_before, of_units = CELL(x, a, before, u, add(d_states, d_every, S))
+        store(p_dx + place * (X * H) + unit, dx, X, H, inside & valid)
+        if A > 0:
+            store(p_da + place_of_a(at, place, H, W, A), da, A, W, inside & valid)
+        if p_w is not None:
+            through = tl.zeros([BH, BN], acc)
+            for j in tl.static_range(A):
+                of_gate = tl.where(inside, da[j], 0.0)
+                through = tl.dot(w[j], of_gate, through, out_dtype=acc, input_precision=PRECISION)
+            d_before = (d_before[0] + through,) + d_before[1:]
+        d_states = chosen(valid, d_before, d_states)
+        d_units = add(d_units, where(valid, of_units, U), U)
+        values = ahead
+    store_at(p_d_states, n * H + unit, d_states, inside)
+    store_at(p_d_units, n * H + unit, d_units, inside)
