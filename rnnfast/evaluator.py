@@ -121,17 +121,23 @@ class _Programs(NamedTuple):
     """As the operators take them: operations, numbers, results."""
 
     forward: tuple[Tensor, Tensor, Tensor]
+    keeping: tuple[Tensor, Tensor, Tensor]  # what the backward needs of it, beside the states, too
     backward: tuple[Tensor, Tensor, Tensor]
     initial: Tensor
 
 
 @functools.lru_cache(maxsize=1024)
-def programs(cell: Cell, scalars: tuple[float, ...]) -> _Programs:
+def programs(cell: Cell, scalars: tuple[float, ...], heads: int) -> _Programs:
     of = cell.inputs
     x, a = [of["x"][gate] for gate in cell.gates_of_x], [of["a"][gate] for gate in cell.gates_of_a]
     inputs = [*x, *a, *of["s"], *of["w"]]
+    saved = [value for value in cell.saved if value not in of["scalars"]]
+    gradients = [cell.adjoints.get(value, 0.0) for value in inputs]
+    # Of gates that are read in sums of x and a alone there is one gradient.
+    if heads == 1 and cell.gates_of_x == cell.gates_of_a and gradients[: len(x)] == gradients[len(x) : 2 * len(x)]:
+        del gradients[: len(x)]
     # A result has to be made: one that is an input could be written over before it is read.
-    gradients = [cell.adjoints.get(value, 0.0) + Value("add", 0.0, 0.0) for value in inputs]
+    results = [of if isinstance(of, Value) and of.op else Value("add", of, 0.0) for of in gradients]
 
     def encoded(program: Program) -> tuple[Tensor, Tensor, Tensor]:
         rows = [[OPERATIONS.index(op), *args, *[0] * (3 - len(args))] for op, args in program.operations]
@@ -143,17 +149,23 @@ def programs(cell: Cell, scalars: tuple[float, ...]) -> _Programs:
 
     return _Programs(
         encoded(Program.of(cell.after, [*inputs, *of["scalars"]])),
-        encoded(Program.of(gradients, [*inputs, *cell.incoming, *of["scalars"]])),
+        encoded(Program.of([*cell.after, *saved], [*inputs, *of["scalars"]])),
+        encoded(Program.of(results, [*saved, *of["s"], *cell.after, *of["w"], *cell.incoming, *of["scalars"]])),
         torch.tensor(cell.initial, dtype=torch.float64),
     )
+
+
+def _programs(plan: Plan, w_hh: Tensor | None) -> _Programs:
+    return programs(plan.cell, plan.scalars, 1 if w_hh is None else w_hh.size(0))
 
 
 def _forward(plan: Plan, inputs: Sequence[Any], keep: bool) -> Any:
     x_gates, w_hh, b_hh, lengths, resets, *others = inputs
     states, units = others[: len(plan.cell.states)], others[len(plan.cell.states) :]
-    made = programs(plan.cell, plan.scalars)
+    made = _programs(plan, w_hh)
+    program = made.keeping if keep else made.forward
     return torch.ops.rnnfast.cpu_flex_forward(
-        *made.forward, x_gates, w_hh, b_hh, states, units, made.initial, lengths, resets, plan.reverse, keep
+        *program, x_gates, w_hh, b_hh, states, units, made.initial, lengths, resets, plan.reverse, keep
     )
 
 
@@ -162,16 +174,16 @@ class _Recurrence(torch.autograd.Function):
     def forward(ctx: Any, plan: Plan, *inputs: Any) -> Any:
         ctx.plan = plan
         ctx.set_materialize_grads(False)
-        after, every, before, a_gates = _forward(plan, inputs, True)
-        _save(ctx, (*inputs, *before, a_gates))
+        after, every, before, saved = _forward(plan, inputs, True)
+        _save(ctx, (*inputs, *before, *every, saved))
         return *every, *after
 
     @staticmethod
     @_one_by_one
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         plan, count = ctx.plan, len(ctx.plan.cell.states)
-        *values, a_gates = _saved(ctx)
-        inputs, before = values[:-count], values[-count:]
+        *values, saved = _saved(ctx)
+        inputs, before, every = values[: -2 * count], values[-2 * count : -count], values[-count:]
         if torch.is_grad_enabled():
             return None, *_derivable_backward(plan, inputs, ctx.needs_input_grad[1:], grads)
         x_gates, w_hh, b_hh, lengths, resets, *others = inputs
@@ -179,14 +191,14 @@ class _Recurrence(torch.autograd.Function):
         d_every = [x_gates.new_empty(0) if grad is None else grad for grad in grads[:count]]
         d_final = [torch.zeros_like(s) if grad is None else grad for s, grad in zip(states, grads[count:])]
         dx_gates, da_gates, d_states, d_units = torch.ops.rnnfast.cpu_flex_backward(
-            *programs(plan.cell, plan.scalars).backward, x_gates, w_hh, before, units, a_gates, lengths, resets,
-            d_every, d_final, plan.reverse,
+            *_programs(plan, w_hh).backward, w_hh, before, every, units, saved, lengths, resets, d_every, d_final,
+            len(plan.cell.gates_of_x), plan.reverse,
         )  # fmt: skip
         dw_hh = db_hh = None
         if w_hh is not None:
             heads, columns, width = w_hh.shape
             rows = x_gates.size(0) * x_gates.size(1)
-            of_a = da_gates.view(rows, heads, columns)
+            of_a = (da_gates if da_gates.size(2) else dx_gates).view(rows, heads, columns)
             dw_hh = torch.bmm(of_a.permute(1, 2, 0), before[0].view(rows, heads, width).transpose(0, 1))
             if b_hh is not None:
                 db_hh = of_a.sum(0).view(heads, -1, width).transpose(0, 1).flatten()
