@@ -16,9 +16,9 @@ constexpr int64_t kMost = int64_t(1) << 31;
 // What forward and backward have in common, with the memory that it points to.
 class Arguments {
  public:
-  Arguments(const Tensor& operations, const Tensor& numbers, const Tensor& results, const char* name, const Tensor& rows,
-            const OptionalTensor& w_hh, const std::vector<Tensor>& units, const OptionalTensor& lengths,
-            const OptionalTensor& resets, bool reverse, int64_t H, int64_t S) {
+  Arguments(const Tensor& operations, const Tensor& numbers, const Tensor& results, const char* name,
+            const Tensor& rows, const OptionalTensor& w_hh, const std::vector<Tensor>& units,
+            const OptionalTensor& lengths, const OptionalTensor& resets, bool reverse, int64_t H, int64_t S) {
     RNNFAST_CHECK(rows.defined() && rows.dim() == 3, name, " has to be [T, N, columns]");
     dtype = rows.scalar_type();
     RNNFAST_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, name, " has to be float32 or float64");
@@ -212,7 +212,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rnnfast, m) {
   m.def(
       "cpu_flex_backward(Tensor operations, Tensor numbers, Tensor results, Tensor? w_hh, Tensor[] before, "
       "Tensor[] every, Tensor[] units, Tensor saved, Tensor? lengths, Tensor? resets, Tensor[] d_every, "
-      "Tensor[] d_final, int X, bool reverse) -> (Tensor dx_gates, Tensor da_gates, Tensor[] d_states, Tensor d_units)");
+      "Tensor[] d_final, int X, bool reverse) -> (Tensor dx_gates, Tensor da_gates, Tensor[] d_states, Tensor "
+      "d_units)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rnnfast, CPU, m) {

@@ -63,31 +63,41 @@ RNNFAST_INLINE Vec<Number> root(Vec<Number> x) {
   return x;
 }
 
-// Where a value lies: its vectors, a step from one to the next. A number has one for all.
+// Vectors of units that a program runs on at once: some blocks of U units of some rows.
+struct Strip {
+  int64_t row, rows, block, blocks;
+  int64_t unit, place;  // its first unit in a row of a tensor, and in one of a buffer
+  int lanes;            // of a block that a head ends in there may be fewer than U; it is a strip's only one
+};
+
+// Where a value lies, how far apart its rows are, and its blocks. A number is the same in all.
 template <class Number>
 struct Operand {
   const Number* data;
-  int64_t step;
+  int64_t row, block;
 };
 
-// to[i] = of(a[i], b[i], c[i]) for so many vectors.
+// to[row][block] = of(a, b, c)
 template <class Number, class Of>
-RNNFAST_INLINE void each(Number* to, const Operand<Number>* given, int64_t count, const Of& of) {
-  const Operand<Number> args[] = {given[0], given[1], given[2]};
-  for (int64_t i = 0; i < count; i++) {
-    store(to + i * kLanes<Number>, of([&](int k) { return load(args[k].data + i * args[k].step); }));
+RNNFAST_INLINE void each(Number* to, const Operand<Number>* given, int64_t rows, int64_t blocks, const Of& of) {
+  Operand<Number> args[] = {given[0], given[1], given[2]};
+  for (int64_t i = 0; i < rows; i++) {
+    for (int64_t j = 0; j < blocks; j++, to += kLanes<Number>) {
+      store(to, of([&](int k) { return load(args[k].data + j * args[k].block); }));
+    }
+    for (auto& arg : args) arg.data += arg.row;
   }
 }
 
 template <class Number>
-void apply(int64_t op, Number* to, const Operand<Number>* args, int64_t count) {
+void apply(int64_t op, Number* to, const Operand<Number>* args, int64_t rows, int64_t blocks) {
   using V = Vec<Number>;
   const V one(1), zero(0);
-#define RNNFAST_CASE(Op, expression)         \
-  case Op:                                   \
-    return each(to, args, count, [&](auto arg) { \
-      [[maybe_unused]] const V a = arg(0);   \
-      return V(expression);                  \
+#define RNNFAST_CASE(Op, expression)                    \
+  case Op:                                              \
+    return each(to, args, rows, blocks, [&](auto arg) { \
+      [[maybe_unused]] const V a = arg(0);              \
+      return V(expression);                             \
     })
   switch (op) {
     RNNFAST_CASE(kAdd, a + arg(1));
@@ -113,14 +123,6 @@ void apply(int64_t op, Number* to, const Operand<Number>* args, int64_t count) {
 #undef RNNFAST_CASE
 }
 
-// Vectors of units that a program runs on at once: of some rows of one block of U units, or of some blocks of one row.
-struct Strip {
-  int64_t row, rows, block, blocks;
-  int64_t unit, place;  // its first unit in a row of a tensor, and in one of a buffer
-  int lanes;            // of a block that a head ends in there may be fewer than U
-  int64_t count() const { return rows * blocks; }
-};
-
 // Runs a program on strips: of a thread, with memory for all that the program makes.
 template <class Number>
 class Evaluator {
@@ -136,40 +138,39 @@ class Evaluator {
         places_(p.places()) {
     for (int64_t k = 0; k < p.numbers; k++) {
       store(numbers_ + k * U, Vec<Number>(Number(p.number[k])));
-      places_[p.inputs + k] = {numbers_ + k * U, 0};
-    }
-    for (int64_t k = 0; k < p.operations; k++) {
-      places_[p.inputs + p.numbers + k] = {made_ + slots_[k] * kStrip * U, U};
+      places_[p.inputs + k] = {numbers_ + k * U, 0, 0};
     }
   }
 
   // Where input k lies: in rows of a buffer, or the same for all rows.
   void read(int64_t k, Operand<Number> operand) { places_[k] = operand; }
-  // In rows of a tensor, of which `rows` is the strip's first. The end of a head is copied: behind it there may be nothing.
+  // In rows of a tensor, of which `rows` is the strip's first. The end of a head is copied: behind it there may be
+  // nothing.
   void read(int64_t k, const void* rows, int64_t stride, const Strip& strip) {
     const Number* from = static_cast<const Number*>(rows) + strip.unit;
-    if (strip.lanes == U) return read(k, {from, strip.blocks > 1 ? U : stride});
+    if (strip.lanes == U) return read(k, {from, stride, U});
     Number* end = ends_ + k * kStrip * U;
     for (int64_t i = 0; i < strip.rows; i++) store(end + i * U, load(from + i * stride, strip.lanes));
-    read(k, {end, U});
+    read(k, {end, U, U});
   }
 
-  void run(int64_t count) {
+  void run(const Strip& strip) {
     for (int64_t k = 0; k < p_.operations; k++) {
       const Operation& o = p_.operation[k];
       const Operand<Number> args[] = {places_[o.args[0]], places_[o.args[1]], places_[o.args[2]]};
-      apply(o.op, made_ + slots_[k] * kStrip * U, args, count);
+      Number* to = made_ + slots_[k] * kStrip * U;
+      apply(o.op, to, args, strip.rows, strip.blocks);
+      places_[p_.inputs + p_.numbers + k] = {to, strip.blocks * U, U};
     }
   }
 
   // Writes result k to a place in the strip's first row, of those rows of the strip that are valid.
   template <class Valid>
-  void write(int64_t k, void* first, int64_t stride, const Strip& strip, int lanes, const Valid& valid) const {
-    const Operand<Number> from = places_[p_.result[k]];
-    Number* to = static_cast<Number*>(first);
-    const int64_t step = strip.blocks > 1 ? U : stride;
-    for (int64_t i = 0; i < strip.count(); i++) {
-      if (valid(strip.row + (strip.blocks > 1 ? 0 : i))) store(to + i * step, load(from.data + i * from.step), lanes);
+  void write(int64_t k, Number* to, int64_t stride, const Strip& strip, int lanes, const Valid& valid) const {
+    Operand<Number> from = places_[p_.result[k]];
+    for (int64_t i = 0; i < strip.rows; i++, to += stride, from.data += from.row) {
+      if (!valid(strip.row + i)) continue;
+      for (int64_t j = 0; j < strip.blocks; j++) store(to + j * U, load(from.data + j * from.block), lanes);
     }
   }
 
@@ -238,20 +239,20 @@ struct Rows {
     each_block([&](int64_t unit, int64_t place, int lanes) { store(to + unit, load(from + place), lanes); });
   }
 
-  // Calls of(strip) for these blocks of a head in these rows.
+  // Calls of(strip) for these blocks of a head, at most kStrip, in these rows.
   template <class Of>
   void strips(int64_t head, Range bs, Range ns, const Of& of) const {
-    const auto strip = [&](int64_t n, int64_t count, int64_t b, int64_t bs) {
-      of(Strip{n, count, b, bs, head * width + b * U, (head * blocks + b) * U, int(min(U, width - b * U))});
-    };
     const int64_t whole = min(bs.end, width / U);
-    if (ns.end - ns.begin == 1 && whole > bs.begin) {
-      strip(ns.begin, 1, bs.begin, whole - bs.begin);
-      bs.begin = whole;
-    }
-    for (int64_t b = bs.begin; b < bs.end; b++) {
-      for (int64_t n = ns.begin; n < ns.end; n += kStrip) strip(n, min(kStrip, ns.end - n), b, 1);
-    }
+    const auto some = [&](Range bs) {
+      const int64_t count = bs.end - bs.begin, at_once = count ? kStrip / count : 0;
+      const int lanes = min(U, width - bs.begin * U);
+      for (int64_t n = ns.begin; count && n < ns.end; n += at_once) {
+        of(Strip{n, min(at_once, ns.end - n), bs.begin, count, head * width + bs.begin * U,
+                 (head * blocks + bs.begin) * U, lanes});
+      }
+    };
+    some({bs.begin, max(bs.begin, whole)});
+    some({max(bs.begin, whole), bs.end});
   }
 };
 
@@ -286,33 +287,16 @@ class Gates {
     }
   }
 
-  // Of blocks that begin with a panel's first: for the rows of h from `h` on, [panel][group][rows][vector][U].
+  // Of blocks that begin with a panel's first, for the rows of h from `h` on: sums [rows][block][gate][U].
   void multiply(const Number* h, int64_t stride, int64_t rows, int64_t head, Range bs, Number* sums) const {
     for (int64_t b = bs.begin; b < bs.end; b += per_panel) {
       each_group([&](Range gs, const Panels<Number>& panels) {
         const int64_t p = b / per_panel, at = start(head, gs) + panels.start(p);
-        const int V = panels.vectors(p);
-        product_in_registers<Number, Number>(h, stride, rows, packed_ + at * width, V, width, bias_ + at, 0, sums,
-                                             V * U);
-        sums += rows * V * U;
+        product_in_registers<Number, Number>(h, stride, rows, packed_ + at * width, panels.vectors(p), width,
+                                             bias_ + at, 0, sums + ((b - bs.begin) * A + gs.begin) * U,
+                                             (bs.end - bs.begin) * A * U);
       });
     }
-  }
-
-  // Gate g of a strip, of the sums of so many blocks in so many rows, from which on it is the first of a strip.
-  Operand<Number> sum(const Number* sums, int64_t g, Range bs, Range ns, const Strip& strip) const {
-    const int64_t rows = ns.end - ns.begin, row = strip.row - ns.begin, block = strip.block - bs.begin;
-    if (A == 1) {
-      const int64_t first = block / kMaxVectors * kMaxVectors, V = min(kMaxVectors, bs.end - bs.begin - first);
-      return {sums + (first * rows + row * V + block - first) * U, strip.blocks > 1 ? U : V * U};
-    }
-    Operand<Number> found{};
-    each_group([&](Range gs, const Panels<Number>&) {
-      const int64_t V = gs.end - gs.begin;
-      if (g < gs.begin || g >= gs.end) return;
-      found = {sums + ((block * A + gs.begin) * rows + row * V + g - gs.begin) * U, (strip.blocks > 1 ? A : V) * U};
-    });
-    return found;
   }
 
   const int64_t A, width, blocks, per_panel;
@@ -340,7 +324,7 @@ class Units {
   }
   void read(Evaluator<Number>& evaluator, int64_t first, const Strip& strip) const {
     for (int64_t k = 0; k < l_.U; k++) {
-      evaluator.read(first + k, {packed_ + k * padded_ + strip.place, strip.blocks > 1 ? kLanes<Number> : 0});
+      evaluator.read(first + k, {packed_ + k * padded_ + strip.place, 0, kLanes<Number>});
     }
   }
 
@@ -372,11 +356,11 @@ void forward(const FlexForward& f) {
   const Rows<Number> rows{f};
   const Gates<Number> gates(f, rows);
   const Units<Number> units(f, rows);
-  const int64_t H = f.H, P = rows.padded;
+  const int64_t H = f.H, P = rows.padded, parts = ceil_div(rows.blocks, kStrip);
   for_rows(f, [&](Range ns) {
     const int64_t of_state = (ns.end - ns.begin) * P;
     Evaluator<Number> evaluator(f.program);
-    Buffer<Number> states((f.S + 1) * of_state), sums(max(kBlockRows, kStrip) * max(f.A, kMaxVectors) * U);
+    Buffer<Number> states((f.S + 1) * of_state), sums(kBlockRows * min(kStrip, rows.blocks) * f.A * U);
     // While a step lasts h is read by other units, so a new one goes elsewhere.
     Number *h = states, *new_h = states + f.S * of_state;
     const auto state = [&](int64_t s, int64_t n) { return (s ? states + s * of_state : h) + (n - ns.begin) * P; };
@@ -389,29 +373,32 @@ void forward(const FlexForward& f) {
         for (int64_t s = 0; s < f.S; s++) {
           for (int64_t u = 0; rows.cut(t, n) && u < P; u++) state(s, n)[u] = Number(f.initial[s]);
           if (f.before) rows.to_tensor(f.before[s], first + n, state(s, n));
-          if (!rows.valid(t, n)) memset(row_at<Number>(f.every[s], first + n, H), 0, H * sizeof(Number));
+          if (!rows.valid(t, n)) clear(row_at<Number>(f.every[s], first + n, H), H * sizeof(Number));
         }
         if (!rows.valid(t, n)) memcpy(new_h + (n - ns.begin) * P, state(0, n), P * sizeof(Number));
       }
       const Range live = rows.valid(t, ns);
       const auto valid = [&](int64_t n) { return rows.valid(t, n); };
-      const int64_t at_once = live.end - live.begin == 1 ? kStrip : gates.per_panel, parts = ceil_div(rows.blocks, at_once);
       to_and_fro({0, f.K * parts}, step, [&](int64_t k) {
         const int64_t head = k / parts;
-        const Range bs{k % parts * at_once, min(rows.blocks, (k % parts + 1) * at_once)};
+        const Range bs{k % parts * kStrip, min(rows.blocks, (k % parts + 1) * kStrip)};
         for (int64_t n = live.begin; n < live.end; n += kBlockRows) {
           const Range of_block{n, min(live.end, n + kBlockRows)};
           gates.multiply(state(0, n) + head * rows.blocks * U, P, of_block.end - n, head, bs, sums);
           rows.strips(head, bs, of_block, [&](const Strip& strip) {
-            const int64_t row = first + strip.row, step_of_state = strip.blocks > 1 ? U : P;
+            const int64_t row = first + strip.row;
             int64_t k = 0;
             for (int64_t g = 0; g < f.X; g++) {
               evaluator.read(k++, row_at<Number>(f.x_gates, row, f.X * H) + g * H, f.X * H, strip);
             }
-            for (int64_t g = 0; g < f.A; g++) evaluator.read(k++, gates.sum(sums, g, bs, of_block, strip));
-            for (int64_t s = 0; s < f.S; s++) evaluator.read(k++, {state(s, strip.row) + strip.place, step_of_state});
+            for (int64_t g = 0; g < f.A; g++) {
+              const int64_t of_row = (bs.end - bs.begin) * f.A * U;
+              const Number* a = sums + (strip.row - n) * of_row + ((strip.block - bs.begin) * f.A + g) * U;
+              evaluator.read(k++, {a, of_row, f.A * U});
+            }
+            for (int64_t s = 0; s < f.S; s++) evaluator.read(k++, {state(s, strip.row) + strip.place, P, U});
             units.read(evaluator, k, strip);
-            evaluator.run(strip.count());
+            evaluator.run(strip);
             for (int64_t y = 0; y < f.Y; y++) {
               evaluator.write(f.S + y, row_at<Number>(f.saved, row, f.Y * H) + y * H + strip.unit, f.Y * H, strip,
                               strip.lanes, valid);
@@ -438,7 +425,8 @@ void backward(const FlexBackward& b) {
   constexpr int U = kLanes<Number>;
   const Rows<Number> rows{b};
   const Units<Number> units(b, rows);
-  const int64_t H = b.H, P = rows.padded, width = rows.width, columns = b.A * width;
+  const int64_t H = b.H, P = rows.padded, width = rows.width, columns = b.A * width,
+                parts = ceil_div(rows.blocks, kStrip);
   const Panels<Number> panels(width);
   const int64_t panel_width = panels.width();
   Buffer<Number> packed(b.K * panel_width * columns);
@@ -462,9 +450,9 @@ void backward(const FlexBackward& b) {
       const auto valid = [&](int64_t n) { return rows.valid(t, n); };
       for (int64_t n = ns.begin; n < ns.end; n++) {
         if (valid(n)) continue;
-        memset(row_at<Number>(b.dx_gates, first + n, b.X * H), 0, b.X * H * sizeof(Number));
-        if (b.da_gates) memset(row_at<Number>(b.da_gates, first + n, b.A * H), 0, b.A * H * sizeof(Number));
-        memset(row_at<Number>(b.d_units, first + n, b.U * H), 0, b.U * H * sizeof(Number));
+        clear(row_at<Number>(b.dx_gates, first + n, b.X * H), b.X * H * sizeof(Number));
+        if (b.da_gates) clear(row_at<Number>(b.da_gates, first + n, b.A * H), b.A * H * sizeof(Number));
+        clear(row_at<Number>(b.d_units, first + n, b.U * H), b.U * H * sizeof(Number));
       }
       for (int64_t s = 0; s < b.S; s++) {
         for (int64_t n = live.begin; b.d_every[s] && n < live.end; n++) {
@@ -476,12 +464,11 @@ void backward(const FlexBackward& b) {
           });
         }
       }
-      const int64_t at_once = live.end - live.begin == 1 ? kStrip : 1, parts = ceil_div(rows.blocks, at_once);
       for (int64_t k = 0; k < b.K * parts; k++) {
         const int64_t head = k / parts;
-        const Range bs{k % parts * at_once, min(rows.blocks, (k % parts + 1) * at_once)};
+        const Range bs{k % parts * kStrip, min(rows.blocks, (k % parts + 1) * kStrip)};
         rows.strips(head, bs, live, [&](const Strip& strip) {
-          const int64_t row = first + strip.row, step_of_state = strip.blocks > 1 ? U : P;
+          const int64_t row = first + strip.row;
           int64_t k = 0;
           for (int64_t y = 0; y < b.Y; y++) {
             evaluator.read(k++, row_at<Number>(b.saved, row, b.Y * H) + y * H, b.Y * H, strip);
@@ -490,8 +477,8 @@ void backward(const FlexBackward& b) {
           for (int64_t s = 0; s < b.S; s++) evaluator.read(k++, row_at<Number>(b.every[s], row, H), H, strip);
           units.read(evaluator, k, strip);
           k += b.U;
-          for (int64_t s = 0; s < b.S; s++) evaluator.read(k++, {d_state(s, strip.row) + strip.place, step_of_state});
-          evaluator.run(strip.count());
+          for (int64_t s = 0; s < b.S; s++) evaluator.read(k++, {d_state(s, strip.row) + strip.place, P, U});
+          evaluator.run(strip);
           int64_t result = 0;
           const auto write = [&](Number* to, int64_t stride) {
             evaluator.write(result++, to, stride, strip, strip.lanes, valid);
@@ -513,10 +500,9 @@ void backward(const FlexBackward& b) {
       to_and_fro({0, b.A ? b.K * panels.count() : 0}, step, [&](int64_t k) {
         const int64_t head = k / panels.count(), p = k % panels.count();
         Number* d = d_state(0, live.begin) + head * rows.blocks * U + panels.start(p);
-        product_in_registers<Number, Number>(row_at<Number>(da, first + live.begin, b.A * H) + head * columns, b.A * H,
-                                             live.end - live.begin,
-                                             packed + (head * panel_width + panels.start(p)) * columns,
-                                             panels.vectors(p), columns, d, P, d, P);
+        product_in_registers<Number, Number>(
+            row_at<Number>(da, first + live.begin, b.A * H) + head * columns, b.A * H, live.end - live.begin,
+            packed + (head * panel_width + panels.start(p)) * columns, panels.vectors(p), columns, d, P, d, P);
       });
       for (int64_t n = live.begin; n < live.end; n++) {
         if (!valid(n) || !rows.cut(t, n)) continue;
