@@ -323,6 +323,21 @@ def test_wide_layers(kernels: str, recurrent: str, cell: Cell) -> None:
             assert_same_or_zero(values_and_grads(net, x, states, **of_form), expected)
 
 
+def test_threads_change_nothing() -> None:
+    """Not a bit, however many rows each takes."""
+    net, x = FlexRNN(cells.slstm, I, 40), torch.randn(3, 7, I)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(values_and_grads(net, x))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        for name in ("output[0]", "gradient of input[0]"):
+            assert torch.equal(found[0][name], other[name]), name
+
+
 @pytest.mark.parametrize("of", [cells.lstm, cells.gru, cells.rnn_relu, cells.peephole_lstm], ids=str)
 def test_torchs_cells_have_all_backends(of: Cell) -> None:
     """And give the same there as the loop."""
