@@ -689,15 +689,9 @@ class Cell:
 
     def _read(self, among: set[Value]) -> set[Value]:
         """Of some values those that the gradients are made of, not through others of them."""
-        found: set[Value] = set()
-        waiting: list[Any] = [*(gradient.value for gradient in self.gradients), *self.before, *self.weight_gradients]
-        while waiting:
-            value = waiting.pop()
-            if value in among:
-                found.add(value)
-            elif isinstance(value, Value):
-                waiting.extend(value.args)
-        return found
+        made = [*(gradient.value for gradient in self.gradients), *self.before, *self.weight_gradients]
+        rest = set(reachable(made, among))
+        return among & {*made, *itertools.chain.from_iterable(value.args for value in rest)}
 
     def hidden(self, gate: int) -> int:
         """Where among the gradients that of a gate of a is."""
@@ -747,10 +741,11 @@ class Program(NamedTuple):
     def of(cls, results: Sequence[Value], inputs: Iterable[Value]) -> Program:
         places: dict[Any, int] = {value: place for place, value in enumerate(inputs)}
         values: dict[Value, None] = {}  # in an order that says nothing of the one in which they were made
-        waiting = [value for value in reversed(results) if value.op]
+        waiting = [value for value in reversed(results) if value not in places]
         while waiting:
             value = waiting[-1]
-            missing = [arg for arg in value.args if isinstance(arg, Value) and arg.op and arg not in values]
+            args = [arg for arg in value.args if isinstance(arg, Value) and arg not in places]
+            missing = [arg for arg in args if arg not in values]
             waiting += missing[::-1]
             if not missing:
                 values[waiting.pop()] = None
@@ -857,9 +852,7 @@ def reachable(values: Iterable[Any], known: Container[Value] = ()) -> list[Value
 
 def is_made_of(value: Any, given: set[Value]) -> bool:
     """Whether a value is one of these, or can be computed from them alone."""
-    if not isinstance(value, Value) or value in given:
-        return True
-    return value.op != "" and all(is_made_of(arg, given) for arg in value.args)
+    return all(of.op != "" for of in reachable([value], given))
 
 
 def adjoints(of: Mapping[Value, Value]) -> dict[Value, Value]:

@@ -116,11 +116,13 @@ def on_cpu(plan: Plan, *inputs: Any) -> tuple[Tensor, ...]:
 class Kernels(NamedTuple):
     """A backend's, of float32 or float64."""
 
-    # plan, inputs, whether for a backward -> states after, every, before (S of [T, N, H]), a_gates [T, N, K*A*H/K]
-    forward: Callable[[Plan, Sequence[Any], bool], Any]
-    # plan, inputs, before, a_gates, gradients of every (or None) and of the states after -> those of x_gates, of
-    # a_gates, of the states, and what each step and row adds to those of the units' weights, [T or 1, N, U*H]
-    backward: Callable[[Plan, Sequence[Any], Sequence[Tensor], Tensor, Sequence[Any], Sequence[Tensor]], Any]
+    # plan, inputs, whether for a backward -> states after, every, and what the backward is given: h before every step,
+    # and what else it wants; or nothing
+    forward: Callable[[Plan, Sequence[Any], bool], tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]]
+    # plan, inputs, that, gradients of every (or None) and of the states after -> those of x_gates, of a_gates (empty
+    # where they are those of x_gates), of the states, and what each step and row adds to those of the units' weights,
+    # [T or 1, N, U*H]
+    backward: Callable[[Plan, Sequence[Any], Sequence[Tensor], Sequence[Any], Sequence[Tensor]], Any]
 
 
 def by_kernels(kernels: Kernels, plan: Plan, inputs: Sequence[Any]) -> tuple[Tensor, ...]:
@@ -128,7 +130,7 @@ def by_kernels(kernels: Kernels, plan: Plan, inputs: Sequence[Any]) -> tuple[Ten
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in inputs):
         found: tuple[Tensor, ...] = _Recurrence.apply(kernels, plan, *inputs)  # type: ignore[no-untyped-call]
         return found
-    after, every, _, _ = kernels.forward(plan, inputs, False)
+    after, every, _ = kernels.forward(plan, inputs, False)
     return *every, *after
 
 
@@ -136,17 +138,23 @@ class _Programs(NamedTuple):
     """As the operators take them: operations, numbers, results."""
 
     forward: tuple[Tensor, Tensor, Tensor]
+    keeping: tuple[Tensor, Tensor, Tensor]  # what the backward needs of it, beside the states, too
     backward: tuple[Tensor, Tensor, Tensor]
     initial: Tensor
 
 
 @functools.lru_cache(maxsize=1024)
-def programs(cell: Cell, scalars: tuple[float, ...]) -> _Programs:
+def programs(cell: Cell, scalars: tuple[float, ...], heads: int) -> _Programs:
     of = cell.inputs
     x, a = [of["x"][gate] for gate in cell.gates_of_x], [of["a"][gate] for gate in cell.gates_of_a]
     inputs = [*x, *a, *of["s"], *of["w"]]
+    saved = [value for value in cell.saved if value not in of["scalars"]]
+    gradients = [cell.adjoints.get(value, 0.0) for value in inputs]
+    # Of gates that are read in sums of x and a alone there is one gradient.
+    if heads == 1 and cell.gates_of_x == cell.gates_of_a and gradients[: len(x)] == gradients[len(x) : 2 * len(x)]:
+        del gradients[: len(x)]
     # A result has to be made: one that is an input could be written over before it is read.
-    gradients = [cell.adjoints.get(value, 0.0) + Value("add", 0.0, 0.0) for value in inputs]
+    results = [of if isinstance(of, Value) and of.op else Value("add", of, 0.0) for of in gradients]
 
     def encoded(program: Program) -> tuple[Tensor, Tensor, Tensor]:
         rows = [[OPERATIONS.index(op), *args, *[0] * (3 - len(args))] for op, args in program.operations]
@@ -158,29 +166,38 @@ def programs(cell: Cell, scalars: tuple[float, ...]) -> _Programs:
 
     return _Programs(
         encoded(Program.of(cell.after, [*inputs, *of["scalars"]])),
-        encoded(Program.of(gradients, [*inputs, *cell.incoming, *of["scalars"]])),
+        encoded(Program.of([*cell.after, *saved], [*inputs, *of["scalars"]])),
+        encoded(Program.of(results, [*saved, *of["s"], *cell.after, *of["w"], *cell.incoming, *of["scalars"]])),
         torch.tensor(cell.initial, dtype=torch.float64),
     )
+
+
+def _programs(plan: Plan, w_hh: Tensor | None) -> _Programs:
+    return programs(plan.cell, plan.scalars, 1 if w_hh is None else w_hh.size(0))
 
 
 def _forward(plan: Plan, inputs: Sequence[Any], keep: bool) -> Any:
     x_gates, w_hh, b_hh, lengths, resets, *others = inputs
     states, units = others[: len(plan.cell.states)], others[len(plan.cell.states) :]
-    made = programs(plan.cell, plan.scalars)
-    return torch.ops.rnnfast.cpu_flex_forward(
-        *made.forward, x_gates, w_hh, b_hh, states, units, made.initial, lengths, resets, plan.reverse, keep
+    made = _programs(plan, w_hh)
+    program = made.keeping if keep else made.forward
+    after, every, before, saved = torch.ops.rnnfast.cpu_flex_forward(
+        *program, x_gates, w_hh, b_hh, states, units, made.initial, lengths, resets, plan.reverse, keep
     )
+    return after, every, (*before, *every, saved) if keep else ()
 
 
 def _backward(
-    plan: Plan, inputs: Sequence[Any], before: Sequence[Tensor], a_gates: Tensor, d_every: Sequence[Tensor | None],
+    plan: Plan, inputs: Sequence[Any], kept: Sequence[Tensor], d_every: Sequence[Tensor | None],
     d_after: Sequence[Tensor],
 ) -> Any:  # fmt: skip
     x_gates, w_hh, _, lengths, resets, *others = inputs
+    count = len(d_after)
+    before, every, units = kept[:count], kept[count : 2 * count], others[count:]
     given = [x_gates.new_empty(0) if grad is None else grad for grad in d_every]
     return torch.ops.rnnfast.cpu_flex_backward(
-        *programs(plan.cell, plan.scalars).backward, x_gates, w_hh, before, others[len(before) :], a_gates, lengths,
-        resets, given, d_after, plan.reverse,
+        *_programs(plan, w_hh).backward, w_hh, before, every, units, kept[-1], lengths, resets, given, d_after,
+        len(plan.cell.gates_of_x), plan.reverse,
     )  # fmt: skip
 
 
@@ -192,29 +209,30 @@ class _Recurrence(torch.autograd.Function):
     def forward(ctx: Any, kernels: Kernels, plan: Plan, *inputs: Any) -> Any:
         ctx.kernels, ctx.plan = kernels, plan
         ctx.set_materialize_grads(False)
-        after, every, before, a_gates = kernels.forward(plan, inputs, True)
-        _save(ctx, (*inputs, *before, a_gates))
+        after, every, kept = kernels.forward(plan, inputs, True)
+        ctx.given = len(inputs)
+        _save(ctx, (*inputs, *kept))
         return *every, *after
 
     @staticmethod
     @_one_by_one
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         plan, count = ctx.plan, len(ctx.plan.cell.states)
-        *values, a_gates = _saved(ctx)
-        inputs, before = values[:-count], values[-count:]
+        values = _saved(ctx)
+        inputs, kept = values[: ctx.given], values[ctx.given :]
         if torch.is_grad_enabled():
             return None, None, *_derivable_backward(plan, inputs, ctx.needs_input_grad[2:], grads)
         x_gates, w_hh, b_hh, _, _, *others = inputs
         states, units = others[:count], others[count:]
         d_after = [torch.zeros_like(s) if grad is None else grad for s, grad in zip(states, grads[count:])]
-        found = ctx.kernels.backward(plan, inputs, before, a_gates, grads[:count], d_after)
+        found = ctx.kernels.backward(plan, inputs, kept, grads[:count], d_after)
         dx_gates, da_gates, d_states, d_units = found
         dw_hh = db_hh = None
         if w_hh is not None:
             heads, columns, width = w_hh.shape
             rows = x_gates.size(0) * x_gates.size(1)
-            of_a = da_gates.view(rows, heads, columns)
-            dw_hh = torch.bmm(of_a.permute(1, 2, 0), before[0].view(rows, heads, width).transpose(0, 1))
+            of_a = (da_gates if da_gates.size(2) else dx_gates).view(rows, heads, columns)
+            dw_hh = torch.bmm(of_a.permute(1, 2, 0), kept[0].view(rows, heads, width).transpose(0, 1))
             if b_hh is not None:
                 db_hh = of_a.sum(0).view(heads, -1, width).transpose(0, 1).flatten()
         of_units = d_units.sum((0, 1)).split(states[0].size(1)) if units else ()

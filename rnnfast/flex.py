@@ -77,7 +77,8 @@ def _layer(
         found = run(plan, x_gates, w_hh, b_hh, lengths, resets, *before, *units)
         runs.append((found[: len(before)], found[len(before) :]))
     every, final = zip(*runs)
-    return [torch.cat(of, 2).to(x.dtype) for of in zip(*every)], [torch.stack(of).to(x.dtype) for of in zip(*final)]
+    joined = every[0] if len(runs) == 1 else [torch.cat(of, 2) for of in zip(*every)]
+    return [of.to(x.dtype) for of in joined], [torch.stack(of).to(x.dtype) for of in zip(*final)]
 
 
 class FlexRNN(_Module):

@@ -220,6 +220,9 @@ def test_second_derivatives(paper: Callable[..., Any]) -> None:
     assert torch.autograd.gradgradcheck(function, (x, *weights), fast_mode=True)
 
 
+GATES = "abcdef"
+
+
 # Torch's cells as a user's.
 
 
@@ -296,19 +299,43 @@ def test_dtypes(kernels: str, dtype: torch.dtype) -> None:
         assert (actual.double() - e).abs().max() <= 2 * FLOOR[dtype] * e.abs().max(), name
 
 
-# Rows of a thread, strips of units and parts of them, panels of several vectors.
+@rnnfast.cell(gates=[*GATES], states="h c", weights="u")
+def six_gates(x: Any, a: Any, s: Any, w: Any) -> Any:
+    c = torch.sigmoid(x.a + a.a) * s.c + torch.tanh(x.b + a.b) * torch.sigmoid(x.c + a.c)
+    return torch.tanh(c + x.d * a.d) * torch.sigmoid(x.e + w.u * a.e) + torch.tanh(x.f + a.f), c
+
+
+# Rows of a thread, strips of units and parts of them, panels of several vectors, groups of gates.
 @on_each
 @pytest.mark.parametrize("recurrent", ["dense", "heads", "diagonal", "none"])
-@pytest.mark.few(1, "kernels", "recurrent")
-def test_wide_layers(kernels: str, recurrent: str) -> None:
+@pytest.mark.parametrize("cell", [cells.slstm, cells.leaky_rnn, six_gates], ids=str)
+@pytest.mark.few(1, "kernels", "recurrent", "cell")
+def test_wide_layers(kernels: str, recurrent: str, cell: Cell) -> None:
     options = {"num_heads": 2} if recurrent == "heads" else {"recurrent": recurrent}
-    for hidden, rows in ((300, 5), (38, 1)):
-        net = FlexRNN(cells.slstm, I, hidden, bidirectional=True, **options, dtype=DOUBLE)
-        x, states = torch.randn(3, rows, I, dtype=DOUBLE), states_of(cells.slstm, hidden, rows)
+    lengths = torch.tensor([0, 3, 2, 1, 3, 0])
+    for hidden, rows in ((300, 6), (38, 1)):
+        net = FlexRNN(cell, I, hidden, bidirectional=True, **options, dtype=DOUBLE)
+        x, states = torch.randn(3, rows, I, dtype=DOUBLE), states_of(cell, hidden, rows)
+        of_form = {"lengths": lengths} if rows > 1 else {}
         with use("reference"):
-            expected = values_and_grads(net, x, states)
+            expected = values_and_grads(net, x, states, **of_form)
         with use(kernels):
-            assert_same_or_zero(values_and_grads(net, x, states), expected)
+            assert_same_or_zero(values_and_grads(net, x, states, **of_form), expected)
+
+
+def test_threads_change_nothing() -> None:
+    """Not a bit, however many rows each takes."""
+    net, x = FlexRNN(cells.slstm, I, 40), torch.randn(3, 7, I)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(values_and_grads(net, x))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        for name in ("output[0]", "gradient of input[0]"):
+            assert torch.equal(found[0][name], other[name]), name
 
 
 @pytest.mark.parametrize("of", [cells.lstm, cells.gru, cells.rnn_relu, cells.peephole_lstm], ids=str)
@@ -384,8 +411,6 @@ def test_parameters_are_those_that_are_read() -> None:
 
 
 # Random cells.
-
-GATES = "abcdef"
 
 
 @st.composite
@@ -775,10 +800,14 @@ def malformed() -> dict[str, tuple[Callable[[list[Any]], None], str]]:
         "numbers": (at(1, torch.zeros(1)), "numbers has dtype"),
         "result beyond": (at(2, torch.tensor([4])), "result 0 is place 4"),
         "result is an input": (at(2, torch.tensor([0])), "result 0 is place 0"),
-        "results": (at(2, torch.tensor([3, 3])), "has 2 results, expected 1"),
+        "results": (at(2, torch.zeros(0, dtype=torch.long)), "has 0 results, of 1 states"),
+        "results that nobody keeps": (
+            lambda args: args.__setitem__(slice(2, 13), [torch.tensor([3, 3]), *args[3:12], False]),
+            "has 2 results, of 1 states",
+        ),
         "x": (at(3, torch.zeros(2, 8)), "x_gates has to be"),
         "x of half": (at(3, torch.zeros(2, 3, 8).half()), "x_gates has to be float32 or float64"),
-        "x of no whole gate": (at(3, torch.zeros(2, 3, 7)), "x_gates has to be"),
+        "x of no whole gate": (at(3, torch.zeros(2, 3, 7)), "x_gates has to have columns for every unit"),
         "w_hh": (at(4, torch.zeros(1, 4, 3)), "w_hh has shape"),
         "heads": (at(4, torch.zeros(3, 4, 4)), "w_hh has to be"),
         "b_hh": (at(5, torch.zeros(3)), "b_hh has shape"),
@@ -802,6 +831,33 @@ def test_malformed_calls(what: str) -> None:
     change(args)
     with pytest.raises(RuntimeError, match=message):
         torch.ops.rnnfast.cpu_flex_forward(*args)
+
+
+BAD_BACKWARD = {
+    "results": (2, torch.tensor([4]), "has 1 results, expected 3"),
+    "result is an input": (2, torch.tensor([5, 0]), "result 1 is place 0"),
+    "w_hh": (3, torch.zeros(1, 8, 4), "has 2 results, expected 4"),
+    "before": (4, [torch.zeros(3, 4)], r"before has to be \[T, N, H\]"),
+    "every": (5, [torch.zeros(2, 3, 5)], "every has shape"),
+    "saved": (7, torch.zeros(2, 3, 6), "saved has to have columns for every unit"),
+    "rows": (7, torch.zeros(2, 2, 4), "before has shape"),
+    "d_final": (11, [torch.zeros(3, 4)] * 2, "got 2 d_final, expected 1"),
+    "gates of x": (12, 0, "x cannot have 0 gates"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_BACKWARD)
+def test_malformed_backward(what: str) -> None:
+    """Of a cell of one gate: the gradients are d times what was saved, of x and of a, and d of h."""
+    program = [torch.tensor([[2, 0, 3, 0], [0, 3, 3, 0]]), torch.zeros(0, dtype=DOUBLE), torch.tensor([4, 5])]
+    steps = torch.ones(2, 3, 4)
+    args = [*program, torch.zeros(1, 4, 4), [steps], [steps], [], steps, None, None, [steps], [torch.zeros(3, 4)], 1]
+    dx, da, (dh,), _ = torch.ops.rnnfast.cpu_flex_backward(*args, False)
+    assert dx[0, 0, 0] == 3 and da.numel() == 0 and dh[0, 0] == 6
+    index, value, message = BAD_BACKWARD[what]
+    args[index] = value
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.rnnfast.cpu_flex_backward(*args, False)
 
 
 STATES = [torch.zeros(4, N, H, dtype=DOUBLE)] * 4

@@ -16,22 +16,19 @@ constexpr int64_t kMost = int64_t(1) << 31;
 // What forward and backward have in common, with the memory that it points to.
 class Arguments {
  public:
-  Arguments(const Tensor& operations, const Tensor& numbers, const Tensor& results, const Tensor& x_gates,
-            const OptionalTensor& w_hh, const std::vector<Tensor>& units, const OptionalTensor& lengths,
-            const OptionalTensor& resets, bool reverse, int64_t H, int64_t S)
-      : x_gates_(x_gates) {
-    RNNFAST_CHECK(x_gates.defined() && x_gates.dim() == 3, "x_gates has to be [T, N, X * H]");
-    dtype = x_gates.scalar_type();
-    RNNFAST_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, "x_gates has to be float32 or float64");
-    l.T = x_gates.size(0), l.N = x_gates.size(1), l.H = H, l.S = S, l.U = units.size(), l.K = 1;
-    RNNFAST_CHECK(H > 0 && x_gates.size(2) % H == 0 && x_gates.size(2) > 0, "x_gates has to be [T, N, X * H]");
-    l.X = x_gates.size(2) / H;
+  Arguments(const Tensor& operations, const Tensor& numbers, const Tensor& results, const char* name,
+            const Tensor& rows, const OptionalTensor& w_hh, const std::vector<Tensor>& units,
+            const OptionalTensor& lengths, const OptionalTensor& resets, bool reverse, int64_t H, int64_t S) {
+    RNNFAST_CHECK(rows.defined() && rows.dim() == 3, name, " has to be [T, N, columns]");
+    dtype = rows.scalar_type();
+    RNNFAST_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, name, " has to be float32 or float64");
+    l.T = rows.size(0), l.N = rows.size(1), l.H = H, l.S = S, l.U = units.size(), l.K = 1;
+    RNNFAST_CHECK(H > 0, "a layer needs units");
     if (w_hh) {
       RNNFAST_CHECK(w_hh->dim() == 3 && w_hh->size(0) > 0 && H % w_hh->size(0) == 0, "w_hh has to be [K, A*H/K, H/K]");
       l.K = w_hh->size(0), l.A = w_hh->size(1) / (H / l.K);
       check_tensor("w_hh", *w_hh, {l.K, l.A * (H / l.K), H / l.K}, dtype);
     }
-    RNNFAST_CHECK(std::max({l.T, l.N, x_gates.size(2), l.A * H}) < kMost, "a size is 2^31 or more");
     for (const Tensor& unit : units) {
       check_tensor("a weight of units", unit, {H}, dtype);
       units_.push_back(read(unit));
@@ -44,7 +41,7 @@ class Arguments {
     }
     l.resets = static_cast<const uint8_t*>(read(resets));
     l.reverse = reverse, l.threads = torch::stable::get_num_threads();
-    l.x_gates = read(x_gates), l.w_hh = read(w_hh), l.units = units_.data();
+    l.w_hh = read(w_hh), l.units = units_.data();
 
     RNNFAST_CHECK(operations.defined() && operations.dim() == 2, "operations has to be [operations, 4]");
     check_tensor("operations", operations, {operations.size(0), 4}, ScalarType::Long);
@@ -62,11 +59,19 @@ class Arguments {
                  static_cast<const int64_t*>(read(results))};
   }
 
-  // Whether a program reads only what is there before, and makes what is asked for anew.
-  void check_program(int64_t inputs, int64_t results) {
+  // How many times H the columns of rows are.
+  int64_t columns(const char* name, const Tensor& rows) const {
+    RNNFAST_CHECK(rows.size(2) % l.H == 0, name, " has to have columns for every unit");
+    return rows.size(2) / l.H;
+  }
+
+  // Whether a program reads only what is there before. Its first results have to be made: inputs might be written over
+  // before they are read.
+  void check_program(int64_t inputs, int64_t results, int64_t made) {
     Program& p = l.program;
     p.inputs = inputs;
     RNNFAST_CHECK(p.results == results, "the program has ", p.results, " results, expected ", results);
+    RNNFAST_CHECK(std::max({l.T, l.N, l.X * l.H, l.A * l.H, l.Y * l.H}) < kMost, "a size is 2^31 or more");
     RNNFAST_CHECK(p.numbers + p.operations < kMost / 1024, "the program is too long");
     for (int64_t k = 0; k < p.operations; k++) {
       const Operation& o = p.operation[k];
@@ -76,7 +81,8 @@ class Arguments {
       }
     }
     for (int64_t k = 0; k < p.results; k++) {
-      RNNFAST_CHECK(p.result[k] >= inputs && p.result[k] < p.places(), "result ", k, " is place ", p.result[k]);
+      const int64_t least = k < made ? inputs : 0;
+      RNNFAST_CHECK(p.result[k] >= least && p.result[k] < p.places(), "result ", k, " is place ", p.result[k]);
     }
   }
 
@@ -103,7 +109,6 @@ class Arguments {
   ScalarType dtype;
 
  private:
-  const Tensor& x_gates_;
   std::vector<const void*> units_;
 };
 
@@ -133,55 +138,65 @@ void flex_forward(StableIValue* values, uint64_t arguments, uint64_t results_) {
   const bool reverse = stack.flag(), keep = stack.flag();
 
   RNNFAST_CHECK(!states.empty() && states[0].defined() && states[0].dim() == 2, "states have to be [N, H]");
-  Arguments given(operations, numbers, results, x_gates, w_hh, units, lengths, resets, reverse, states[0].size(1),
-                  states.size());
-  const FlexLayer& l = given.l;
-  given.check_program(l.X + l.A + l.S + l.U, l.S);
+  Arguments given(operations, numbers, results, "x_gates", x_gates, w_hh, units, lengths, resets, reverse,
+                  states[0].size(1), states.size());
+  FlexLayer& l = given.l;
+  l.X = given.columns("x_gates", x_gates), l.Y = given.l.program.results - l.S;
+  RNNFAST_CHECK(l.X > 0, "x_gates has no gate");
+  RNNFAST_CHECK(keep ? l.Y >= 0 : l.Y == 0, "the program has ", l.program.results, " results, of ", l.S, " states");
+  given.check_program(l.X + l.A + l.S + l.U, l.S + l.Y, l.S);
   check_tensor("b_hh", b_hh, {l.A * l.H}, given.dtype);
   check_tensor("initial", initial, {l.S}, ScalarType::Double);
   const Shape of_state{l.N, l.H}, of_steps{l.T, l.N, l.H};
   const std::vector<Tensor> after = copied(given, given.pointers("states", states, of_state), of_state);
   const std::vector<Tensor> every = given.make(l.S, of_steps), before = given.make(keep ? l.S : 0, of_steps);
-  const Tensor a_gates = empty_if(keep, {l.T, l.N, l.A * l.H}, given.dtype);
+  const Tensor saved = empty_if(keep, {l.T, l.N, l.Y * l.H}, given.dtype);
   const auto to_states = data(after), to_every = data(every), to_before = data(before);
 
   FlexForward f{l};
-  f.b_hh = given.read(b_hh), f.initial = static_cast<const double*>(given.read(initial));
+  f.x_gates = given.read(x_gates), f.b_hh = given.read(b_hh);
+  f.initial = static_cast<const double*>(given.read(initial));
   f.states = to_states.data(), f.every = to_every.data(), f.before = keep ? to_before.data() : nullptr;
-  f.a_gates = data_if(keep, a_gates);
+  f.saved = data_if(keep, saved);
   chosen_flex().forward[given.dtype == ScalarType::Double](f);
-  stack.give(after, every, before, a_gates);
+  stack.give(after, every, before, saved);
 }
 
 void flex_backward(StableIValue* values, uint64_t arguments, uint64_t results_) {
   Stack stack(values, arguments, results_);
   const Tensor operations = stack.tensor(), numbers = stack.tensor(), results = stack.tensor();
-  const Tensor x_gates = stack.tensor();
   const OptionalTensor w_hh = stack.optional_tensor();
-  const std::vector<Tensor> before = stack.tensors(), units = stack.tensors();
-  const Tensor a_gates = stack.tensor();
+  const std::vector<Tensor> before = stack.tensors(), every = stack.tensors(), units = stack.tensors();
+  const Tensor saved = stack.tensor();
   const OptionalTensor lengths = stack.optional_tensor(), resets = stack.optional_tensor();
   const std::vector<Tensor> d_every = stack.tensors(), d_final = stack.tensors();
+  const int64_t X = stack.number();
   const bool reverse = stack.flag();
 
   RNNFAST_CHECK(!before.empty() && before[0].defined() && before[0].dim() == 3, "before has to be [T, N, H]");
-  Arguments given(operations, numbers, results, x_gates, w_hh, units, lengths, resets, reverse, before[0].size(2),
-                  before.size());
-  const FlexLayer& l = given.l;
-  given.check_program(l.X + l.A + 2 * l.S + l.U, l.X + l.A + l.S + l.U);
+  Arguments given(operations, numbers, results, "saved", saved, w_hh, units, lengths, resets, reverse,
+                  before[0].size(2), before.size());
+  FlexLayer& l = given.l;
+  RNNFAST_CHECK(X > 0 && X < kMost / l.H, "x cannot have ", X, " gates");
+  l.X = X, l.Y = given.columns("saved", saved);
+  // Where the gradients of x's gates are those of a's, too, the program has them once.
+  const bool is_both = l.A == X && l.K == 1 && l.program.results == X + l.S + l.U;
+  const int64_t of_a = is_both ? 0 : l.A;
+  given.check_program(l.Y + 3 * l.S + l.U, X + of_a + l.S + l.U, X + of_a + l.S + l.U);
   const Shape of_state{l.N, l.H}, of_steps{l.T, l.N, l.H};
-  check_tensor("a_gates", a_gates, {l.T, l.N, l.A * l.H}, given.dtype);
   const auto from_before = given.pointers("before", before, of_steps);
+  const auto from_after = given.pointers("every", every, of_steps);
   const auto from_every = given.pointers("d_every", d_every, of_steps, true);
   const std::vector<Tensor> d_states = copied(given, given.pointers("d_final", d_final, of_state), of_state);
   const auto to_states = data(d_states);
   const auto rows = [&](int64_t columns) { return empty({l.T, l.N, columns * l.H}, given.dtype); };
-  const Tensor dx_gates = rows(l.X), da_gates = rows(l.A), d_units = rows(l.U);
+  const Tensor dx_gates = rows(X), da_gates = rows(of_a), d_units = rows(l.U);
 
   FlexBackward b{l};
-  b.before = from_before.data(), b.a_gates = given.read(a_gates), b.d_every = from_every.data();
-  b.d_states = to_states.data();
-  b.dx_gates = dx_gates.data_ptr(), b.da_gates = da_gates.data_ptr(), b.d_units = d_units.data_ptr();
+  b.before = from_before.data(), b.every = from_after.data(), b.saved = given.read(saved);
+  b.d_every = from_every.data(), b.d_states = to_states.data();
+  b.dx_gates = dx_gates.data_ptr(), b.da_gates = is_both ? nullptr : da_gates.data_ptr();
+  b.d_units = d_units.data_ptr();
   chosen_flex().backward[given.dtype == ScalarType::Double](b);
   stack.give(dx_gates, da_gates, d_states, d_units);
 }
@@ -193,11 +208,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rnnfast, m) {
   m.def(
       "cpu_flex_forward(Tensor operations, Tensor numbers, Tensor results, Tensor x_gates, Tensor? w_hh, Tensor? b_hh, "
       "Tensor[] states, Tensor[] units, Tensor initial, Tensor? lengths, Tensor? resets, bool reverse, bool keep) -> "
-      "(Tensor[] states_after, Tensor[] every, Tensor[] before, Tensor a_gates)");
+      "(Tensor[] states_after, Tensor[] every, Tensor[] before, Tensor saved)");
   m.def(
-      "cpu_flex_backward(Tensor operations, Tensor numbers, Tensor results, Tensor x_gates, Tensor? w_hh, "
-      "Tensor[] before, Tensor[] units, Tensor a_gates, Tensor? lengths, Tensor? resets, Tensor[] d_every, "
-      "Tensor[] d_final, bool reverse) -> (Tensor dx_gates, Tensor da_gates, Tensor[] d_states, Tensor d_units)");
+      "cpu_flex_backward(Tensor operations, Tensor numbers, Tensor results, Tensor? w_hh, Tensor[] before, "
+      "Tensor[] every, Tensor[] units, Tensor saved, Tensor? lengths, Tensor? resets, Tensor[] d_every, "
+      "Tensor[] d_final, int X, bool reverse) -> (Tensor dx_gates, Tensor da_gates, Tensor[] d_states, Tensor "
+      "d_units)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rnnfast, CPU, m) {

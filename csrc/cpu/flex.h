@@ -47,33 +47,38 @@ struct Program {
 struct FlexLayer {
   Program program;
   int64_t T, N, H, X, A, S, U, K;
+  int64_t Y;  // values that the forward saves for the backward
   bool reverse;
   int threads;
   const int64_t* lengths;    // [N]    or null
   const uint8_t* resets;     // [T,N]  or null
-  const double* initial;     // [S]
-  const void* x_gates;       // [T,N,X*H]
   const void* w_hh;          // [K,A*H/K,H/K]  null where A is 0
-  const void* b_hh;          // [A*H]          or null
   const void* const* units;  // U of [H]
 };
 
+// The inputs of the program are the gates of x, those of a, the states before the step, and the units' weights; its
+// results are the states after it, and then what is saved.
 struct FlexForward : FlexLayer {
-  void* const* states;  // S of [N,H]: before all steps on entry, after them on return
-  void* const* every;   // S of [T,N,H]: after every step
-  void* const* before;  // S of [T,N,H]: before every step; or null
-  void* a_gates;        // [T,N,A*H]; null where before is
+  const double* initial;  // [S]
+  const void* x_gates;    // [T,N,X*H]
+  const void* b_hh;       // [A*H]  or null
+  void* const* states;    // S of [N,H]: before all steps on entry, after them on return
+  void* const* every;     // S of [T,N,H]: after every step
+  void* const* before;    // S of [T,N,H]: before every step; or null
+  void* saved;            // [T,N,Y*H]
 };
 
-// The inputs of the program are those of the forward's, and then the gradients of the states after the step; its
-// results are the gradients of x's gates, a's, the states before the step, and the units' weights.
+// The inputs of the program are what the forward saved, the states before the step and after it, the units' weights,
+// and the gradients of the states after it; its results are the gradients of x's gates, of a's where they are not the
+// same, of the states before the step, and of the units' weights.
 struct FlexBackward : FlexLayer {
   const void* const* before;
-  const void* a_gates;
+  const void* const* every;
+  const void* saved;
   const void* const* d_every;  // S of [T,N,H]  or null each
   void* const* d_states;       // S of [N,H]: of the final states on entry, of the initial ones on return
   void* dx_gates;              // [T,N,X*H]
-  void* da_gates;              // [T,N,A*H]
+  void* da_gates;              // [T,N,A*H]  null where they are dx_gates, which needs K = 1
   void* d_units;               // [T,N,U*H]: what each step of a row adds
 };
 

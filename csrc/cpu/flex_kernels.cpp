@@ -1,15 +1,15 @@
 // The evaluator of a traced cell: compiled once per instruction set, each time into a namespace of its own.
 //
-// An operation works on a strip of units of one row, which with all that the program makes stays in L1. Rows know
-// nothing of each other, so each thread takes some through all steps.
+// An operation works on a strip of vectors, which with all that the program makes stays in L1. A step takes some blocks
+// of units at a time, right from the product with W_hh through the program.
 #include "flex.h"
-#include "gemm.h"
+#include "sweep.h"
 
 namespace rnnfast {
 namespace RNNFAST_ISA {
 namespace {
 
-constexpr int64_t kStrip = 128;  // units: large enough that choosing the operation costs nothing
+constexpr int64_t kStrip = 16;  // vectors: as many as make the choice of an operation cheap, and values stay in L1
 
 template <class Number>
 RNNFAST_INLINE Vec<Number> select(typename Vec<Number>::Integers condition, Vec<Number> a, Vec<Number> b) {
@@ -63,24 +63,41 @@ RNNFAST_INLINE Vec<Number> root(Vec<Number> x) {
   return x;
 }
 
-// to[n] = of(a[n], b[n], c[n]); to has room for whole vectors.
+// Vectors of units that a program runs on at once: some blocks of U units of some rows.
+struct Strip {
+  int64_t row, rows, block, blocks;
+  int64_t unit, place;  // its first unit in a row of a tensor, and in one of a buffer
+  int lanes;            // of a block that a head ends in there may be fewer than U; it is a strip's only one
+};
+
+// Where a value lies, how far apart its rows are, and its blocks. A number is the same in all.
+template <class Number>
+struct Operand {
+  const Number* data;
+  int64_t row, block;
+};
+
+// to[row][block] = of(a, b, c)
 template <class Number, class Of>
-RNNFAST_INLINE void each(Number* to, const Number* const* args, int64_t n, const Of& of) {
-  constexpr int U = kLanes<Number>;
-  int64_t i = 0;
-  for (; i + U <= n; i += U) store(to + i, of([&](int k) { return load(args[k] + i); }));
-  if (i < n) store(to + i, of([&](int k) { return load_part(args[k] + i, n - i); }));
+RNNFAST_INLINE void each(Number* to, const Operand<Number>* given, int64_t rows, int64_t blocks, const Of& of) {
+  Operand<Number> args[] = {given[0], given[1], given[2]};
+  for (int64_t i = 0; i < rows; i++) {
+    for (int64_t j = 0; j < blocks; j++, to += kLanes<Number>) {
+      store(to, of([&](int k) { return load(args[k].data + j * args[k].block); }));
+    }
+    for (auto& arg : args) arg.data += arg.row;
+  }
 }
 
 template <class Number>
-void apply(int64_t op, Number* to, const Number* const* args, int64_t n) {
+void apply(int64_t op, Number* to, const Operand<Number>* args, int64_t rows, int64_t blocks) {
   using V = Vec<Number>;
   const V one(1), zero(0);
-#define RNNFAST_CASE(Op, expression)         \
-  case Op:                                   \
-    return each(to, args, n, [&](auto arg) { \
-      [[maybe_unused]] const V a = arg(0);   \
-      return V(expression);                  \
+#define RNNFAST_CASE(Op, expression)                    \
+  case Op:                                              \
+    return each(to, args, rows, blocks, [&](auto arg) { \
+      [[maybe_unused]] const V a = arg(0);              \
+      return V(expression);                             \
     })
   switch (op) {
     RNNFAST_CASE(kAdd, a + arg(1));
@@ -109,217 +126,391 @@ void apply(int64_t op, Number* to, const Number* const* args, int64_t n) {
 // Runs a program on strips: of a thread, with memory for all that the program makes.
 template <class Number>
 class Evaluator {
+  static constexpr int U = kLanes<Number>;
+
  public:
-  explicit Evaluator(const Program& p) : p_(p), made_((p.numbers + p.operations) * kStrip), places_(p.places()) {
+  explicit Evaluator(const Program& p)
+      : p_(p),
+        slots_(p.operations),
+        numbers_(p.numbers * U),
+        ends_(p.inputs * kStrip * U),
+        made_(assign_slots() * kStrip * U),
+        places_(p.places()) {
     for (int64_t k = 0; k < p.numbers; k++) {
-      for (int64_t i = 0; i < kStrip; i++) made_[k * kStrip + i] = Number(p.number[k]);
+      store(numbers_ + k * U, Vec<Number>(Number(p.number[k])));
+      places_[p.inputs + k] = {numbers_ + k * U, 0, 0};
     }
-    for (int64_t k = 0; k < p.numbers + p.operations; k++) places_[p.inputs + k] = made_ + k * kStrip;
   }
 
-  // Where input k of the strip lies.
-  const Number*& input(int64_t k) { return places_[k]; }
+  // Where input k lies: in rows of a buffer, or the same for all rows.
+  void read(int64_t k, Operand<Number> operand) { places_[k] = operand; }
+  // In rows of a tensor, of which `rows` is the strip's first. The end of a head is copied: behind it there may be
+  // nothing.
+  void read(int64_t k, const void* rows, int64_t stride, const Strip& strip) {
+    const Number* from = static_cast<const Number*>(rows) + strip.unit;
+    if (strip.lanes == U) return read(k, {from, stride, U});
+    Number* end = ends_ + k * kStrip * U;
+    for (int64_t i = 0; i < strip.rows; i++) store(end + i * U, load(from + i * stride, strip.lanes));
+    read(k, {end, U, U});
+  }
 
-  // n units.
-  void run(int64_t n) {
+  void run(const Strip& strip) {
     for (int64_t k = 0; k < p_.operations; k++) {
       const Operation& o = p_.operation[k];
-      const Number* args[] = {places_[o.args[0]], places_[o.args[1]], places_[o.args[2]]};
-      apply(o.op, made_ + (p_.numbers + k) * kStrip, args, n);
+      const Operand<Number> args[] = {places_[o.args[0]], places_[o.args[1]], places_[o.args[2]]};
+      Number* to = made_ + slots_[k] * kStrip * U;
+      apply(o.op, to, args, strip.rows, strip.blocks);
+      places_[p_.inputs + p_.numbers + k] = {to, strip.blocks * U, U};
     }
   }
 
-  void copy_result(int64_t k, Number* to, int64_t n) { memcpy(to, places_[p_.result[k]], n * sizeof(Number)); }
+  // Writes result k to a place in the strip's first row, of those rows of the strip that are valid.
+  template <class Valid>
+  void write(int64_t k, Number* to, int64_t stride, const Strip& strip, int lanes, const Valid& valid) const {
+    Operand<Number> from = places_[p_.result[k]];
+    for (int64_t i = 0; i < strip.rows; i++, to += stride, from.data += from.row) {
+      if (!valid(strip.row + i)) continue;
+      for (int64_t j = 0; j < strip.blocks; j++) store(to + j * U, load(from.data + j * from.block), lanes);
+    }
+  }
 
  private:
+  // Deals memory to what the operations make, anew after its last use, and returns how much of it there is.
+  int64_t assign_slots() {
+    const int64_t first = p_.inputs + p_.numbers;
+    int64_t slots = 0, free = 0;
+    Buffer<int64_t> last(p_.places()), free_slots(p_.operations);
+    for (int64_t k = 0; k < p_.operations; k++) {
+      for (int64_t place : p_.operation[k].args) last[place] = k;
+    }
+    for (int64_t k = 0; k < p_.results; k++) last[p_.result[k]] = p_.operations;
+    for (int64_t k = 0; k < p_.operations; k++) {
+      for (int64_t place : p_.operation[k].args) {
+        if (place < first || last[place] != k) continue;
+        free_slots[free++] = slots_[place - first];
+        last[place] = -1;
+      }
+      slots_[k] = free ? free_slots[--free] : slots++;
+    }
+    return slots;
+  }
+
   const Program& p_;
-  Buffer<Number> made_;
-  Buffer<const Number*> places_;
+  Buffer<int64_t> slots_;
+  Buffer<Number> numbers_, ends_, made_;
+  Buffer<Operand<Number>> places_;
 };
 
-// Memory of rows [n0, n1) at step t, and the loop over strips of units that lie in one head.
+// How rows of units lie, [K][H/K] in tensors, and in buffers with each head padded to whole blocks; and which rows and
+// units belong to a step.
 template <class Number>
 struct Rows {
+  static constexpr int U = kLanes<Number>;
   const FlexLayer& l;
-  int64_t width = l.H / l.K;
+  int64_t width = l.H / l.K, blocks = ceil_div(width, U), padded = l.K * blocks * U;
 
+  int64_t time(int64_t step) const { return l.reverse ? l.T - 1 - step : step; }
   bool valid(int64_t t, int64_t n) const { return !l.lengths || t < l.lengths[n]; }
+  // From the first valid row to the last one.
+  Range valid(int64_t t, Range ns) const {
+    while (ns.begin < ns.end && !valid(t, ns.begin)) ns.begin++;
+    while (ns.begin < ns.end && !valid(t, ns.end - 1)) ns.end--;
+    return ns;
+  }
   // Whether the state that enters step t is the initial one, for there is a border: of the reverse direction above t.
   bool cut(int64_t t, int64_t n) const {
     const int64_t at = l.reverse ? t + 1 : t;
     return l.resets && at < l.T && valid(at, n) && l.resets[at * l.N + n];
   }
-  int64_t step(int64_t i) const { return l.reverse ? l.T - 1 - i : i; }
 
-  // of(unit, its place in a row of a's gates before the gate's own, units of the strip).
+  // of(where a block lies in a row of a tensor, where in one of a buffer, its lanes)
   template <class Of>
-  void strips(const Of& of) const {
+  void each_block(const Of& of) const {
     for (int64_t head = 0; head < l.K; head++) {
-      for (int64_t u = 0; u < width; u += kStrip) {
-        of(head * width + u, head * width * l.A + u, min(kStrip, width - u));
-      }
+      for (int64_t b = 0; b < blocks; b++) of(head * width + b * U, (head * blocks + b) * U, min(U, width - b * U));
     }
   }
+  void to_buffer(Number* to, const void* tensor, int64_t row) const {
+    const Number* from = static_cast<const Number*>(tensor) + row * l.H;
+    each_block([&](int64_t unit, int64_t place, int lanes) { store(to + place, load(from + unit, lanes)); });
+  }
+  void to_tensor(void* tensor, int64_t row, const Number* from) const {
+    Number* to = static_cast<Number*>(tensor) + row * l.H;
+    each_block([&](int64_t unit, int64_t place, int lanes) { store(to + unit, load(from + place), lanes); });
+  }
 
-  // The inputs that forward and backward have in common, of row `row` of [T,N].
-  void set_inputs(Evaluator<Number>& evaluator, int64_t row, const Number* a, int64_t unit, int64_t of_a) const {
-    const Number* x = static_cast<const Number*>(l.x_gates) + row * l.X * l.H + unit;
-    for (int64_t g = 0; g < l.X; g++) evaluator.input(g) = x + g * l.H;
-    for (int64_t g = 0; g < l.A; g++) evaluator.input(l.X + g) = a + of_a + g * width;
-    for (int64_t k = 0; k < l.U; k++) {
-      evaluator.input(l.X + l.A + l.S + k) = static_cast<const Number*>(l.units[k]) + unit;
-    }
+  // Calls of(strip) for these blocks of a head, at most kStrip, in these rows.
+  template <class Of>
+  void strips(int64_t head, Range bs, Range ns, const Of& of) const {
+    const int64_t whole = min(bs.end, width / U);
+    const auto some = [&](Range bs) {
+      const int64_t count = bs.end - bs.begin, at_once = count ? kStrip / count : 0;
+      const int lanes = min(U, width - bs.begin * U);
+      for (int64_t n = ns.begin; count && n < ns.end; n += at_once) {
+        of(Strip{n, min(at_once, ns.end - n), bs.begin, count, head * width + bs.begin * U,
+                 (head * blocks + bs.begin) * U, lanes});
+      }
+    };
+    some({bs.begin, max(bs.begin, whole)});
+    some({max(bs.begin, whole), bs.end});
   }
 };
 
+// W_hh and its bias, packed for products that make all gates of some blocks. A panel has all gates of one block, in
+// groups of up to four, or four blocks of a single gate.
 template <class Number>
-void forward(const FlexForward& f) {
-  using Format = Plain<Number>;
-  const Rows<Number> rows{f};
-  const int64_t width = rows.width, columns = f.A * width;
-  const Panels<Number> panels(columns);
-  const int64_t padded = f.A ? panels.width() : 0, stride = f.K * padded;
-  Buffer<Number> packed(f.K * padded * width), bias(stride);
-  const Number *w_hh = static_cast<const Number*>(f.w_hh), *b_hh = static_cast<const Number*>(f.b_hh);
-  for (int64_t head = 0; f.A && head < f.K; head++) {
-    for (int64_t p = 0; p < panels.count(); p++) {
-      pack_transposed<Format>(packed + head * padded * width, w_hh + head * columns * width, width, panels, p);
-    }
-    for (int64_t c = 0; c < padded; c++) {
-      const int64_t gate = c / width, unit = head * width + c % width;
-      bias[head * padded + c] = b_hh && c < columns ? b_hh[gate * f.H + unit] : Number(0);
+class Gates {
+  static constexpr int U = kLanes<Number>;
+
+ public:
+  Gates(const FlexForward& f, const Rows<Number>& rows)
+      : A(f.A),
+        width(rows.width),
+        blocks(rows.blocks),
+        per_panel(A == 1 ? kMaxVectors : 1),
+        packed_(A * rows.padded * width),
+        bias_(A * rows.padded) {
+    const Number *w = static_cast<const Number*>(f.w_hh), *b = static_cast<const Number*>(f.b_hh);
+    Buffer<Number> of_group(A * width);
+    for (int64_t head = 0; head < f.K; head++) {
+      each_group([&](Range gs, const Panels<Number>& panels) {
+        for (int64_t g = gs.begin; b && g < gs.end; g++) {
+          memcpy(of_group + (g - gs.begin) * width, b + g * f.H + head * width, width * sizeof(Number));
+        }
+        const int64_t at = start(head, gs);
+        pack_vector(bias_ + at, b ? static_cast<const Number*>(of_group) : nullptr, panels);
+        for (int64_t p = 0; p < panels.count(); p++) {
+          pack_transposed<Plain<Number>>(packed_ + at * width, w + (head * A + gs.begin) * width * width, width, panels,
+                                         p);
+        }
+      });
     }
   }
-  const int64_t tasks = max(1, min(f.N, f.threads));
-  parallel(tasks, [&](int64_t task) {
-    const Range ns = share(f.N, task, tasks);
-    const int64_t M = ns.end - ns.begin;
+
+  // Of blocks that begin with a panel's first, for the rows of h from `h` on: sums [rows][block][gate][U].
+  void multiply(const Number* h, int64_t stride, int64_t rows, int64_t head, Range bs, Number* sums) const {
+    for (int64_t b = bs.begin; b < bs.end; b += per_panel) {
+      each_group([&](Range gs, const Panels<Number>& panels) {
+        const int64_t p = b / per_panel, at = start(head, gs) + panels.start(p);
+        product_in_registers<Number, Number>(h, stride, rows, packed_ + at * width, panels.vectors(p), width,
+                                             bias_ + at, 0, sums + ((b - bs.begin) * A + gs.begin) * U,
+                                             (bs.end - bs.begin) * A * U);
+      });
+    }
+  }
+
+  const int64_t A, width, blocks, per_panel;
+
+ private:
+  template <class Of>
+  void each_group(const Of& of) const {
+    const int64_t groups = ceil_div(A, kMaxVectors);
+    for (int64_t i = 0; i < groups; i++) {
+      const Range gs = share(A, i, groups);
+      of(gs, Panels<Number>(width, gs.end - gs.begin));
+    }
+  }
+  int64_t start(int64_t head, Range gs) const { return (head * A + gs.begin) * blocks * U; }
+
+  Buffer<Number> packed_, bias_;  // [head][group][panel][width][vector][U], [head][group][panel][vector][U]
+};
+
+// The units' weights in a buffer's rows.
+template <class Number>
+class Units {
+ public:
+  Units(const FlexLayer& l, const Rows<Number>& rows) : l_(l), padded_(rows.padded), packed_(l.U * rows.padded) {
+    for (int64_t k = 0; k < l.U; k++) rows.to_buffer(packed_ + k * padded_, l.units[k], 0);
+  }
+  void read(Evaluator<Number>& evaluator, int64_t first, const Strip& strip) const {
+    for (int64_t k = 0; k < l_.U; k++) {
+      evaluator.read(first + k, {packed_ + k * padded_ + strip.place, 0, kLanes<Number>});
+    }
+  }
+
+ private:
+  const FlexLayer& l_;
+  const int64_t padded_;
+  Buffer<Number> packed_;
+};
+
+// A task takes some rows through all steps: rows know nothing of each other.
+template <class Task>
+void for_rows(const FlexLayer& l, const Task& task) {
+  const int64_t tasks = max(1, min(l.N, l.threads));
+  parallel(tasks, [&](int64_t k) { task(share(l.N, k, tasks)); });
+}
+
+template <class Number>
+Number* row_at(void* tensor, int64_t row, int64_t columns) {
+  return static_cast<Number*>(tensor) + row * columns;
+}
+template <class Number>
+const Number* row_at(const void* tensor, int64_t row, int64_t columns) {
+  return static_cast<const Number*>(tensor) + row * columns;
+}
+
+template <class Number>
+void forward(const FlexForward& f) {
+  constexpr int U = kLanes<Number>;
+  const Rows<Number> rows{f};
+  const Gates<Number> gates(f, rows);
+  const Units<Number> units(f, rows);
+  const int64_t H = f.H, P = rows.padded, parts = ceil_div(rows.blocks, kStrip);
+  for_rows(f, [&](Range ns) {
+    const int64_t of_state = (ns.end - ns.begin) * P;
     Evaluator<Number> evaluator(f.program);
-    Buffer<Number> a(max(1, M * stride));
-    for (int64_t i = 0; i < f.T; i++) {
-      const int64_t t = rows.step(i);
+    Buffer<Number> states((f.S + 1) * of_state), sums(kBlockRows * min(kStrip, rows.blocks) * f.A * U);
+    // While a step lasts h is read by other units, so a new one goes elsewhere.
+    Number *h = states, *new_h = states + f.S * of_state;
+    const auto state = [&](int64_t s, int64_t n) { return (s ? states + s * of_state : h) + (n - ns.begin) * P; };
+    for (int64_t n = ns.begin; n < ns.end; n++) {
+      for (int64_t s = 0; s < f.S; s++) rows.to_buffer(state(s, n), f.states[s], n);
+    }
+    for (int64_t step = 0; step < f.T; step++) {
+      const int64_t t = rows.time(step), first = t * f.N;
       for (int64_t n = ns.begin; n < ns.end; n++) {
         for (int64_t s = 0; s < f.S; s++) {
-          Number* state = static_cast<Number*>(f.states[s]) + n * f.H;
-          if (rows.cut(t, n)) {
-            for (int64_t u = 0; u < f.H; u++) state[u] = Number(f.initial[s]);
-          }
-          if (f.before) memcpy(static_cast<Number*>(f.before[s]) + (t * f.N + n) * f.H, state, f.H * sizeof(Number));
+          for (int64_t u = 0; rows.cut(t, n) && u < P; u++) state(s, n)[u] = Number(f.initial[s]);
+          if (f.before) rows.to_tensor(f.before[s], first + n, state(s, n));
+          if (!rows.valid(t, n)) clear(row_at<Number>(f.every[s], first + n, H), H * sizeof(Number));
         }
+        if (!rows.valid(t, n)) memcpy(new_h + (n - ns.begin) * P, state(0, n), P * sizeof(Number));
       }
-      const Number* h = static_cast<const Number*>(f.states[0]) + ns.begin * f.H;
-      for (int64_t head = 0; f.A && head < f.K; head++) {
-        for (int64_t p = 0; p < panels.count(); p++) {
-          const int64_t at = head * padded + panels.start(p);
-          product_in_registers<Number, Number>(h + head * width, f.H, M,
-                                               packed + head * padded * width + panels.start(p) * width,
-                                               panels.vectors(p), width, bias + at, 0, a + at, stride);
+      const Range live = rows.valid(t, ns);
+      const auto valid = [&](int64_t n) { return rows.valid(t, n); };
+      to_and_fro({0, f.K * parts}, step, [&](int64_t k) {
+        const int64_t head = k / parts;
+        const Range bs{k % parts * kStrip, min(rows.blocks, (k % parts + 1) * kStrip)};
+        for (int64_t n = live.begin; n < live.end; n += kBlockRows) {
+          const Range of_block{n, min(live.end, n + kBlockRows)};
+          gates.multiply(state(0, n) + head * rows.blocks * U, P, of_block.end - n, head, bs, sums);
+          rows.strips(head, bs, of_block, [&](const Strip& strip) {
+            const int64_t row = first + strip.row;
+            int64_t k = 0;
+            for (int64_t g = 0; g < f.X; g++) {
+              evaluator.read(k++, row_at<Number>(f.x_gates, row, f.X * H) + g * H, f.X * H, strip);
+            }
+            for (int64_t g = 0; g < f.A; g++) {
+              const int64_t of_row = (bs.end - bs.begin) * f.A * U;
+              const Number* a = sums + (strip.row - n) * of_row + ((strip.block - bs.begin) * f.A + g) * U;
+              evaluator.read(k++, {a, of_row, f.A * U});
+            }
+            for (int64_t s = 0; s < f.S; s++) evaluator.read(k++, {state(s, strip.row) + strip.place, P, U});
+            units.read(evaluator, k, strip);
+            evaluator.run(strip);
+            for (int64_t y = 0; y < f.Y; y++) {
+              evaluator.write(f.S + y, row_at<Number>(f.saved, row, f.Y * H) + y * H + strip.unit, f.Y * H, strip,
+                              strip.lanes, valid);
+            }
+            for (int64_t s = 0; s < f.S; s++) {
+              Number* to = s ? state(s, strip.row) : new_h + (strip.row - ns.begin) * P;
+              evaluator.write(s, to + strip.place, P, strip, U, valid);
+              evaluator.write(s, row_at<Number>(f.every[s], row, H) + strip.unit, H, strip, strip.lanes, valid);
+            }
+          });
         }
-      }
-      for (int64_t n = ns.begin; n < ns.end; n++) {
-        const int64_t row = t * f.N + n;
-        const Number* of_row = a + (n - ns.begin) * stride;
-        for (int64_t head = 0; f.a_gates && head < f.K; head++) {
-          memcpy(static_cast<Number*>(f.a_gates) + row * f.A * f.H + head * columns, of_row + head * padded,
-                 columns * sizeof(Number));
-        }
-        if (!rows.valid(t, n)) {
-          for (int64_t s = 0; s < f.S; s++) {
-            memset(static_cast<Number*>(f.every[s]) + row * f.H, 0, f.H * sizeof(Number));
-          }
-          continue;
-        }
-        rows.strips([&](int64_t unit, int64_t of_a, int64_t count) {
-          rows.set_inputs(evaluator, row, of_row + unit / width * (padded - columns), unit, of_a);
-          for (int64_t s = 0; s < f.S; s++) {
-            evaluator.input(f.X + f.A + s) = static_cast<const Number*>(f.states[s]) + n * f.H + unit;
-          }
-          evaluator.run(count);
-          for (int64_t s = 0; s < f.S; s++) {
-            evaluator.copy_result(s, static_cast<Number*>(f.states[s]) + n * f.H + unit, count);
-            evaluator.copy_result(s, static_cast<Number*>(f.every[s]) + row * f.H + unit, count);
-          }
-        });
-      }
+      });
+      Number* old_h = h;
+      h = new_h, new_h = old_h;
+    }
+    for (int64_t n = ns.begin; n < ns.end; n++) {
+      for (int64_t s = 0; s < f.S; s++) rows.to_tensor(f.states[s], n, state(s, n));
     }
   });
 }
 
 template <class Number>
 void backward(const FlexBackward& b) {
-  using Format = Plain<Number>;
+  constexpr int U = kLanes<Number>;
   const Rows<Number> rows{b};
-  const int64_t width = rows.width, columns = b.A * width, first_gradient = b.X + b.A + b.S + b.U;
+  const Units<Number> units(b, rows);
+  const int64_t H = b.H, P = rows.padded, width = rows.width, columns = b.A * width,
+                parts = ceil_div(rows.blocks, kStrip);
   const Panels<Number> panels(width);
-  const int64_t padded = panels.width(), stride = b.K * padded;
-  Buffer<Number> packed(b.K * padded * columns);
-  const Number* w_hh = static_cast<const Number*>(b.w_hh);
+  const int64_t panel_width = panels.width();
+  Buffer<Number> packed(b.K * panel_width * columns);
   for (int64_t head = 0; b.A && head < b.K; head++) {
     for (int64_t p = 0; p < panels.count(); p++) {
-      pack_rows<Format>(packed + head * padded * columns, columns, Range{0, columns}, panels, p,
-                        [&](int64_t k) { return w_hh + (head * columns + k) * width; });
+      pack_rows<Plain<Number>>(packed + head * panel_width * columns, columns, Range{0, columns}, panels, p,
+                               [&](int64_t k) { return row_at<Number>(b.w_hh, head * columns + k, width); });
     }
   }
-  const int64_t tasks = max(1, min(b.N, b.threads));
-  parallel(tasks, [&](int64_t task) {
-    const Range ns = share(b.N, task, tasks);
-    const int64_t M = ns.end - ns.begin;
+  for_rows(b, [&](Range ns) {
+    const int64_t of_state = (ns.end - ns.begin) * P;
     Evaluator<Number> evaluator(b.program);
-    Buffer<Number> through(max(1, M * stride)), incoming(b.S * kStrip);
-    for (int64_t i = b.T - 1; i >= 0; i--) {
-      const int64_t t = rows.step(i);
+    Buffer<Number> d_states(b.S * of_state);
+    const auto d_state = [&](int64_t s, int64_t n) { return d_states + s * of_state + (n - ns.begin) * P; };
+    for (int64_t n = ns.begin; n < ns.end; n++) {
+      for (int64_t s = 0; s < b.S; s++) rows.to_buffer(d_state(s, n), b.d_states[s], n);
+    }
+    for (int64_t step = b.T - 1; step >= 0; step--) {
+      const int64_t t = rows.time(step), first = t * b.N;
+      const Range live = rows.valid(t, ns);
+      const auto valid = [&](int64_t n) { return rows.valid(t, n); };
       for (int64_t n = ns.begin; n < ns.end; n++) {
-        const int64_t row = t * b.N + n;
-        Number *dx = static_cast<Number*>(b.dx_gates) + row * b.X * b.H,
-               *da = static_cast<Number*>(b.da_gates) + row * b.A * b.H,
-               *du = static_cast<Number*>(b.d_units) + row * b.U * b.H;
-        if (!rows.valid(t, n)) {
-          memset(dx, 0, b.X * b.H * sizeof(Number));
-          memset(da, 0, b.A * b.H * sizeof(Number));
-          memset(du, 0, b.U * b.H * sizeof(Number));
-          continue;
+        if (valid(n)) continue;
+        clear(row_at<Number>(b.dx_gates, first + n, b.X * H), b.X * H * sizeof(Number));
+        if (b.da_gates) clear(row_at<Number>(b.da_gates, first + n, b.A * H), b.A * H * sizeof(Number));
+        clear(row_at<Number>(b.d_units, first + n, b.U * H), b.U * H * sizeof(Number));
+      }
+      for (int64_t s = 0; s < b.S; s++) {
+        for (int64_t n = live.begin; b.d_every[s] && n < live.end; n++) {
+          const Number* more = row_at<Number>(b.d_every[s], first + n, H);
+          Number* d = d_state(s, n);
+          if (!valid(n)) continue;
+          rows.each_block([&](int64_t unit, int64_t place, int lanes) {
+            store(d + place, load(d + place) + load(more + unit, lanes));
+          });
         }
-        rows.strips([&](int64_t unit, int64_t of_a, int64_t count) {
-          rows.set_inputs(evaluator, row, static_cast<const Number*>(b.a_gates) + row * b.A * b.H, unit, of_a);
-          for (int64_t s = 0; s < b.S; s++) {
-            evaluator.input(b.X + b.A + s) = static_cast<const Number*>(b.before[s]) + row * b.H + unit;
-            const Number *d = static_cast<const Number*>(b.d_states[s]) + n * b.H + unit,
-                         *more = static_cast<const Number*>(b.d_every[s]);
-            if (more) {
-              more += row * b.H + unit;
-              for (int64_t u = 0; u < count; u++) incoming[s * kStrip + u] = d[u] + more[u];
-              d = incoming + s * kStrip;
-            }
-            evaluator.input(first_gradient + s) = d;
-          }
-          evaluator.run(count);
+      }
+      for (int64_t k = 0; k < b.K * parts; k++) {
+        const int64_t head = k / parts;
+        const Range bs{k % parts * kStrip, min(rows.blocks, (k % parts + 1) * kStrip)};
+        rows.strips(head, bs, live, [&](const Strip& strip) {
+          const int64_t row = first + strip.row;
           int64_t k = 0;
-          for (int64_t g = 0; g < b.X; g++) evaluator.copy_result(k++, dx + g * b.H + unit, count);
-          for (int64_t g = 0; g < b.A; g++) evaluator.copy_result(k++, da + of_a + g * width, count);
-          for (int64_t s = 0; s < b.S; s++) {
-            evaluator.copy_result(k++, static_cast<Number*>(b.d_states[s]) + n * b.H + unit, count);
+          for (int64_t y = 0; y < b.Y; y++) {
+            evaluator.read(k++, row_at<Number>(b.saved, row, b.Y * H) + y * H, b.Y * H, strip);
           }
-          for (int64_t j = 0; j < b.U; j++) evaluator.copy_result(k++, du + j * b.H + unit, count);
+          for (int64_t s = 0; s < b.S; s++) evaluator.read(k++, row_at<Number>(b.before[s], row, H), H, strip);
+          for (int64_t s = 0; s < b.S; s++) evaluator.read(k++, row_at<Number>(b.every[s], row, H), H, strip);
+          units.read(evaluator, k, strip);
+          k += b.U;
+          for (int64_t s = 0; s < b.S; s++) evaluator.read(k++, {d_state(s, strip.row) + strip.place, P, U});
+          evaluator.run(strip);
+          int64_t result = 0;
+          const auto write = [&](Number* to, int64_t stride) {
+            evaluator.write(result++, to, stride, strip, strip.lanes, valid);
+          };
+          Number *dx = row_at<Number>(b.dx_gates, row, b.X * H) + strip.unit,
+                 *du = row_at<Number>(b.d_units, row, b.U * H) + strip.unit;
+          for (int64_t g = 0; g < b.X; g++) write(dx + g * H, b.X * H);
+          for (int64_t g = 0; b.da_gates && g < b.A; g++) {
+            Number* da = row_at<Number>(b.da_gates, row, b.A * H) + head * columns + strip.block * U;
+            write(da + g * width, b.A * H);
+          }
+          for (int64_t s = 0; s < b.S; s++) {
+            evaluator.write(result++, d_state(s, strip.row) + strip.place, P, strip, U, valid);
+          }
+          for (int64_t j = 0; j < b.U; j++) write(du + j * H, b.U * H);
         });
       }
-      const Number* da = static_cast<const Number*>(b.da_gates) + (t * b.N + ns.begin) * b.A * b.H;
-      for (int64_t head = 0; b.A && head < b.K; head++) {
-        for (int64_t p = 0; p < panels.count(); p++) {
-          product_in_registers<Number, Number>(
-              da + head * columns, b.A * b.H, M, packed + (head * padded + panels.start(p)) * columns,
-              panels.vectors(p), columns, kZeros<Number>, 0, through + head * padded + panels.start(p), stride);
-        }
+      const void* da = b.da_gates ? b.da_gates : b.dx_gates;
+      to_and_fro({0, b.A ? b.K * panels.count() : 0}, step, [&](int64_t k) {
+        const int64_t head = k / panels.count(), p = k % panels.count();
+        Number* d = d_state(0, live.begin) + head * rows.blocks * U + panels.start(p);
+        product_in_registers<Number, Number>(
+            row_at<Number>(da, first + live.begin, b.A * H) + head * columns, b.A * H, live.end - live.begin,
+            packed + (head * panel_width + panels.start(p)) * columns, panels.vectors(p), columns, d, P, d, P);
+      });
+      for (int64_t n = live.begin; n < live.end; n++) {
+        if (!valid(n) || !rows.cut(t, n)) continue;
+        for (int64_t s = 0; s < b.S; s++) memset(d_state(s, n), 0, P * sizeof(Number));
       }
-      for (int64_t n = ns.begin; n < ns.end; n++) {
-        for (int64_t s = 0; s < b.S; s++) {
-          Number* d = static_cast<Number*>(b.d_states[s]) + n * b.H;
-          if (rows.valid(t, n) && rows.cut(t, n)) {
-            memset(d, 0, b.H * sizeof(Number));
-          } else if (s == 0 && b.A && rows.valid(t, n)) {
-            for (int64_t u = 0; u < b.H; u++) d[u] += through[(n - ns.begin) * stride + u / width * padded + u % width];
-          }
-        }
-      }
+    }
+    for (int64_t n = ns.begin; n < ns.end; n++) {
+      for (int64_t s = 0; s < b.S; s++) rows.to_tensor(b.d_states[s], n, d_state(s, n));
     }
   });
 }

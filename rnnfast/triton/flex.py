@@ -158,15 +158,16 @@ def _forward(plan: Plan, inputs: Sequence[Any], keep: bool) -> Any:
             else:
                 torch.baddbmm(k.bias, k.by_head(after[0]), k.w_hh.mT, out=out)
             launch(first=s, last=s + 1)
-    return after, every, before or (), a_gates
+    return after, every, () if before is None else (*before, a_gates)
 
 
 def _backward(
-    plan: Plan, inputs: Sequence[Any], before: Sequence[Tensor], a_gates: Tensor, d_every: Sequence[Tensor | None],
+    plan: Plan, inputs: Sequence[Any], kept: Sequence[Tensor], d_every: Sequence[Tensor | None],
     d_after: Sequence[Tensor],
 ) -> Any:  # fmt: skip
     k, (_, step) = _Recurrence(plan, inputs), steps_of(plan.cell)
     T, N, H, A = k.T, k.N, k.H, k.A
+    *before, a_gates = kept
     d_states = tuple(grad.clone(memory_format=torch.contiguous_format) for grad in d_after)
     dx_gates, da_gates = k.new_rows(k.x_gates.shape), k.new_rows(T, N, A * H)
     d_units = k.x_gates.new_zeros(len(plan.cell.weights), 1, N, H)
