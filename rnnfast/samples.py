@@ -28,6 +28,9 @@ def share_weights(dims: Inputs) -> bool:
 def fold(record: Any, dims: Any, count: int, packed: bool) -> Any:
     """A record of so many samples, which are at the batch dimensions, or the same for all (None), as one of rows."""
 
+    if not count:
+        raise ValueError("rnnfast: vmap is over a dimension of size 0")
+
     def folded(name: str, value: Any, dim: Any) -> Any:
         if name == "batch_sizes" and value is not None:
             return value * count
@@ -95,16 +98,17 @@ def _weight_gradients(inputs: Inputs, saved: Saved, dgates: Tensor, count: int) 
     D, R = dgates.shape[:2]
 
     def by_sample(rows: Tensor) -> Tensor:
-        return rows.reshape(R // count, count, -1)
+        return rows.reshape(R // count, count, rows.size(-1))
 
     def product(of_gates: Tensor, rows: Tensor) -> Tensor:
         if lengths is not None:  # beyond a row's end there may be anything, and NaN times a gradient of zero is NaN
             valid = torch.arange(len(x), device=x.device)[:, None] < lengths
-            rows = torch.where(valid.view(R, 1), rows.reshape(R, -1), 0)
+            rows = torch.where(valid.view(R, 1), rows.reshape(R, rows.size(-1)), 0)
         return by_sample(of_gates).permute(1, 2, 0) @ by_sample(rows).transpose(0, 1)
 
     for d, (w, at, h) in enumerate(zip(inputs.directions(), dgates, _states_before(inputs, saved.y))):
         H = len(w.w_ih) // GATES[mode]
+        units, outputs = GRADIENTS[mode] * H, (GRADIENTS[mode] + UNIT_WEIGHTS[mode]) * H  # where these begin
         of_x = at[:, : len(w.w_ih)]
         of_a = torch.cat([at[:, first * H : (first + size) * H] for _, first, size in RANGES_OF_A[mode]], 1)
         found = Weights(product(of_x, x), product(of_a, h))
@@ -114,10 +118,9 @@ def _weight_gradients(inputs: Inputs, saved: Saved, dgates: Tensor, count: int) 
             acc = saved.c.dtype
             gates = saved.gates[d].to(acc).view(R, SAVED_GATES[mode], H).unbind(1)
             m = CELLS[mode].output(gates, [saved.c.reshape(R, D, H)[:, d]])
-            found = found._replace(w_hr=product(at[:, -len(w.w_hr) :], m.to(x.dtype)))
+            found = found._replace(w_hr=product(at[:, outputs:], m.to(x.dtype)))
         if w.w_units is not None:
-            first = GRADIENTS[mode] * H
-            found = found._replace(w_units=by_sample(at[:, first : first + UNIT_WEIGHTS[mode] * H]).sum(0))
+            found = found._replace(w_units=by_sample(at[:, units:outputs]).sum(0))
         yield from (grad for grad in found if grad is not None)
 
 
