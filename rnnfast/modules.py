@@ -276,9 +276,9 @@ class _Recurrent(_Module, nn.RNNBase, Generic[Hx, Hidden]):
             RuntimeError: hx or input has a wrong size, in torch's words.
         """
         if more:  # torch.onnx's older exporter gives all arguments by position, also those that were left out
-            if len(more) != 3 or not torch.onnx.is_in_onnx_export():
+            if len(more) != 5 or not torch.onnx.is_in_onnx_export():
                 raise TypeError(f"forward() takes from 2 to 3 positional arguments but {3 + len(more)} were given")
-            lengths, resets, return_states = more
+            lengths, resets, return_states, cu_seqlens, max_seqlen = more
         if lengths is not None or resets is not None:
             _check_are_tensors(lengths=lengths, resets=resets)
         if cu_seqlens is not None or max_seqlen is not None or (isinstance(input, Tensor) and input.is_nested):
