@@ -14,6 +14,11 @@ constexpr const char* kBackwardSchema =
     "Tensor y, Tensor c, Tensor gates, bool need_dx, bool need_dw) -> (Tensor dx, Tensor dh0, Tensor dc0, "
     "Tensor[] dweights)";
 
+constexpr const char* kGateGradientsSchema =
+    "(str mode, Tensor x, Tensor? h0, Tensor? c0, Tensor? batch_sizes, Tensor? lengths, Tensor? resets, "
+    "bool bidirectional, str names, Tensor[] weights, Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dc, "
+    "Tensor y, Tensor c, Tensor gates) -> (Tensor dgates, Tensor dh0, Tensor dc0)";
+
 constexpr const char* kPlainStackSchema =
     "cpu_plain_stack(str mode, Tensor x, Tensor? h0, Tensor? c0, str names, Tensor[] weights, int "
     "num_layers, bool bidirectional, bool batch_first) -> (Tensor[] outputs)";

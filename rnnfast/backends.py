@@ -35,8 +35,9 @@ class Backend(NamedTuple):
     probe: Callable[[torch.device | None], Availability]  # on a device, or wherever it runs
     devices: tuple[str, ...] = ()  # types of those that it serves without being asked for
     dtypes: tuple[torch.dtype, ...] | None = DTYPES  # None: all
-    # Of this package, with `forward`, `backward` and `reason`, which says what either will run: for GPUs, where
-    # choice.py checks and races it. None: the kernels come with the native library, or are plain torch.
+    # Of this package, with `forward`, `backward`, `gate_gradients` and `reason`, which says what the first two will
+    # run: for GPUs, where choice.py checks and races it. None: the kernels come with the native library, or are plain
+    # torch.
     module: str | None = None
     has_operators: bool = True
     saves_gates: bool = True  # whether its backward needs what the forward computed

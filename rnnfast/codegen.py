@@ -418,6 +418,9 @@ constexpr const char* kForwardSchema =
 constexpr const char* kBackwardSchema =
 %s;
 
+constexpr const char* kGateGradientsSchema =
+%s;
+
 constexpr const char* kPlainStackSchema =
 %s;
 
@@ -430,7 +433,7 @@ constexpr const char* kPlainCellSchema =
 
 def schemas() -> str:
     """``csrc/schemas.h``."""
-    printed = records.FORWARD, records.BACKWARD, records.PLAIN_STACK, records.PLAIN_CELL
+    printed = records.FORWARD, records.BACKWARD, records.GATE_GRADIENTS, records.PLAIN_STACK, records.PLAIN_CELL
     return SCHEMAS.lstrip() % tuple(map(_cpp_text, printed))
 
 

@@ -62,6 +62,8 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> Explanation:
         options = ((name, call_kwargs.get(name)) for name in ("lengths", "resets", "return_states"))
         more = [name for name, value in options if value is not None and value is not False]
         input = args[0] if args else call_kwargs["input"]
+        if call_kwargs.get("cu_seqlens") is not None or (isinstance(input, Tensor) and input.is_nested):
+            more.append("lengths")  # as which it runs
         found.append(_choice(names[module], module, input, more, trained, module in training))
 
     if not (inputs or kwargs):
@@ -87,6 +89,9 @@ def _sizes(module: nn.Module, input: Tensor | PackedSequence) -> tuple[int, int,
     if isinstance(input, PackedSequence):
         steps = len(input.batch_sizes)
         return steps, int(input.batch_sizes[0]), -(-len(input.data) // steps)
+    if input.is_nested:
+        offsets: Tensor = input.offsets()  # type: ignore[attr-defined]  # of a jagged one
+        return int(offsets.diff().max()), input.size(0), input.size(0)
     if isinstance(module, nn.RNNCellBase):
         batch = input.size(0) if input.dim() == 2 else 1
         return 1, batch, batch

@@ -6,6 +6,7 @@ Letters as in ``reference.py``. A product of ``[m, k]`` and ``[k, n]`` is ``2 m 
 
 from __future__ import annotations
 
+import functools
 import importlib.abc
 import importlib.machinery
 import sys
@@ -13,12 +14,10 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from .backends import WITH_OPERATORS
-from .ops import of_records
+from .ops import OPERATORS, of_records
 from .records import Inputs, OutputGradients, Saved
 
 
@@ -64,8 +63,10 @@ def _register() -> None:
     from torch.utils.flop_counter import register_flop_formula
 
     forward, backward = of_records(_forward_flops), of_records(_backward_flops, OutputGradients, Saved)
-    for direction, formula in (("forward", forward), ("layer", forward), ("backward", backward)):
-        operators = [getattr(torch.ops.rnnfast, f"{backend}_{direction}") for backend in WITH_OPERATORS]
+    of_gates = of_records(functools.partial(_backward_flops, need_dx=False, need_dw=False), OutputGradients, Saved)
+    formulas = {"forward": forward, "layer": forward, "backward": backward, "gate_gradients": of_gates}
+    for direction, formula in formulas.items():
+        operators = [operator.overloadpacket for (_, of), operator in OPERATORS.items() if of == direction]
         register_flop_formula(operators, get_raw=True)(formula)
 
 

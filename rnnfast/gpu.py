@@ -1,7 +1,7 @@
 """One layer on a GPU: the recurrence is a backend's, the products over the whole sequence are torch's.
 
 A backend for GPUs is a module with a subclass of ``Layer``, and what :class:`rnnfast.backends.Backend` asks for:
-``forward`` and ``backward``, which are those here with that class, and ``reason``.
+``forward``, ``backward`` and ``gate_gradients``, which are those here with that class, and ``reason``.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from .cells import CELLS, GATES, GRADIENTS, HAS_CELL_STATE, RANGES_OF_A, SAVED_G
 from .records import (
     BackwardSteps,
     ForwardSteps,
+    GateGradients,
     InputGradients,
     Inputs,
     OutputGradients,
@@ -194,37 +195,58 @@ def forward(backend: type[Layer], inputs: Inputs, keep_c: bool, keep_gates: bool
 def backward(
     backend: type[Layer], inputs: Inputs, grads: OutputGradients, saved: Saved, need_dx: bool, need_dw: bool
 ) -> InputGradients:
-    sizes = border.check_layer(inputs, DTYPES)
-    border.check_backward(sizes, SAVED_GATES[inputs.mode], grads, saved)
+    _check_backward(inputs, grads, saved)
     x = inputs.x
     with _on(x.device):
-        k = backend(inputs)
-        has_cell, R = HAS_CELL_STATE[k.mode], k.form.R
+        k, of = _sweep(backend, inputs, grads, saved)
+        dx = _input_gradient(k, of.dgates) if need_dx else x.new_empty(0)
+        return InputGradients(dx, *_state_gradients(x, of), _weight_gradients(k, of) if need_dw else [])
 
-        def rows(t: Tensor, width: int) -> Tensor:
-            return t.reshape(R, k.D * width).contiguous()
 
-        y, cs = rows(saved.y, k.P), rows(saved.c, k.H) if has_cell else saved.c
-        dy = None if grads.dy is None else rows(grads.dy, k.P)
-        dcs = rows(grads.dc, k.H) if has_cell and grads.dc is not None else None  # of an absent c it has shape [0]
-        h0, c0 = (None if t is None else t.contiguous() for t in (inputs.h0, inputs.c0))
-        gates, dh_n, dc_n = saved.gates.contiguous(), grads.dh_n, grads.dc_n
-        dc: Tensor | None
-        if has_cell and not k.projected and all(t is None for t in (h0, c0, dh_n, dc_n)):
-            dh, dc = x.new_zeros((2, k.D, k.form.N, k.H), dtype=k.acc).unbind()  # one launch: neither is returned
-        else:
-            dh, dc = k.state(dh_n, k.P, k.acc), k.state(dc_n, k.H, k.acc) if has_cell else None
-        dgates = k.new_rows(k.D, R, (GRADIENTS[k.mode] + UNIT_WEIGHTS[k.mode]) * k.H)
-        dprojections = k.new_rows(k.D, R, k.P) if k.projected else None
-        of = BackwardSteps(dy, dcs, gates, y, cs, h0, c0, dh, dc, dgates, dprojections)
-        if R:
-            k.backward_steps(of)
-        return InputGradients(
-            _input_gradient(k, dgates) if need_dx else x.new_empty(0),
-            x.new_empty(0) if h0 is None else dh.to(x.dtype),
-            x.new_empty(0) if c0 is None or dc is None else dc.to(x.dtype),
-            _weight_gradients(k, of) if need_dw else [],
-        )
+def gate_gradients(backend: type[Layer], inputs: Inputs, grads: OutputGradients, saved: Saved) -> GateGradients:
+    _check_backward(inputs, grads, saved)
+    with _on(inputs.x.device):
+        _, of = _sweep(backend, inputs, grads, saved)
+        dgates = of.dgates if of.dprojections is None else torch.cat([of.dgates, of.dprojections], 2)
+        return GateGradients(dgates, *_state_gradients(inputs.x, of))
+
+
+def _check_backward(inputs: Inputs, grads: OutputGradients, saved: Saved) -> None:
+    sizes = border.check_layer(inputs, DTYPES)
+    border.check_backward(sizes, SAVED_GATES[inputs.mode], grads, saved)
+
+
+def _sweep(backend: type[Layer], inputs: Inputs, grads: OutputGradients, saved: Saved) -> tuple[Layer, BackwardSteps]:
+    """All steps of a backward, and what they have read and written."""
+    k, x = backend(inputs), inputs.x
+    has_cell, R = HAS_CELL_STATE[k.mode], k.form.R
+
+    def rows(t: Tensor, width: int) -> Tensor:
+        return t.reshape(R, k.D * width).contiguous()
+
+    y, cs = rows(saved.y, k.P), rows(saved.c, k.H) if has_cell else saved.c
+    dy = None if grads.dy is None else rows(grads.dy, k.P)
+    dcs = rows(grads.dc, k.H) if has_cell and grads.dc is not None else None  # of an absent c it has shape [0]
+    h0, c0 = (None if t is None else t.contiguous() for t in (inputs.h0, inputs.c0))
+    gates, dh_n, dc_n = saved.gates.contiguous(), grads.dh_n, grads.dc_n
+    dc: Tensor | None
+    if has_cell and not k.projected and all(t is None for t in (h0, c0, dh_n, dc_n)):
+        dh, dc = x.new_zeros((2, k.D, k.form.N, k.H), dtype=k.acc).unbind()  # one launch: neither is returned
+    else:
+        dh, dc = k.state(dh_n, k.P, k.acc), k.state(dc_n, k.H, k.acc) if has_cell else None
+    dgates = k.new_rows(k.D, R, (GRADIENTS[k.mode] + UNIT_WEIGHTS[k.mode]) * k.H)
+    dprojections = k.new_rows(k.D, R, k.P) if k.projected else None
+    of = BackwardSteps(dy, dcs, gates, y, cs, h0, c0, dh, dc, dgates, dprojections)
+    if R:
+        k.backward_steps(of)
+    return k, of
+
+
+def _state_gradients(x: Tensor, of: BackwardSteps) -> tuple[Tensor, Tensor]:
+    return (
+        x.new_empty(0) if of.h0 is None else of.dh.to(x.dtype),
+        x.new_empty(0) if of.c0 is None or of.dc is None else of.dc.to(x.dtype),
+    )
 
 
 def _part(rows: Tensor, first: int, count: int) -> Tensor:

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 from torch.types import Device
 
-from . import functional
+from . import functional, jagged
 from .backends import USUAL, circumstances
 
 Input = TypeVar("Input", Tensor, PackedSequence)  # and the output is of the same
@@ -204,6 +204,8 @@ class _Recurrent(_Module, nn.RNNBase, Generic[Hx, Hidden]):
         lengths: Tensor | None = None,
         resets: Tensor | None = None,
         return_states: Literal[False] = False,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
     ) -> tuple[Input, Hidden]: ...
 
     @overload
@@ -215,6 +217,8 @@ class _Recurrent(_Module, nn.RNNBase, Generic[Hx, Hidden]):
         lengths: Tensor | None = None,
         resets: Tensor | None = None,
         return_states: Literal[True],
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
     ) -> tuple[Input, Hidden, Hidden]: ...
 
     @overload
@@ -226,6 +230,8 @@ class _Recurrent(_Module, nn.RNNBase, Generic[Hx, Hidden]):
         lengths: Tensor | None = None,
         resets: Tensor | None = None,
         return_states: bool = False,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
     ) -> tuple[Any, ...]: ...
 
     def forward(
@@ -236,11 +242,14 @@ class _Recurrent(_Module, nn.RNNBase, Generic[Hx, Hidden]):
         lengths: Tensor | None = None,
         resets: Tensor | None = None,
         return_states: bool = False,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
     ) -> tuple[Any, ...]:
         """Run the layers over a sequence; the first two arguments and results are ``torch.nn``'s.
 
         Args:
-            input: ``[T, N, I]``, ``[N, T, I]`` if batch_first, ``[T, I]`` unbatched, or a PackedSequence.
+            input: ``[T, N, I]``, ``[N, T, I]`` if batch_first, ``[T, I]`` unbatched, a PackedSequence, or a nested
+                tensor of the layout torch.jagged, ``[N, lengths, I]``; with cu_seqlens ``[R, I]``.
             hx: h_0 ``[L*D, N, P]`` (``[L*D, P]`` unbatched), for an LSTM (h_0, c_0); zeros if None.
             lengths: integer tensor ``[N]`` (``[]`` unbatched) on any device, in any order, 0 allowed: row n has
                 ``lengths[n]`` valid steps. The output beyond them is 0, h_n is the last valid state, and the reverse
@@ -250,24 +259,30 @@ class _Recurrent(_Module, nn.RNNBase, Generic[Hx, Hidden]):
                 runs on it alone. hx enters the forward direction before step 0, unless that step is a reset, and
                 the reverse direction's last episode.
             return_states: also return the states of every layer and step.
+            cu_seqlens: int32 or int64 ``[N + 1]`` on the input's device, of sequences one after the other: number n is
+                the rows cu_seqlens[n] to cu_seqlens[n + 1] of the input, output and resets (``[R]``, as of a nested
+                input too). batch_first is ignored.
+            max_seqlen: T or more, of these. With it a GPU is not waited for, and wrong cu_seqlens are clamped.
 
         Returns:
             (output, h_n), for an LSTM (output, (h_n, c_n)); with return_states a third item: h
-            ``[L, T, N, D*P]`` (``[L, N, T, D*P]`` if batch_first, ``[L, T, D*P]`` unbatched, ``[L, R, D*P]`` packed),
-            for an LSTM (h, c), c with H for P.
+            ``[L, T, N, D*P]`` (``[L, N, T, D*P]`` if batch_first, ``[L, T, D*P]`` unbatched, ``[L, R, D*P]`` packed,
+            nested or with cu_seqlens), for an LSTM (h, c), c with H for P.
 
         Raises:
-            ValueError: input has a wrong number of dimensions or dtype; lengths or resets do not fit, or come with a
-                PackedSequence.
-            TypeError: lengths or resets is no Tensor.
+            ValueError: input has a wrong number of dimensions or dtype; lengths, resets or cu_seqlens do not fit, or
+                come with an input of another form.
+            TypeError: lengths, resets or cu_seqlens is no Tensor, or max_seqlen no int.
             RuntimeError: hx or input has a wrong size, in torch's words.
         """
         if more:  # torch.onnx's older exporter gives all arguments by position, also those that were left out
-            if len(more) != 3 or not torch.onnx.is_in_onnx_export():
+            if len(more) != 5 or not torch.onnx.is_in_onnx_export():
                 raise TypeError(f"forward() takes from 2 to 3 positional arguments but {3 + len(more)} were given")
-            lengths, resets, return_states = more
+            lengths, resets, return_states, cu_seqlens, max_seqlen = more
         if lengths is not None or resets is not None:
             _check_are_tensors(lengths=lengths, resets=resets)
+        if cu_seqlens is not None or max_seqlen is not None or (isinstance(input, Tensor) and input.is_nested):
+            return jagged.run(self, input, hx, lengths, resets, return_states, cu_seqlens, max_seqlen)
         weights = self._weights()
         dropped = self._rnnfast_options.weight_dropout
         if dropped and self.training:

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from . import border, records, reference
 from .backends import BACKENDS, WITH_OPERATORS
-from .cells import GATES, HAS_CELL_STATE, SAVED_GATES
-from .records import InputGradients, Inputs, OutputGradients, Outputs, Saved
+from .cells import GATES, GRADIENTS, HAS_CELL_STATE, SAVED_GATES, UNIT_WEIGHTS
+from .records import GateGradients, InputGradients, Inputs, OutputGradients, Outputs, Saved
 
 OPERATORS: dict[tuple[str, str], torch._ops.OpOverload] = {}  # by backend and direction
 LIBRARY = torch.library.Library("rnnfast", "DEF")
@@ -83,13 +83,25 @@ def _backward_fake(
     return InputGradients(like(x, need_dx), like(h0), like(c0), [like(w) for w in weights] if need_dw else [])
 
 
+def _gate_gradients_fake(inputs: Inputs, grads: OutputGradients, saved: Saved) -> GateGradients:
+    _, dh0, dc0, _ = _backward_fake(inputs, grads, saved, False, False)
+    mode, x, w = inputs.mode, inputs.x, inputs.directions()[0]
+    rows = functools.reduce(lambda a, b: a * b, x.shape[:-1])
+    columns = (GRADIENTS[mode] + UNIT_WEIGHTS[mode]) * (w.w_hh.shape[0] // GATES[mode])
+    columns += 0 if w.w_hr is None else w.w_hr.shape[0]
+    return GateGradients(x.new_empty(1 + inputs.bidirectional, rows, columns), dh0, dc0)
+
+
 def _define(backend: str) -> None:
     forward_fake = of_records(functools.partial(_forward_fake, saves_gates=BACKENDS[backend].saves_gates))
     for direction, schema, fake in (
         ("forward", records.FORWARD, forward_fake),
         ("layer", records.FORWARD, forward_fake),  # the forward once more, as it stands in exported programs
         ("backward", records.BACKWARD, of_records(_backward_fake, *_OF_BACKWARD)),
+        ("gate_gradients", records.GATE_GRADIENTS, of_records(_gate_gradients_fake, *_OF_BACKWARD)),
     ):
+        if direction == "gate_gradients" and not BACKENDS[backend].saves_gates:
+            continue  # it has the derivatives of the weights in plain torch
         name = f"{backend}_{direction}"
         _define_operator(name + schema)
         torch.library.register_fake(f"rnnfast::{name}", fake, lib=LIBRARY)
@@ -141,17 +153,19 @@ def _run(backend: str, direction: str, *args: Any) -> Any:
     return getattr(BACKENDS[backend].load(), direction)(*args)
 
 
-def _implement(backend: str, forward: Callable[..., Outputs], backward: Callable[..., InputGradients]) -> None:
-    for direction, kernel in (("forward", of_records(forward)), ("backward", of_records(backward, *_OF_BACKWARD))):
-        LIBRARY.impl(f"{backend}_{direction}", kernel, "CompositeExplicitAutograd")
-    LIBRARY.impl(f"{backend}_layer", of_records(forward), "CompositeExplicitAutograd")
+def _implement(backend: str, forward: Callable[..., Outputs], **backwards: Callable[..., Any]) -> None:
+    for direction in ("forward", "layer"):
+        LIBRARY.impl(f"{backend}_{direction}", of_records(forward), "CompositeExplicitAutograd")
+    for direction, kernel in backwards.items():
+        LIBRARY.impl(f"{backend}_{direction}", of_records(kernel, *_OF_BACKWARD), "CompositeExplicitAutograd")
 
 
 for _name in WITH_OPERATORS:
     _define(_name)
     if BACKENDS[_name].module:
-        _implement(_name, *(functools.partial(_run, _name, direction) for direction in ("forward", "backward")))
-_implement("reference", _reference_forward, _reference_backward)
+        _directions = "forward", "backward", "gate_gradients"
+        _implement(_name, **{direction: functools.partial(_run, _name, direction) for direction in _directions})
+_implement("reference", _reference_forward, backward=_reference_backward)
 # The library has them for a CPU: of tensors that lie elsewhere, however few, it makes nothing.
 for _schema in (records.PLAIN_STACK, records.PLAIN_CELL):
     _define_operator(_schema)

@@ -118,6 +118,14 @@ class InputGradients(NamedTuple):
     dweights: Sequence[Tensor]
 
 
+class GateGradients(NamedTuple):
+    """Those from which a layer's other gradients are products over rows, and those of its states."""
+
+    dgates: Tensor  # [D, R, (K+U)*H], with a projection and P columns more: as dgates and dprojections of BackwardSteps
+    dh0: Tensor
+    dc0: Tensor
+
+
 class PlainInputs(NamedTuple):
     """What the CPU library computes a whole stack from, or one step of a cell, where nothing but the result is asked
     for."""
@@ -213,6 +221,7 @@ def schema(name: str, *arguments: Any, results: type[NamedTuple] | None = None) 
 
 FORWARD = schema("", Inputs, "bool keep_c", "bool keep_gates", results=Outputs)
 BACKWARD = schema("", Inputs, OutputGradients, Saved, "bool need_dx", "bool need_dw", results=InputGradients)
+GATE_GRADIENTS = schema("", Inputs, OutputGradients, Saved, results=GateGradients)
 PLAIN_STACK = schema(
     "cpu_plain_stack", PlainInputs, "int num_layers", "bool bidirectional", "bool batch_first", results=PlainOutputs
 )

@@ -15,23 +15,23 @@ from torch import Tensor
 from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch.autograd import forward_ad
 
-from . import aten, reference
+from . import aten, reference, samples
 from .backends import BACKENDS, WITH_OPERATORS, is_recorded
 from .cells import HAS_CELL_STATE, SAVED_GATES
 from .ops import LIBRARY, OPERATORS
-from .records import Inputs, OutputGradients, Saved
+from .records import InputGradients, Inputs, OutputGradients, Outputs, Saved
 
 _is_exporting = torch.compiler.is_exporting  # asked for at every call
 _is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
 def _loop_over_batch(function: Any, info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> Any:
-    """The vmap of an autograd Function, sample by sample: no sum crosses samples, so each gets its own gradients."""
-    samples = [
+    """The vmap of an autograd Function, call by call: of an ensemble, whose members have weights of their own."""
+    results = [
         function.apply(*(a if dim is None else a.select(dim, i) for a, dim in zip(args, in_dims)))
         for i in range(info.batch_size)
     ]
-    outputs = tuple(torch.stack(tensors) for tensors in zip(*samples))
+    outputs = tuple(torch.stack(tensors) for tensors in zip(*results))
     return outputs, (0,) * len(outputs)
 
 
@@ -94,7 +94,15 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-        return _loop_over_batch(_Layer, info, in_dims, args)
+        backend, recompute, *values = args
+        dims = Inputs.of_flat(in_dims[2:])
+        if not samples.share_weights(dims):
+            return _loop_over_batch(_Layer, info, in_dims, args)
+        inputs, count = Inputs.of_flat(values), info.batch_size
+        packed = inputs.batch_sizes is not None
+        folded = samples.fold(inputs, dims, count, packed)
+        outputs = _Layer.apply(backend, recompute, *folded.flat())  # type: ignore[no-untyped-call]
+        return samples.unfold(Outputs._fields, outputs, count, packed)
 
 
 _NO_GRADIENTS: Any = Inputs._make([None] * len(Inputs._fields))
@@ -125,7 +133,7 @@ def _layer_backward(ctx: Any, grads: OutputGradients, needs: Inputs) -> Any:
             *_, again, gates = OPERATORS[ctx.backend, "forward"](*layer_inputs, not is_kept, True)
         c = c if is_kept else again
     apply: Any = _LayerBackward.apply if twice else _LayerBackward.forward
-    dx, dh0, dc0, *dweights = apply(ctx.backend, needs.x, any(needs.weights), *grads, y, c, gates, *inputs)
+    dx, dh0, dc0, *dweights = apply(ctx.backend, needs.x, any(needs.weights), 0, *grads, y, c, gates, *inputs)
     dweights = [grad if need else None for grad, need in zip(dweights, needs.weights)]
     return _NO_GRADIENTS._replace(
         x=dx if needs.x else None,
@@ -159,27 +167,31 @@ class _LayerBackward(torch.autograd.Function):
     """Its own derivatives go through plain torch: x and the weights determine y, c and the gates, which get none."""
 
     @staticmethod
-    def forward(backend: str, need_dx: bool, need_dw: bool, *values: Any) -> Any:
-        """Values: the fields of OutputGradients and Saved, and those of Inputs, flat."""
+    def forward(backend: str, need_dx: bool, need_dw: bool, count: int, *values: Any) -> Any:
+        """Count: 0, or how many samples the rows are of, each with gradients of the weights to itself. Values: the
+        fields of OutputGradients and Saved, and those of Inputs, flat."""
         grads, saved, inputs = _of_backward(values)
+        if count:
+            return samples.backward(backend, need_dx, inputs, grads, saved, count)
         dx, dh0, dc0, dweights = OPERATORS[backend, "backward"](*inputs, *grads, *saved, need_dx, need_dw)
         return dx, dh0, dc0, *dweights
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.set_materialize_grads(False)
-        of_output, _, of_layer = _of_backward(inputs[3:])
+        ctx.count = inputs[3]
+        of_output, _, of_layer = _of_backward(inputs[4:])
         _save(ctx, (*of_output, *of_layer.flat()))
 
     @staticmethod
     @_one_by_one
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        values, count = _saved(ctx), len(OutputGradients._fields)
-        inputs = Inputs.of_flat(values[count:])
+        values, fields = _saved(ctx), len(OutputGradients._fields)
+        inputs = Inputs.of_flat(values[fields:])
         derived = inputs.x, inputs.h0, inputs.c0, *inputs.weights
         # An output that was not asked for has shape [0]; whatever gradient comes for it says nothing.
         pairs = enumerate(zip(grads, derived))
-        live = [i for i, (g, t) in pairs if g is not None and t is not None and g.shape == t.shape]
+        live = [i for i, (g, t) in pairs if g is not None and t is not None and g.shape[-t.dim() :] == t.shape]
         if not live:
             return (None,) * len(ctx.needs_input_grad)
 
@@ -189,18 +201,32 @@ class _LayerBackward(torch.autograd.Function):
             at = list(values)
             for i, value in zip(given, of):
                 at[i] = value
-            firsts = reference.layer_backward(Inputs.of_flat(at[count:]), OutputGradients(*at[:count]))
+            run = functools.partial(samples.reference_backward, ctx.count) if ctx.count else reference.layer_backward
+            firsts = run(Inputs.of_flat(at[fields:]), OutputGradients(*at[:fields]))
             return tuple(firsts[i] for i in live)
 
         vjp = torch.func.vjp(first_order, *(values[i] for i in given))[1]
         seconds: list[Tensor | None] = [None] * len(values)
         for i, second in zip(given, vjp(tuple(grads[i] for i in live))):
             seconds[i] = second
-        return None, None, None, *seconds[:count], *(None for _ in Saved._fields), *seconds[count:]
+        return *[None] * 4, *seconds[:fields], *(None for _ in Saved._fields), *seconds[fields:]
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-        return _loop_over_batch(_LayerBackward, info, in_dims, args)
+        backend, need_dx, need_dw, count, *values = args
+        of_values, of_dims = _of_backward(values), _of_backward(in_dims[4:])
+        if not samples.share_weights(of_dims[2]):
+            return _loop_over_batch(_LayerBackward, info, in_dims, args)
+        size, packed = info.batch_size, of_values[2].batch_sizes is not None
+        grads, saved, inputs = (samples.fold(*pair, size, packed) for pair in zip(of_values, of_dims))
+        all_samples = (count or 1) * size if need_dw else 0
+        dx, dh0, dc0, *dweights = _LayerBackward.apply(  # type: ignore[no-untyped-call]
+            backend, need_dx, need_dw, all_samples, *grads, *saved, *Inputs(*inputs).flat()
+        )
+        results, dims = samples.unfold(InputGradients._fields, (dx, dh0, dc0), size, packed)
+        if count:
+            dweights = [grad.unflatten(0, (count, size)) for grad in dweights]
+        return (*results, *dweights), (*dims, *[1 if count else 0] * len(dweights))
 
 
 # The operator that stands in exported programs, ``rnnfast::NAME_layer``, has derivatives of its own: such a program

@@ -23,15 +23,16 @@ LSTMS = {"LSTM": 0, "PEEPHOLE_LSTM": 3}  # which have c and may have a projectio
 MODES = [*((mode, False) for mode in GATES), *((mode, True) for mode in LSTMS)]
 FUSED = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 DTYPES = {"reference": (*FUSED, torch.complex64), "cpu": FUSED, "triton": FUSED, "cuda": FUSED}
-LAYERS = [f"{name}_{way}" for name in DTYPES for way in ("forward", "backward")]
+LAYERS = [f"{name}_{way}" for name in DTYPES for way in ("forward", "backward", "gate_gradients")]
+LAYERS.remove("reference_gate_gradients")  # which there is not
 OF_LAYER = ("mode", "x", "h0", "c0", "batch_sizes", "lengths", "resets", "bidirectional", "names", "weights")
 PLAIN = ["cpu_plain_stack", "cpu_plain_cell"]
 STEPS = ["cuda_forward_steps", "cuda_backward_steps", "cuda_states_before"]
 BORDERS = {
     "reference": ["reference_forward", "reference_backward", "checked_lengths"],
-    "cpu": ["cpu_forward", "cpu_backward", *PLAIN, "cpu_isa"],
-    "triton": ["triton_forward", "triton_backward"],
-    "cuda": ["cuda_forward", "cuda_backward", *STEPS, "cuda_plan", "cuda_regime"],
+    "cpu": ["cpu_forward", "cpu_backward", "cpu_gate_gradients", *PLAIN, "cpu_isa"],
+    "triton": ["triton_forward", "triton_backward", "triton_gate_gradients"],
+    "cuda": ["cuda_forward", "cuda_backward", "cuda_gate_gradients", *STEPS, "cuda_plan", "cuda_regime"],
 }
 LARGE = 10_000  # elements; tensors of more are a zero repeated
 
@@ -119,7 +120,8 @@ def valid_layer(rng: random.Random, operator: str) -> Arguments:
         "dc_n": maybe(rng, make(D, N, H) if is_lstm else make(0)),
         "dc": maybe(rng, make(*(saved["c"].shape), dtype=saved["c"].dtype)),
     }
-    return call | gradients | saved | {"need_dx": rng.random() < 0.7, "need_dw": rng.random() < 0.7}
+    needs = {"need_dx": rng.random() < 0.7, "need_dw": rng.random() < 0.7} if way == "backward" else {}
+    return call | gradients | saved | needs
 
 
 def valid_plain(rng: random.Random, operator: str) -> Arguments:
@@ -502,7 +504,7 @@ def check_layer(call: Arguments, operator: str) -> None:
     need(mode in GATES and isinstance(x, Tensor) and x.layout == torch.strided and x.device.type == "cpu")
     need(x.dtype in DTYPES[backend] or (backend == "reference" and (x.is_floating_point() or x.is_complex())))
     need(all(isinstance(w, Tensor) for w in weights) and isinstance(call["bidirectional"], bool))
-    flags = ("keep_c", "keep_gates") if way == "forward" else ("need_dx", "need_dw")
+    flags = {"forward": ("keep_c", "keep_gates"), "backward": ("need_dx", "need_dw")}.get(way, ())
     need(all(isinstance(call[flag], bool) for flag in flags))
     D, G = 1 + call["bidirectional"], GATES[mode]
     need(x.dim() == (3 if batch_sizes is None else 2))
@@ -696,14 +698,31 @@ def agree(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
 
 def reference_of(call: Arguments, way: str) -> Arguments:
     """The call for the reference, which keeps no gates."""
-    gates = {"gates": call["gates"].new_empty(0)} if way == "backward" and isinstance(call["gates"], Tensor) else {}
-    return call | gates
+    gates = {"gates": call["gates"].new_empty(0)} if way != "forward" and isinstance(call["gates"], Tensor) else {}
+    needs = {"need_dx": True, "need_dw": True} if way == "gate_gradients" else {}
+    return call | gates | needs
+
+
+def by_reference(call: Arguments, way: str) -> Any:
+    """What the reference makes of it, of gate gradients the gradients that are products of those."""
+    name = "forward" if way == "forward" else "backward"
+    return getattr(torch.ops.rnnfast, f"reference_{name}")(**reference_of(call, way))
+
+
+def products_of(call: Arguments, dgates: Tensor, *of_states: Tensor) -> tuple:
+    """The results of a backward, from gradients at the gates."""
+    from rnnfast import records, samples
+
+    inputs, saved = (of(*(call[name] for name in of._fields)) for of in (records.Inputs, records.Saved))
+    dweights = [of.squeeze(0) for of in samples._weight_gradients(inputs, saved, dgates, 1)]
+    return samples._input_gradient(inputs, dgates), *of_states, dweights
 
 
 def are_right(call: Arguments, operator: str, results: tuple) -> bool:
     """Whether the results of a valid call are the reference's."""
     backend, _, way = operator.partition("_")
-    expected = getattr(torch.ops.rnnfast, f"reference_{way}")(**reference_of(call, way))
+    expected = by_reference(call, way)
+    results = products_of(call, *results) if way == "gate_gradients" else results
     if way == "forward":
         *results, gates = results
         saved = saved_gates(backend, call["mode"]) * call["keep_gates"]
@@ -774,7 +793,7 @@ def check_call(operator: str, seed: int, number: int, changes: dict[str, Callabl
     call, done = changed_call(operator, rng, number, changes)
     backend, _, way = operator.partition("_")
     valid = is_valid(call, operator)
-    if valid and operator in LAYERS and way == "backward" and any(is_malformed(n, operator) is not False for n in done):
+    if valid and operator in LAYERS and way != "forward" and any(is_malformed(n, operator) is not False for n in done):
         call |= saved_by_forward(backend, call)  # it has to be that of the arguments as they are now
     if operator in BORDERS["cuda"][:-2]:
         torch.ops.rnnfast.cuda_regime(rng.choice((0, 4)))
@@ -804,7 +823,7 @@ def check_call(operator: str, seed: int, number: int, changes: dict[str, Callabl
     alike = operator in LAYERS and len(done) == 1 and not done[0].startswith("gates")
     if alike and text.startswith("rnnfast: ") and "no kernel for dtype" not in text:
         try:
-            expected = getattr(torch.ops.rnnfast, f"reference_{way}")(**reference_of(call, way))
+            expected = by_reference(call, way)
         except Exception as raised:
             expected = str(raised)
         text, expected = (of.partition("\0")[0] for of in (text, expected))  # where the text of a C++ exception ends

@@ -536,7 +536,7 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         ("explain takes steps for rows", "test_cuda.py -k explain", "0 if module.batch_first else 1", "1"),
     ],
     "rnnfast/recurrence.py": [
-        ("dx if h_0 asks for it", NUMBERS, "needs.x, any(needs.weights), *", "needs.h0, any(needs.weights), *"),
+        ("dx if h_0 asks for it", NUMBERS, "needs.x, any(needs.weights), 0, *", "needs.h0, any(needs.weights), 0, *"),
         ("no dW for W_ih alone", "test_recurrence.py -k alone", "any(needs.weights)", "any(needs.weights[1:])"),
         (
             "h_0 and c_0 swapped in backward",
@@ -575,7 +575,6 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
             "c = c if is_kept else again",
             "c = again if is_kept else c",
         ),
-        ("vmap along the first dimension", "test_recurrence.py -k vmap", "a.select(dim, i)", "a.select(0, i)"),
         (
             "forward mode through a backend",
             DERIVATIVES,
@@ -587,6 +586,26 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
             "test_recurrence.py -k alone",
             "for t in (x, h0, c0, *weights))",
             "for t in (x, *weights))",
+        ),
+    ],
+    "rnnfast/samples.py": [
+        ("vmap along the first dimension", "test_recurrence.py -k vmap", "value.movedim(dim,", "value.movedim(0,"),
+        (
+            "no state enters a reset step",
+            "test_samples.py -k gradients",
+            "torch.where(border.unsqueeze(2), 0, before)",
+            "before",
+        ),
+        ("beyond a row's end", "test_samples.py -k gradients", "(step == lengths - 1)", "(step == lengths)"),
+    ],
+    "rnnfast/jagged.py": [
+        ("a row of the next sequence", "test_jagged.py", "bounds[1:], row, right=True", "bounds[1:], row"),
+        ("cu_seqlens that begin late", "test_jagged.py", "values[0] != 0 or ", ""),
+        (
+            "places in another order",
+            "test_jagged.py",
+            "(begins + step[:, None]).flatten()",
+            "(begins[:, None] + step).flatten()",
         ),
     ],
     "rnnfast/reference.py": [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib
+import importlib.util
 import itertools
 import json
 import math
@@ -85,6 +86,17 @@ def test_flex(tmp_path):
     for row in rows:
         assert float(row["ratio_loop"]) == pytest.approx(float(row["loop_ms"]) / float(row["ours_ms"]), rel=2e-3)
         assert bool(row["ratio_kernels"]) == (row["cell"] == "lstm") and not row["ratio_compiled"]
+
+
+def test_derivatives(tmp_path):
+    sizes = ("--names", "GRU", "--steps", "3", "--batches", "2", "--hidden", "5", "--rounds", "1")
+    _run("derivatives.py", *sizes, "--out", tmp_path / "derivatives.csv")
+    with (tmp_path / "derivatives.csv").open() as file:
+        samples, ensemble = csv.DictReader(file)
+    assert (samples["what"], ensemble["what"]) == ("samples", "ensemble")
+    assert float(samples["ratio_loop"]) > 0 < float(ensemble["ratio_loop"])
+    has_opacus = importlib.util.find_spec("opacus") is not None
+    assert bool(samples["ratio_opacus"]) == bool(samples["ratio_prepared"]) == has_opacus
 
 
 @pytest.mark.gpu

@@ -116,9 +116,10 @@ def test_is_typed() -> None:
 @pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
 def test_extensions_are_keyword_only(name: str) -> None:
     parameters = inspect.signature(getattr(rnnfast, name).forward).parameters
-    assert list(parameters) == ["self", "input", "hx", "more", "lengths", "resets", "return_states"]
+    own = ["lengths", "resets", "return_states", "cu_seqlens", "max_seqlen"]
+    assert list(parameters) == ["self", "input", "hx", "more", *own]
     assert parameters["more"].kind is inspect.Parameter.VAR_POSITIONAL  # refused, but for an exporter of torch's
-    assert [p.name for p in parameters.values() if p.kind is p.KEYWORD_ONLY] == ["lengths", "resets", "return_states"]
+    assert [p.name for p in parameters.values() if p.kind is p.KEYWORD_ONLY] == own
 
 
 @pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell"])

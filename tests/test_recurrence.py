@@ -479,6 +479,8 @@ def test_opcheck(name: str, cell: str, form: str, dtype: torch.dtype) -> None:
     torch.library.opcheck(backward, (*given, True, True))
     for needs in ((False, True), (True, False)):
         torch.library.opcheck(backward, (*given, *needs), **fakes)
+    if name != "reference":
+        torch.library.opcheck(getattr(torch.ops.rnnfast, f"{name}_gate_gradients").default, given, **fakes)
 
 
 @pytest.mark.runs(DOUBLE)

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "backward_sweep.h"
+#include "gate_gradients.h"
 #include "input_gradient.h"
 #include "weight_gradients.h"
 
@@ -15,6 +16,7 @@ void backward_pass(const Backward& f) {
   const BackwardPass<Cell, Stored, Math> pass(f);
   BackwardSweep(pass).run();
   if (f.dx) input_gradient(pass);
+  if (f.dgates) gate_gradients(pass);
   if (f.need_dw) WeightGradients(pass).run();
 }
 

@@ -79,6 +79,7 @@ struct Backward : Layer {
   void* dx;           // [R,I]    or null; rows outside of every sequence are already zero
   void* dh0;          // [D,N,P]  or null
   void* dc0;          // [D,N,H]  or null
+  void* dgates;       // [D,R,kColumns*H], and P more columns, dh of every step, under a projection; or null, as dx
   bool need_dw;
   Parameters<void*> dw[2];
 };

@@ -60,47 +60,86 @@ void cpu_forward(StableIValue* values, uint64_t arguments, uint64_t results) {
   stack.give(y, h_n, c_n, c, gates);
 }
 
+// What a backward is called with, checked, and what every one of them computes.
+struct BackwardCall {
+  const Inputs in;
+  const OutputGradients gradients;
+  const Saved saved;
+  const Dimensions n;
+  Reader read;
+  const StepTable table;
+  Tensor dh0, dc0;
+  Backward f{};
+
+  explicit BackwardCall(Stack& stack)
+      : in(stack),
+        gradients(stack),
+        saved(stack),
+        n(checked()),
+        table(make_table(n, read, in)),
+        dh0(empty_if(in.h0.has_value(), n.state(n.P), n.dtype)),
+        dc0(empty_if(in.c0.has_value(), n.state(n.H), n.dtype)) {
+    fill(f, n, table, read, in);
+    f.dy = read(gradients.dy), f.dh_n = read(gradients.dh_n), f.y = read(saved.y);
+    if (n.has_cell) f.dc_n = read(gradients.dc_n), f.dc = read(gradients.dc), f.c = read(saved.c);
+    if (n.saved_gates) f.gates = read(saved.gates);
+    f.dh0 = data_if(in.h0.has_value(), dh0), f.dc0 = data_if(in.c0.has_value(), dc0);
+  }
+
+  // Rows outside of every sequence: zero in a result over the rows.
+  void clear(const Tensor& rows) const {
+    if (table.steps.start[n.T] < n.R) std::memset(rows.data_ptr(), 0, rows.numel() * rows.element_size());
+  }
+
+  void run() const { chosen_kernels().backward[n.cell][storage_of(n.dtype)](f); }
+
+ private:
+  Dimensions checked() const {
+    const Dimensions n = check_layer(in);
+    const Shape absent{0};
+    check_tensor("y", saved.y, n.rows(n.D * n.P), n.dtype);
+    check_tensor("c", saved.c, n.has_cell ? n.rows(n.D * n.H) : absent, n.acc_dtype);
+    check_tensor("gates", saved.gates, n.saved_gates ? Shape{n.D, n.R, n.saved_gates * n.H} : absent, n.dtype);
+    check_tensor("dy", gradients.dy, n.rows(n.D * n.P), n.dtype);
+    check_tensor("dh_n", gradients.dh_n, n.state(n.P), n.dtype);
+    check_tensor("dc_n", gradients.dc_n, n.has_cell ? n.state(n.H) : absent, n.dtype);
+    check_tensor("dc", gradients.dc, n.has_cell ? n.rows(n.D * n.H) : absent, n.acc_dtype);
+    return n;
+  }
+};
+
 void cpu_backward(StableIValue* values, uint64_t arguments, uint64_t results) {
   Stack stack(values, arguments, results);
-  const Inputs in(stack);
-  const OutputGradients gradients(stack);
-  const Saved saved(stack);
+  BackwardCall call(stack);
   const bool need_dx = stack.flag(), need_dw = stack.flag();
 
-  const Dimensions n = check_layer(in);
-  const Shape absent{0};
-  check_tensor("y", saved.y, n.rows(n.D * n.P), n.dtype);
-  check_tensor("c", saved.c, n.has_cell ? n.rows(n.D * n.H) : absent, n.acc_dtype);
-  check_tensor("gates", saved.gates, n.saved_gates ? Shape{n.D, n.R, n.saved_gates * n.H} : absent, n.dtype);
-  check_tensor("dy", gradients.dy, n.rows(n.D * n.P), n.dtype);
-  check_tensor("dh_n", gradients.dh_n, n.state(n.P), n.dtype);
-  check_tensor("dc_n", gradients.dc_n, n.has_cell ? n.state(n.H) : absent, n.dtype);
-  check_tensor("dc", gradients.dc, n.has_cell ? n.rows(n.D * n.H) : absent, n.acc_dtype);
-
+  const Dimensions& n = call.n;
   Tensor dx = empty_if(need_dx, n.rows(n.I), n.dtype);
-  Tensor dh0 = empty_if(in.h0.has_value(), n.state(n.P), n.dtype),
-         dc0 = empty_if(in.c0.has_value(), n.state(n.H), n.dtype);
   std::vector<Tensor> dweights;
-  for (size_t i = 0; need_dw && i < in.weights.size(); i++) {
-    auto sizes = in.weights[i].sizes();
+  for (size_t i = 0; need_dw && i < call.in.weights.size(); i++) {
+    auto sizes = call.in.weights[i].sizes();
     dweights.push_back(empty(Shape(sizes.begin(), sizes.end()), n.dtype));
   }
-
-  Reader read;
-  const StepTable table = make_table(n, read, in);
-  Backward f{};
-  fill(f, n, table, read, in);
-  f.dy = read(gradients.dy), f.dh_n = read(gradients.dh_n), f.y = read(saved.y);
-  if (n.has_cell) f.dc_n = read(gradients.dc_n), f.dc = read(gradients.dc), f.c = read(saved.c);
-  if (n.saved_gates) f.gates = read(saved.gates);
-  f.dx = data_if(need_dx, dx), f.dh0 = data_if(in.h0.has_value(), dh0), f.dc0 = data_if(in.c0.has_value(), dc0);
-  f.need_dw = need_dw;
+  call.f.dx = data_if(need_dx, dx), call.f.need_dw = need_dw;
   for (int64_t d = 0; need_dw && d < n.D; d++) {
-    f.dw[d] = parameters<void*>(n, dweights.data(), d, [](const Tensor& t) { return t.data_ptr(); });
+    call.f.dw[d] = parameters<void*>(n, dweights.data(), d, [](const Tensor& t) { return t.data_ptr(); });
   }
-  if (f.dx && table.steps.start[n.T] < n.R) std::memset(f.dx, 0, dx.numel() * dx.element_size());
-  chosen_kernels().backward[n.cell][storage_of(n.dtype)](f);
-  stack.give(dx, dh0, dc0, dweights);
+  if (call.f.dx) call.clear(dx);
+  call.run();
+  stack.give(dx, call.dh0, call.dc0, dweights);
+}
+
+void cpu_gate_gradients(StableIValue* values, uint64_t arguments, uint64_t results) {
+  Stack stack(values, arguments, results);
+  BackwardCall call(stack);
+
+  const Dimensions& n = call.n;
+  const int64_t columns = (kCells[n.cell].grads + kCells[n.cell].unit_weights) * n.H;
+  Tensor dgates = empty({n.D, n.R, columns + (call.f.projected ? n.P : 0)}, n.dtype);
+  call.f.dgates = dgates.data_ptr();
+  if (call.f.dgates) call.clear(dgates);
+  call.run();
+  stack.give(dgates, call.dh0, call.dc0);
 }
 
 }  // namespace
@@ -111,6 +150,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rnnfast, m) {
   m.def((std::string("cpu_forward") + rnnfast::kForwardSchema).c_str());
   m.def((std::string("cpu_layer") + rnnfast::kForwardSchema).c_str());
   m.def((std::string("cpu_backward") + rnnfast::kBackwardSchema).c_str());
+  m.def((std::string("cpu_gate_gradients") + rnnfast::kGateGradientsSchema).c_str());
   m.def(rnnfast::kPlainStackSchema);
   m.def(rnnfast::kPlainCellSchema);
   m.def("cpu_isa(int? use) -> int");
@@ -120,6 +160,7 @@ STABLE_TORCH_LIBRARY_IMPL(rnnfast, CPU, m) {
   m.impl("cpu_forward", rnnfast::cpu_forward);
   m.impl("cpu_layer", rnnfast::cpu_forward);
   m.impl("cpu_backward", rnnfast::cpu_backward);
+  m.impl("cpu_gate_gradients", rnnfast::cpu_gate_gradients);
   m.impl("cpu_plain_stack", rnnfast::plain_stack);
   m.impl("cpu_plain_cell", rnnfast::plain_cell);
 }

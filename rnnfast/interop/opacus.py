@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import torch
 from opacus.grad_sample import register_grad_sampler
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.func import grad, vmap
 
 from .. import functional
-from ..cells import GATES
 from ..convert import _PassesFor
 from ..modules import _Recurrent
 from .weights import directions_of, resets_after
@@ -27,9 +25,8 @@ def prepare(model: Model) -> Model:
         model = rnnfast.interop.opacus.prepare(model)
         model, optimizer, loader = PrivacyEngine().make_private(module=model, ...)
 
-    The layers stay what they are. All samples go through the kernels at once, with the gates for an input; per sample
-    are the products of their gradients with inputs and states. The gates enter by a product with an identity of
-    ``D*G*H`` columns (G gates), which is D*G times the arithmetic of the recurrent products.
+    The layers stay what they are. All samples go through the kernels at once, forward and backward, a second time
+    forward, as Opacus keeps the input alone; per sample are the products that make the gradients of the weights.
 
     Opacus tells of the gradient of the output alone: a use of the final states raises in the backward, so take the last
     step of the output instead. Its ``grad_sample_mode`` is ``"hooks"`` or ``"ghost"``; ``"functorch"`` and ``"ew"``,
@@ -118,39 +115,16 @@ def _gradients(layer: Any, activations: list[Tensor], grads: Tensor) -> dict[nn.
     if activations[0].shape[:2] != grads.shape[:2]:
         sizes = list(activations[0].shape[:2]), list(grads.shape[:2])
         raise RuntimeError("Opacus gives inputs of {} samples and steps, and gradients of {}".format(*sizes))
+    weights = layer._weights()
+
+    def loss(weights: list[Tensor], x: Tensor, dy: Tensor) -> Tensor:
+        form = {"num_layers": layer.num_layers, "bidirectional": layer.bidirectional}
+        y, *_ = functional.rnn(layer.mode, x.unsqueeze(1), None, weights, **form)
+        return (y.squeeze(1) * dy).sum()
+
+    of_samples = vmap(grad(loss), in_dims=(None, 0, 0))([w.detach() for w in weights], activations[0], grads)
     found: dict[nn.Parameter, Tensor] = {}
-    weights = iter(layer._flat_weights)
-    for of_direction in _of_directions(layer, activations[0].transpose(0, 1), grads.transpose(0, 1)):
-        for grad, weight in zip(of_direction, weights):
-            if weight.requires_grad:
-                found[weight] = found[weight] + grad if weight in found else grad  # tied weights occur twice
+    for gradient, weight in zip(of_samples, weights):
+        if weight.requires_grad:
+            found[weight] = found[weight] + gradient if weight in found else gradient  # tied weights occur twice
     return found
-
-
-def _of_directions(layer: Any, x: Tensor, dy: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """In the order of the weights. Each layer runs once more, from its ``W_ih x + b_ih``, the gates, which an identity
-    takes in: so the input's gradient is that at the gates. That costs each direction a product of ``[T*N, D*G*H]``
-    with ``[D*G*H, G*H]``, forward and backward."""
-    mode, count, H = layer.mode, 1 + layer.bidirectional, layer.hidden_size
-    directions = list(directions_of(layer, "Opacus"))
-    units = torch.eye(count * GATES[mode] * H, dtype=x.dtype, device=x.device).chunk(count)
-    y, runs = x, []
-    with torch.enable_grad():
-        for first in range(0, len(directions), count):
-            of_layer, inputs, given = directions[first : first + count], y, []
-            gates = [F.linear(inputs, w.w_ih, w.b_ih).requires_grad_() for w in of_layer]
-            for w, unit in zip(of_layer, units):
-                given += [unit, w.w_hh.detach()]
-                given += [] if w.b_hh is None else [torch.zeros_like(w.b_hh), w.b_hh.detach()]
-            y, *_ = functional.rnn(mode, torch.cat(gates, 2), None, given, bidirectional=layer.bidirectional)
-            runs += list(zip([inputs] * count, of_layer, gates, y.chunk(count, 2)))
-        at_gates = torch.autograd.grad(y, [gates for _, _, gates, _ in runs], dy)
-    with torch.no_grad():
-        for k, ((inputs, w, gate, h), d_x) in enumerate(zip(runs, at_gates)):
-            h = torch.cat([h[1:], torch.zeros_like(h[:1])] if k % count else [torch.zeros_like(h[:1]), h[:-1]])
-            d_a = d_x
-            if mode == "GRU":  # which multiplies r into the product with h
-                of_r = F.linear(h, w.w_hh[:H], w.b_hh if w.b_hh is None else w.b_hh[:H])
-                d_a = torch.cat([d_x[..., : 2 * H], d_x[..., 2 * H :] * torch.sigmoid(gate[..., :H] + of_r)], 2)
-            products = [torch.einsum("tng,tni->ngi", *of) for of in ((d_x, inputs), (d_a, h))]
-            yield (*products, d_x.sum(0), d_a.sum(0))[: 2 if w.b_ih is None else 4]

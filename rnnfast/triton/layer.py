@@ -120,3 +120,4 @@ class Layer(gpu.Layer):
 
 
 forward, backward = functools.partial(gpu.forward, Layer), functools.partial(gpu.backward, Layer)
+gate_gradients = functools.partial(gpu.gate_gradients, Layer)
