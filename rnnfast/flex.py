@@ -9,66 +9,21 @@ import functools
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.types import Device
-from torch.utils.checkpoint import checkpoint
 
 from . import functional
-from .backends import BACKENDS, DTYPES, USUAL, choose_backend, circumstances
+from .backends import choose_backend, circumstances
 from .cells import Cell, check_numbers
-from .evaluator import Plan, in_plain_torch, on_cpu, valid_steps, without_matrix
+from .evaluator import RUN, Plan, choose, layer, no_autocast, recomputed, valid_steps, without_matrix
 from .modules import _check_are_tensors, _Module
 
 RECURRENCES = ("dense", "diagonal", "none")
-RUN = {"reference": in_plain_torch, "cpu": on_cpu}  # by backend
-
-
-# Of one direction, by the names that FlexRNN has for its parameters, without what they end in.
-_Weights: TypeAlias = Mapping[str, Tensor]
-
-
-def _no_autocast(kind: str) -> AbstractContextManager[Any]:
-    return nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False)
-
-
-def _layer(
-    run: Callable[..., tuple[Tensor, ...]],
-    plans: Sequence[Plan],
-    x: Tensor,
-    states: Sequence[Tensor] | None,
-    lengths: Tensor | None,
-    resets: Tensor | None,
-    directions: Sequence[_Weights],
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Of each state what it is after every step, [T, N, D*H], and in the end, [D, N, H]; run is of ``evaluator.py``."""
-    acc = torch.promote_types(x.dtype, torch.float32)
-    runs = []
-    for d, (plan, weights) in enumerate(zip(plans, directions)):
-        x_gates = F.linear(x, weights["weight_ih"], weights.get("bias_ih")).to(acc)
-        hidden = weights["weight_ih"].size(0) // len(plan.cell.gates_of_x)
-        others = {name: w.to(acc) for name, w in weights.items() if name not in ("weight_ih", "bias_ih")}
-        w_hh, b_hh = others.pop("weight_hh", None), others.pop("bias_hh", None)
-        units = list(others.values())
-        if w_hh is not None and w_hh.dim() == 1:  # of a cell without_matrix
-            units += [*w_hh.split(hidden), *(() if b_hh is None else b_hh.split(hidden))]
-            w_hh = b_hh = None
-        elif w_hh is not None and w_hh.dim() == 2:
-            w_hh = w_hh.unsqueeze(0)
-        before = (
-            [x_gates.new_full((x.size(1), hidden), value) for value in plan.cell.initial]
-            if states is None
-            else [state[d].to(acc) for state in states]
-        )
-        found = run(plan, x_gates, w_hh, b_hh, lengths, resets, *before, *units)
-        runs.append((found[: len(before)], found[len(before) :]))
-    every, final = zip(*runs)
-    return [torch.cat(of, 2).to(x.dtype) for of in zip(*every)], [torch.stack(of).to(x.dtype) for of in zip(*final)]
 
 
 class FlexRNN(_Module):
@@ -316,18 +271,16 @@ class FlexRNN(_Module):
         given: Any = states and [functional._operands(x, state, None, ())[1] for state in states]
         directions = [dict(zip(names, flat[at : at + len(names)])) for at in range(0, len(flat), len(names))]
         backend, _ = self._backend(x.device, x.dtype)
-        layer: Callable[..., Any] = functools.partial(_layer, RUN[backend], self._plans())
-        # Within transforms of torch.func there are no hooks to make anew what was kept.
-        if self.recompute and torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
-            layer = functools.partial(checkpoint, layer, use_reentrant=False)
+        run: Callable[..., Any] = functools.partial(layer, RUN[backend], self._plans())
+        run = recomputed(run) if self.recompute else run
         if lengths is not None:  # a NaN beyond a row's end times a gradient of zero is a NaN
             x = torch.where(valid_steps(x.size(0), lengths), x, 0)
         y, finals, every = x, [], []
-        with _no_autocast(x.device.type):  # its casts have been made
+        with no_autocast(x.device.type):  # its casts have been made
             for k in range(self.num_layers):
                 at = slice(k * count, (k + 1) * count)
                 y = F.dropout(y, self.dropout, self.training and k > 0)
-                after, final = layer(y, given and [state[at] for state in given], lengths, resets, directions[at])
+                after, final = run(y, given and [state[at] for state in given], lengths, resets, directions[at])
                 y = after[0]
                 finals.append(final)
                 every.append(after)
@@ -378,19 +331,7 @@ class FlexRNN(_Module):
         self, device: torch.device, dtype: torch.dtype, batch: int = 1, extended: bool = False
     ) -> tuple[str, str]:
         """As ``choose_backend``: the backend that serves a call, and why."""
-        made = circumstances()
         if mode := self._mode():
             sizes = self.hidden_size, batch, self.bidirectional
-            return choose_backend(made, mode, device, dtype, *sizes, extended=extended)
-        can, why = True, "the evaluator of the native library goes through the cell's operations"
-        found = BACKENDS["cpu"].probe(device)
-        if not found.available or dtype not in DTYPES:
-            can, why = False, found.detail if not found.available else f"no kernel for {dtype}"
-        elif made._replace(forced=None) != USUAL:
-            can, why = False, "derivatives, graphs and transforms of torch's go through plain torch"
-        if made.forced not in (None, "reference") and not (can and made.forced == "cpu"):
-            why = why if made.forced == "cpu" else "its kernels are of torch's cells and the peephole LSTM"
-            raise RuntimeError(f"backend {made.forced!r} cannot serve this call: {why}")
-        if made.forced == "reference":
-            return "reference", "asked for by use_backend"
-        return ("cpu", why) if can else ("reference", why)
+            return choose_backend(circumstances(), mode, device, dtype, *sizes, extended=extended)
+        return choose(device, dtype)
