@@ -605,8 +605,16 @@ class RNN(_Recurrent[Tensor, Tensor]):
             others are divided by 1 - weight_dropout (Merity et al., "Regularizing and Optimizing LSTM Language Models",
             2018).
 
+        recurrent_dropout, zoneout, state_clip: as of :class:`rnnfast.LSTM`, of h alone.
+        layer_norm: as of :class:`rnnfast.LSTM`, ``h_t = tanh(LN(W_ih x; gain_ih, bias_ih) + LN(W_hh h; gain_hh,
+            bias_hh))``, or relu of that.
+
+
+    A list as ``hidden_size``, and what serves these options: as of :class:`rnnfast.LSTM`.
+
     Raises:
-        ValueError: init or weight_dropout is none of these.
+        ValueError: an option is none of these.
+        TypeError: layer_norm is no bool.
     """
 
     _name, _tensor = "RNN", " tensor"
@@ -661,8 +669,34 @@ class LSTM(_Recurrent[Sequence[Tensor], tuple[Tensor, Tensor]]):
             others are divided by 1 - weight_dropout (Merity et al., "Regularizing and Optimizing LSTM Language Models",
             2018).
 
+        recurrent_dropout: in training the chance p of each number of h to be 0 where W_hh multiplies it, by one mask m
+            for all steps of a row, drawn for each layer and direction: ``W_hh (m * h_{t-1} / (1 - p))`` (Gal and
+            Ghahramani, "A Theoretically Grounded Application of Dropout in Recurrent Neural Networks", 2016).
+        zoneout: the chance of each number of h and of c to stay in a step what it was, or a pair, for h and for c. In
+            training ``h_t = d * h_{t-1} + (1 - d) * o * tanh(f * c_{t-1} + i * g)``, with a mask d for each step, in
+            eval mode the same with the chance for d; and so c_t, with a mask of its own (Krueger et al., "Zoneout:
+            Regularizing RNNs by Randomly Preserving Hidden Activations", 2017).
+        layer_norm: normalise the products and the cell state (Ba et al., "Layer Normalization", 2016, equations 20
+            to 22). With ``LN(z; a, b) = a * (z - mean z) / sqrt(var z + 1e-5) + b``, over all four gates together, the
+            gates are ``LN(W_ih x; gain_ih, bias_ih) + LN(W_hh h; gain_hh, bias_hh)``, and
+            ``h_t = o * tanh(LN(c_t; gain_c, bias_c))``. The gains begin with 1, bias_c with 0; the paper's bias b
+            is in bias_ih and bias_hh. That is plain torch, step by step, on every device.
+        state_clip: the bound of the gradients of h_t and c_t as they leave a step, h_t's with the output's and that
+            from the next step: in the backward they are clamped to [-state_clip, state_clip] before they go into the
+            step (as Graves does with the gates', "Generating Sequences With Recurrent Neural Networks", 2013). What a
+            layer computes stays the same.
+
+    With a list ``hidden_size`` has a size for each layer, and h_0, h_n, c_0 and c_n are ``[D, N, sum(hidden_size)]``,
+    layer beside layer; so are the states of every step, ``[1, T, N, D * sum(hidden_size)]``.
+
+    Where a step is another one than torch.nn's (``recurrent_dropout`` in training, ``zoneout``, ``state_clip`` where a
+    gradient is asked for), the layers run on a CPU by the native library's evaluator, as :class:`rnnfast.FlexRNN` does,
+    and as plain torch elsewhere. Random numbers are of torch's generators. Dtypes are real.
+
     Raises:
-        ValueError: init, forget_bias or weight_dropout is none of these; there is a forget_bias and no bias.
+        ValueError: an option is none of these; there is a forget_bias and no bias; proj_size comes with one of
+            recurrent_dropout, zoneout, layer_norm and state_clip, or with a list of sizes.
+        TypeError: layer_norm is no bool.
     """
 
     _name, _has_cell_state = "LSTM", True
@@ -743,9 +777,17 @@ class GRU(_Recurrent[Tensor, Tensor]):
             others are divided by 1 - weight_dropout (Merity et al., "Regularizing and Optimizing LSTM Language Models",
             2018).
 
+        recurrent_dropout, zoneout, state_clip: as of :class:`rnnfast.LSTM`, of h alone.
+        layer_norm: as of :class:`rnnfast.LSTM`, but of r and z together, and of the candidate by itself, as the paper's
+            supplement has it of GRUs: ``n = tanh(LN(W_in x; ...) + r * LN(W_hn h; ...))``.
+
+
+    A list as ``hidden_size``, and what serves these options: as of :class:`rnnfast.LSTM`.
+
     Raises:
-        ValueError: init or weight_dropout is none of these; reset_after is false and recompute true.
-        TypeError: reset_after is no bool.
+        ValueError: an option is none of these; reset_after is false, and recompute true or one of recurrent_dropout,
+            zoneout, layer_norm and state_clip given.
+        TypeError: reset_after or layer_norm is no bool.
     """
 
     _name = "GRU"
