@@ -3,9 +3,9 @@
     python bench/options.py --threads 1 --out options.csv
 
 `recurrent_dropout`, `zoneout` and `layer_norm` are those of the layers' constructors, in eval mode where the mode is
-`infer`; `resets` come with the call, at a tenth of the steps. Times are medians over the rounds in milliseconds: `plain_ms` of the layer without, `ours_ms` with, and for `resets` `loop_ms` of a loop over
-the steps with torch.nn's cell, which zeroes the state there. `ratio_plain` is ours over plain, `ratio_loop` the loop's
-over ours.
+`infer`; `resets` come with the call, at a tenth of the steps. Times are medians over the rounds in milliseconds:
+`plain_ms` of the layer without, `ours_ms` with, and for `resets` `loop_ms` of a loop over the steps with torch.nn's
+cell, which zeroes the state there. `ratio_plain` is ours over plain, `ratio_loop` the loop's over ours.
 """
 
 from __future__ import annotations

@@ -107,7 +107,11 @@ def _choice(
     steps, batch, rows = (0, 1, 1) if more is None else _sizes(module, input)
     extended = more is not None and not {"resets", "return_states"}.isdisjoint(more)
     if isinstance(module, FlexRNN):
-        return Choice(name, layer, described, *module._backend(data.device, dtype, batch, extended))
+        evaluated, module.training = module.training, training
+        with torch.set_grad_enabled(trained):
+            chosen = module._backend(data.device, dtype, batch, extended)
+        module.training = evaluated
+        return Choice(name, layer, described, *chosen)
     if not isinstance(module, (_Recurrent, _Cell)):
         return Choice(name, layer, described, "torch.nn", "not an rnnfast module; rnnfast.convert would make it one")
     with torch.set_grad_enabled(trained):

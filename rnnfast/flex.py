@@ -17,11 +17,11 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.types import Device
 
-from . import functional
+from . import functional, variants
 from .backends import choose_backend, circumstances
 from .cells import Cell, check_numbers
 from .evaluator import RUN, Plan, choose, layer, no_autocast, recomputed, valid_steps, without_matrix
-from .modules import _check_are_tensors, _Module
+from .modules import Options, _check_are_tensors, _Module, options
 
 RECURRENCES = ("dense", "diagonal", "none")
 
@@ -43,6 +43,9 @@ class FlexRNN(_Module):
         num_heads: K, a divisor of H: a dense W_hh is K blocks on the diagonal, each of the units of one head.
         scalars: other values of scalars that the cell declares.
         recompute: keep only what enters a layer for the backward, which runs the layer once more.
+        recurrent_dropout, zoneout, state_clip: as for :class:`rnnfast.LSTM`; zoneout is a number, or a tuple of as many
+            as there are states. The dropout needs a dense recurrence and an h that begins with 0. With one of these
+            the layers of torch's cells, too, run as those of other cells.
 
     Parameters of layer k are ``weight_ih_l{k}`` ``[X*H, I]``, ``weight_hh_l{k}`` ``[A*H, H]`` (``[K, A*H/K, H/K]`` of
     heads, ``[A*H]`` if diagonal), ``bias_ih_l{k}`` ``[X*H]`` and ``bias_hh_l{k}`` ``[A*H]``, where X and A are the
@@ -70,6 +73,9 @@ class FlexRNN(_Module):
         num_heads: int = 1,
         scalars: Mapping[str, float] | None = None,
         recompute: bool = False,
+        recurrent_dropout: float = 0.0,
+        zoneout: float | tuple[float, ...] = 0.0,
+        state_clip: float | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(cell, Cell):
@@ -102,6 +108,14 @@ class FlexRNN(_Module):
             raise ValueError(f"{cell} has no scalars {sorted(unknown)}, it has {sorted(cell.scalars) or 'none'}")
         if taken := {"ih", "hh"}.intersection(cell.weights):
             raise ValueError(f"{cell}: weights cannot be called {sorted(taken)}, as W_ih and W_hh are")
+        own = Options(recurrent_dropout=recurrent_dropout, zoneout=zoneout, state_clip=state_clip)
+        self._check_variant(own, len(cell.states))
+        if recurrent_dropout and (recurrent != "dense" or not cell.gates_of_a or cell.initial[0]):
+            raise ValueError(
+                f"recurrent_dropout needs a dense recurrence and an h that begins with 0: got {cell}, {recurrent}"
+            )
+        if own != Options():
+            self._rnnfast_options = own
         self.cell, self.recurrent, self.num_heads = cell, recurrent, num_heads
         self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
         self.bias, self.batch_first, self.bidirectional = bias, batch_first, bidirectional
@@ -150,7 +164,7 @@ class FlexRNN(_Module):
             "recompute": False,
         }
         given = [f"{name}={getattr(self, name)}" for name, of in defaults.items() if getattr(self, name) != of]
-        return ", ".join([self.cell.name, str(self.input_size), str(self.hidden_size), *given])
+        return ", ".join([self.cell.name, str(self.input_size), str(self.hidden_size), *given, *options(self)])
 
     def __prepare_scriptable__(self) -> nn.Module:
         raise RuntimeError("torch.jit.script cannot compile a FlexRNN: use torch.export or torch.jit.trace")
@@ -271,7 +285,10 @@ class FlexRNN(_Module):
         given: Any = states and [functional._operands(x, state, None, ())[1] for state in states]
         directions = [dict(zip(names, flat[at : at + len(names)])) for at in range(0, len(flat), len(names))]
         backend, _ = self._backend(x.device, x.dtype)
-        run: Callable[..., Any] = functools.partial(layer, RUN[backend], self._plans())
+        serve = RUN[backend]
+        if (variant := self._variant()) is not None:
+            serve = functools.partial(variants.run, serve, variant)
+        run: Callable[..., Any] = functools.partial(layer, serve, self._plans())
         run = recomputed(run) if self.recompute else run
         if lengths is not None:  # a NaN beyond a row's end times a gradient of zero is a NaN
             x = torch.where(valid_steps(x.size(0), lengths), x, 0)
@@ -294,7 +311,11 @@ class FlexRNN(_Module):
 
     def _mode(self) -> str | None:
         """The mode by which ``functional.rnn`` has the cell, with all its backends; None if it has not."""
-        return self.cell.twin if self.recurrent == "dense" and self.num_heads == 1 else None
+        has_kernels = self.recurrent == "dense" and self.num_heads == 1 and self._variant() is None
+        return self.cell.twin if has_kernels else None
+
+    def _variant(self) -> variants.Variant | None:
+        return self._rnnfast_options.variant(self.training, len(self.cell.states))
 
     def _by_kernels(
         self,

@@ -42,7 +42,7 @@ class Options(NamedTuple):
     forget_bias: float | None = None
     weight_dropout: float = 0.0
     recurrent_dropout: float = 0.0
-    zoneout: float | tuple[float, float] = 0.0
+    zoneout: float | tuple[float, ...] = 0.0
     layer_norm: bool = False
     state_clip: float | None = None
     hidden_sizes: tuple[int, ...] = ()  # of the layers, where hidden_size is a list
@@ -118,20 +118,21 @@ class _Module(nn.Module):
             raise ValueError(f"forget_bias should be None or a finite number, got {own.forget_bias!r}")
         if own.forget_bias is not None and not self.bias:
             raise ValueError("forget_bias is the start of a bias: it needs bias=True")
-        for name in ("weight_dropout", "recurrent_dropout"):
-            if not _is_chance(chance := getattr(own, name)):
-                raise ValueError(f"{name} should be a number in the range [0, 1], got {chance!r}")
-        self._check_variant(own)
+        if not _is_chance(own.weight_dropout):
+            raise ValueError(f"weight_dropout should be a number in the range [0, 1], got {own.weight_dropout!r}")
+        self._check_variant(own, 1 + self._has_cell_state)
         if own != Options():
             self._rnnfast_options = own
         self._begin()
 
-    def _check_variant(self, own: Options) -> None:
+    def _check_variant(self, own: Options, states: int) -> None:
+        if not _is_chance(own.recurrent_dropout):
+            raise ValueError(f"recurrent_dropout should be a number in the range [0, 1], got {own.recurrent_dropout!r}")
         zoneout: Any = own.zoneout
-        is_pair = self._has_cell_state and isinstance(zoneout, tuple) and len(zoneout) == 2
-        if not all(map(_is_chance, zoneout if is_pair else [zoneout])):
-            pair = " or a pair of such, for h and c" * self._has_cell_state
-            raise ValueError(f"zoneout should be a number in the range [0, 1]{pair}, got {own.zoneout!r}")
+        by_state = isinstance(zoneout, tuple) and len(zoneout) == states > 1
+        if not all(map(_is_chance, zoneout if by_state else [zoneout])):
+            more = f", or a tuple of {states}, one for each state" if states > 1 else ""
+            raise ValueError(f"zoneout should be a number in the range [0, 1]{more}, got {zoneout!r}")
         if not isinstance(own.layer_norm, bool):
             raise TypeError(f"layer_norm should be of type bool, got: {type(own.layer_norm).__name__}")
         if own.state_clip is not None and not (_is_number(own.state_clip) and 0 < own.state_clip < math.inf):

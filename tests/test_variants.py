@@ -525,3 +525,67 @@ def test_hidden_sizes_refused(name: str) -> None:
     if name == "LSTM":
         with pytest.raises(ValueError, match="proj_size cannot go with a hidden_size for each layer"):
             make(I, [4, 5], proj_size=2)
+
+
+# Layers of any cell
+
+
+@rnnfast.cell(gates="i f g o", states="h c")
+def own_lstm(x, a, s):
+    h, c = rnnfast.cells.lstm.function(x, a, s)
+    return h * 1.0, c
+
+
+FLEX = {key: of for key, of in OPTIONS.items() if "layer_norm" not in of}
+FLEX["all"] = {"recurrent_dropout": 0.4, "zoneout": (0.3, 0.1), "state_clip": 0.05}
+
+
+@on_each
+@pytest.mark.parametrize("option", FLEX)
+@pytest.mark.parametrize("cell", [rnnfast.cells.lstm, own_lstm], ids=str)
+@pytest.mark.few(1, "kernels", "option", "cell")
+def test_of_any_cell(cell: Any, option: str, kernels: str) -> None:
+    """An LSTM in the words of FlexRNN, with kernels and without."""
+    layer = make("LSTM", bidirectional=True, **FLEX[option])
+    for recompute in (False, True):
+        net = rnnfast.FlexRNN(cell, I, H, bidirectional=True, dtype=DOUBLE, recompute=recompute, **FLEX[option])
+        net.load_state_dict(layer.state_dict())
+        inputs = torch.randn(T, N, I, dtype=DOUBLE), states_of(layer, N)
+        with use(kernels):
+            for training in (True, False):
+                expected = values_and_grads(Paper(layer.train(training)), *inputs, resets=RESETS)
+                assert_same(values_and_grads(net.train(training), *inputs, resets=RESETS), expected)
+
+
+def test_of_heads_and_a_diagonal() -> None:
+    """Dropout of what heads multiply; and zoneout of what is no matrix. In eval mode a dropout is none."""
+    x, indrnn = torch.randn(T, N, I), rnnfast.cells.indrnn
+    net = rnnfast.FlexRNN(rnnfast.cells.slstm, I, H, num_heads=2, recurrent_dropout=1.0)
+    without = copy.deepcopy(net)
+    without.load_state_dict({k: w * (not k.startswith("weight_hh")) for k, w in net.state_dict().items()})
+    torch.testing.assert_close(net(x)[0], without.eval()(x)[0])
+    assert not torch.equal(net.eval()(x)[0], without(x)[0])
+    for options in ({"recurrent": "diagonal"}, {"recurrent": "none"}):
+        net = rnnfast.FlexRNN(rnnfast.cells.lstm, I, H, zoneout=1.0, **options)
+        assert not net(x)[0].any()
+        with pytest.raises(ValueError, match="recurrent_dropout needs a dense recurrence"):
+            rnnfast.FlexRNN(rnnfast.cells.lstm, I, H, recurrent_dropout=0.1, **options)
+    with pytest.raises(ValueError, match="recurrent_dropout needs a dense recurrence"):
+        rnnfast.FlexRNN(indrnn, I, H, recurrent_dropout=0.1)
+    for zoneout in (2.0, (0.1, 0.1), [0.1]):
+        with pytest.raises(ValueError, match="zoneout should be a number in the range"):
+            rnnfast.FlexRNN(indrnn, I, H, zoneout=zoneout)
+
+
+def test_explains_layers_of_any_cell() -> None:
+    net, x = rnnfast.FlexRNN(rnnfast.cells.lstm, I, H, recurrent_dropout=0.2), torch.randn(T, N, I)
+    assert repr(net).endswith(", recurrent_dropout=0.2)")
+    (training,), (evaluated,) = rnnfast.explain(net, x), rnnfast.explain(net.eval(), x)
+    if rnnfast.backends()["cpu"].available:
+        assert training.reason.startswith("the evaluator") and evaluated.reason.startswith("native kernels")
+    torch._dynamo.reset()
+    compiled = torch.compile(net.train(), fullgraph=True, backend="aot_eager")
+    torch.manual_seed(2)
+    found = compiled(x)
+    torch.manual_seed(2)
+    torch.testing.assert_close(found, net(x))
