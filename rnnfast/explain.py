@@ -107,10 +107,10 @@ def _choice(
     steps, batch, rows = (0, 1, 1) if more is None else _sizes(module, input)
     extended = more is not None and not {"resets", "return_states"}.isdisjoint(more)
     if isinstance(module, FlexRNN):
-        evaluated, module.training = module.training, training
+        before, module.training = module.training, training
         with torch.set_grad_enabled(trained):
             chosen = module._backend(data.device, dtype, batch, extended)
-        module.training = evaluated
+        module.training = before
         return Choice(name, layer, described, *chosen)
     if not isinstance(module, (_Recurrent, _Cell)):
         return Choice(name, layer, described, "torch.nn", "not an rnnfast module; rnnfast.convert would make it one")

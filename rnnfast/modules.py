@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.types import Device
 
 from . import functional, variants
-from .backends import USUAL, circumstances
+from .backends import USUAL, circumstances, is_recorded
 from .cells import GATES
 from .variants import Variant
 
@@ -54,7 +54,7 @@ class Options(NamedTuple):
             self.recurrent_dropout if training and self.recurrent_dropout else None,
             tuple(chance if chance else None for chance in chances),
             not training,
-            self.state_clip if torch.is_grad_enabled() else None,
+            self.state_clip if (training if is_recorded() else torch.is_grad_enabled()) else None,
             self.layer_norm,
         )
         return variant if variant.differs() else None

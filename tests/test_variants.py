@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import io
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -318,6 +319,30 @@ def test_exported(option: str) -> None:
     module, x = make("LSTM", **OPTIONS[option]).eval(), torch.randn(3, N, I, dtype=DOUBLE)
     program = torch.export.export(module, (x,)).module()
     torch.testing.assert_close(program(x), module(x))
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_traced(option: str) -> None:
+    """In eval mode, with the steps that it had, and no clip: such a graph is to run where rnnfast is not installed."""
+    module, x = make("GRU", **OPTIONS[option]).eval(), torch.randn(3, N, I, dtype=DOUBLE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what a trace holds fast
+        traced, file = torch.jit.trace(module, (x,)), io.BytesIO()
+        torch.jit.save(traced, file)
+        file.seek(0)
+        found = torch.jit.load(file)(x)
+    torch.testing.assert_close(found, module(x))
+
+
+def test_forward_mode() -> None:
+    module, x = make("LSTM", layer_norm=True, zoneout=0.3).eval(), torch.randn(3, N, I, dtype=DOUBLE)
+    d_x = torch.randn_like(x)
+    jacobian = torch.autograd.functional.jacobian(lambda x: module(x)[0], x).flatten(3).flatten(0, 2)
+    found = torch.func.jvp(lambda x: module(x)[0], (x,), (d_x,))[1]
+    torch.testing.assert_close(found.flatten(), jacobian @ d_x.flatten())
+    module = make("LSTM", state_clip=0.1)
+    with pytest.raises(NotImplementedError, match="jvp"):
+        torch.func.jvp(lambda x: module(x)[0], (x,), (d_x,))
 
 
 @pytest.mark.parametrize("option", OPTIONS)
