@@ -145,11 +145,12 @@ class _Module(nn.Module):
 
     def reset_parameters(self) -> None:
         """As torch.nn's, and then what ``init`` and ``forget_bias`` ask for."""
-        if not isinstance(self.hidden_size, list):
+        if isinstance(self.hidden_size, list):
+            for name, weight in self.named_parameters():
+                bound = 1 / math.sqrt(self._hidden_of(name))
+                nn.init.uniform_(weight, -bound, bound)
+        else:
             super().reset_parameters()  # type: ignore[misc]  # of nn.RNNBase or nn.RNNCellBase
-        for name, weight in self.named_parameters() if isinstance(self.hidden_size, list) else ():
-            bound = 1 / math.sqrt(self._hidden_of(name))
-            nn.init.uniform_(weight, -bound, bound)
         self._begin()
 
     def _hidden_of(self, name: str) -> int:
@@ -258,9 +259,9 @@ class _Recurrent(_Module, nn.RNNBase, Generic[Hx, Hidden]):
     def __init__(
         self, mode: str, input_size: int, hidden_size: Any, num_layers: int, *args: Any, **options: Any
     ) -> None:
-        sizes = list(hidden_size) if isinstance(hidden_size, (list, tuple)) else []
-        if isinstance(hidden_size, (list, tuple)):
-            hidden_size, num_layers = self._checked_sizes(sizes, num_layers, args), len(sizes)
+        sizes = self._sizes(hidden_size, num_layers, args) if isinstance(hidden_size, (list, tuple)) else []
+        if sizes:
+            hidden_size, num_layers = sizes[0], len(sizes)
         # What convert makes has torch.nn.LSTM between, with another signature.
         nn.RNNBase.__init__(self, mode, input_size, hidden_size, num_layers, *args)
         if sizes:
@@ -274,8 +275,8 @@ class _Recurrent(_Module, nn.RNNBase, Generic[Hx, Hidden]):
         self._set_options(**options)
 
     @staticmethod
-    def _checked_sizes(sizes: list[Any], num_layers: int, others: Sequence[Any]) -> int:
-        """The first of the sizes of layers, the only one that torch.nn checks."""
+    def _sizes(sizes: Sequence[Any], num_layers: int, others: Sequence[Any]) -> list[int]:
+        """Of layers, checked in torch's words."""
         for size in sizes:
             if not isinstance(size, int) or isinstance(size, bool):
                 raise TypeError(f"hidden_size should be of type int, got: {type(size).__name__}")
@@ -283,9 +284,10 @@ class _Recurrent(_Module, nn.RNNBase, Generic[Hx, Hidden]):
                 raise ValueError("hidden_size must be greater than zero")
         if not sizes or num_layers not in (1, len(sizes)):
             raise ValueError(f"hidden_size has to have a size for each layer, got {sizes} and num_layers={num_layers}")
-        if others[4]:
+        *_, proj_size, _, _ = others
+        if proj_size:
             raise ValueError("proj_size cannot go with a hidden_size for each layer")
-        return int(sizes[0])
+        return list(sizes)
 
     def _resize(self, sizes: list[int]) -> None:
         """Give each layer its own size."""

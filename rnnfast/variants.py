@@ -24,8 +24,6 @@ from .records import Inputs, Weights
 
 # It sees a row of units at once, which no kernel does that takes strips of them: plain torch alone runs it.
 PRIMITIVES["normalize"] = Primitive(lambda c: F.layer_norm(c, c.shape[-1:]), _not_derived)
-
-
 normalize = functools.partial(_primitive, "normalize")
 
 
@@ -40,7 +38,7 @@ def lstm_normalized(x: Any, a: Any, s: Any, w: Any) -> Any:
 
 
 class Variant(NamedTuple):
-    """What differs in a call; None: nothing does. Zeros would do, but torch.compile may take numbers as variable."""
+    """What differs in a call; None where nothing does, as torch.compile may take a number, zero too, for a variable."""
 
     recurrent_dropout: float | None = None
     zoneout: tuple[float | None, ...] = ()  # of each state
@@ -137,7 +135,8 @@ def _normalized(sums: Tensor, gain: Tensor, shift: Tensor, mode: str) -> Tensor:
     hidden = gain.size(0) // GATES[mode]
     sizes = [2 * hidden, hidden] if mode == "GRU" else [GATES[mode] * hidden]
     parts = zip(sums.split(sizes, -1), gain.split(sizes), shift.split(sizes))
-    return torch.cat([F.layer_norm(part, part.shape[-1:], *of_part) for part, *of_part in parts], -1)
+    found = [F.layer_norm(part, part.shape[-1:], *of_part) for part, *of_part in parts]
+    return found[0] if len(found) == 1 else torch.cat(found, -1)
 
 
 def _run_normalized(variant: Variant, mode: str, plan: Plan, x_gates: Tensor, w_hh: Tensor, _: None,

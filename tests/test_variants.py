@@ -305,6 +305,7 @@ def test_half_types_and_autocast(dtype: torch.dtype, option: str) -> None:
 def test_compiled(name: str, option: str) -> None:
     module, x = make(name, **OPTIONS[option]), torch.randn(3, N, I, dtype=DOUBLE)
     torch._dynamo.reset()
+    module.recompute = option == "zoneout"
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     assert_same(values_and_grads(compiled._orig_mod, x), of_compiled(compiled, x))
 
@@ -524,6 +525,8 @@ def test_hidden_sizes_as_a_module(name: str) -> None:
     output, final = module(packed)
     assert output.data.shape == (9, 3)
     assert tensors_of(final)[0].shape == (1, N, sum(SIZES))
+    of_packed, of_lengths = module(packed, final)[1], module(x, final, lengths=torch.tensor([5, 3, 1]))[1]
+    torch.testing.assert_close(of_packed, of_lengths)
     unbatched, of_row = module(x[0], tuple(f[:, 0] for f in final) if name == "LSTM" else final[:, 0])
     assert unbatched.shape == (T, 3) and tensors_of(of_row)[0].shape == (1, sum(SIZES))
     torch.testing.assert_close(copy.deepcopy(module)(x), module(x))
