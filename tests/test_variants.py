@@ -238,11 +238,11 @@ def test_gradcheck(name: str, option: str) -> None:
     """Of a clip that holds nothing back: where it does, the gradient is none."""
     options = OPTIONS[option] | ({"state_clip": 1e6} if "state_clip" in OPTIONS[option] else {})
     module = make(name, bidirectional=True, **options)
-    inputs = leaves((torch.randn(3, 2, I, dtype=DOUBLE), states_of(module, 2)))
+    inputs = leaves((torch.randn(2, 2, I, dtype=DOUBLE), states_of(module, 2)))
 
     def run(x: Tensor, *hx: Tensor) -> Any:
         torch.manual_seed(1)
-        return tuple(tensors_of(module(x, hx if name == "LSTM" else hx[0], resets=RESETS[:3, :2])))
+        return tuple(tensors_of(module(x, hx if name == "LSTM" else hx[0], resets=RESETS[2:4, :2])))
 
     flat = tensors_of(inputs)
     assert torch.autograd.gradcheck(run, flat, fast_mode=True)
@@ -299,7 +299,7 @@ def test_half_types_and_autocast(dtype: torch.dtype, option: str) -> None:
         assert (output.double() - exact(x)[0]).abs().max() < bound
 
 
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("option", ["zoneout", "all"])
 @layers
 @pytest.mark.few(1, "option", "name")
 def test_compiled(name: str, option: str) -> None:
