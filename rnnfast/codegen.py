@@ -395,6 +395,7 @@ def triton_program(program: Program, inputs: Mapping[str, int], results: Sequenc
         named(f'{sign}tl.full(x[0].shape, float("{abs(number)!r}"), x[0].dtype)')
     formats = {**Triton.functions, **{op: f"{{}} {sign} {{}}" for op, sign in _INFIX.items()}}
     formats["negate"] = "-1.0 * {}"  # of 0 Triton's minus makes 0
+    formats["clip_gradient"] = "{}"
     for op, places in program.operations:
         named(formats[op].format(*[names[place] for place in places]))
     found = iter([names[place] for place in program.results])

@@ -1,5 +1,5 @@
-"""A direction of any cell's recurrence: as a loop in plain torch, and by the CPU library, which goes through the traced
-operations strip by strip.
+"""A layer of any cell, and a direction of its recurrence: as a loop in plain torch, and by the CPU library, which goes
+through the traced operations strip by strip.
 
 Letters as in ``flex.py``; S states, and U weights of each unit's own. Both take, beside a Plan, the inputs
 
@@ -16,14 +16,18 @@ last one, [N, H].
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from types import FunctionType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from .cells import Cell, Named, Program, Value
+from .backends import BACKENDS, DTYPES, USUAL, circumstances
+from .cells import PRIMITIVES, Cell, Named, Primitive, Program, Value, _primitive, maximum, minimum
 from .recurrence import _one_by_one, _save, _saved
 from .reference import _Sequence, _stack
 
@@ -32,6 +36,32 @@ OPERATIONS = (
     "add", "subtract", "multiply", "divide", "negate", "sigmoid", "tanh", "relu", "exp", "log", "log1p", "sqrt", "abs",
     "minimum", "maximum", "where", "less", "less_equal", "where_positive",
 )  # fmt: skip
+
+
+class _ClipGradient(torch.autograd.Function):
+    """A tensor as it is; its gradient within -bound and bound."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(tensor: Tensor, bound: Tensor) -> Tensor:
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (bound,) = ctx.saved_tensors
+        return grad.clamp(-bound, bound), None
+
+
+PRIMITIVES["clip_gradient"] = Primitive(
+    lambda a, bound: _ClipGradient.apply(a, bound),  # type: ignore[no-untyped-call]
+    lambda d, y, a, bound: (minimum(maximum(d, -bound), bound), None),
+)
+clip_gradient = functools.partial(_primitive, "clip_gradient")
 
 
 class Plan(NamedTuple):
@@ -71,8 +101,9 @@ def valid_steps(steps: int, lengths: Tensor) -> Tensor:
 
 
 def in_plain_torch(plan: Plan, x_gates: Tensor, w_hh: Tensor | None, b_hh: Tensor | None, lengths: Tensor | None,
-                   resets: Tensor | None, *others: Tensor) -> tuple[Tensor, ...]:  # fmt: skip
-    """The loop: any device, dtype and derivative."""
+                   resets: Tensor | None, *others: Tensor, of_product: Callable[[Tensor], Tensor] = lambda a: a,
+                   ) -> tuple[Tensor, ...]:  # fmt: skip
+    """The loop: any device, dtype and derivative. The gates see of_product(W_hh h + b_hh)."""
     cell = plan.cell
     steps, count = x_gates.size(0), len(cell.states)
     sequence = _Sequence(None if lengths is None else valid_steps(steps, lengths), resets, plan.reverse)
@@ -89,7 +120,7 @@ def in_plain_torch(plan: Plan, x_gates: Tensor, w_hh: Tensor | None, b_hh: Tenso
         for gate, values in zip(cell.gates_of_x, x_gates[t].split(hidden, 1)):
             of_x[gate] = values
         if w_hh is not None:
-            for gate, values in zip(cell.gates_of_a, _recurrent(states[0], w_hh, b_hh).split(hidden, 1)):
+            for gate, values in zip(cell.gates_of_a, of_product(_recurrent(states[0], w_hh, b_hh)).split(hidden, 1)):
                 of_a[gate] = values
         found = cell.program.run([*of_x, *of_a, *states, *units, *scalars], numbers)
         after = [new.to(old.dtype).expand_as(old) for new, old in zip(found, states)]
@@ -102,7 +133,7 @@ def in_plain_torch(plan: Plan, x_gates: Tensor, w_hh: Tensor | None, b_hh: Tenso
 def _recurrent(h: Tensor, w_hh: Tensor, b_hh: Tensor | None) -> Tensor:
     """``W_hh h + b_hh``, [N, A*H], of h [N, H]."""
     if w_hh.size(0) == 1:
-        return torch.nn.functional.linear(h, w_hh[0], b_hh)
+        return F.linear(h, w_hh[0], b_hh)
     by_gate = w_hh.unflatten(1, (-1, w_hh.size(2)))  # [K, A, H/K, H/K]
     product = torch.einsum("nkj,kgij->ngki", h.unflatten(1, (w_hh.size(0), -1)), by_gate).flatten(1)
     return product if b_hh is None else product + b_hh
@@ -157,7 +188,9 @@ def programs(cell: Cell, scalars: tuple[float, ...], heads: int) -> _Programs:
     results = [of if isinstance(of, Value) and of.op else Value("add", of, 0.0) for of in gradients]
 
     def encoded(program: Program) -> tuple[Tensor, Tensor, Tensor]:
-        rows = [[OPERATIONS.index(op), *args, *[0] * (3 - len(args))] for op, args in program.operations]
+        # Of the forward a clipped gradient is the value as it is.
+        as_it_is = [("where", args[:1] * 3) if op == "clip_gradient" else (op, args) for op, args in program.operations]
+        rows = [[OPERATIONS.index(op), *args, *[0] * (3 - len(args))] for op, args in as_it_is]
         return (
             torch.tensor(rows, dtype=torch.int64).view(-1, 4),
             torch.tensor([*scalars, *program.numbers], dtype=torch.float64),
@@ -246,3 +279,102 @@ def _derivable_backward(plan: Plan, inputs: Sequence[Any], needs: Sequence[bool]
     outputs, of_outputs = zip(*(pair for pair in zip(in_plain_torch(plan, *at), grads) if pair[1] is not None))
     found = iter(torch.autograd.grad(outputs, wanted, of_outputs, create_graph=True, allow_unused=True))
     return [next(found) if need else None for need in needs]
+
+
+def _by_triton(*inputs: Any) -> tuple[Tensor, ...]:
+    """Triton takes time to import, and may be missing."""
+    from .triton.flex import run
+
+    return run(*inputs)
+
+
+RUN: dict[str, Callable[..., tuple[Tensor, ...]]]  # by backend
+RUN = {"reference": in_plain_torch, "cpu": on_cpu, "triton": _by_triton}
+
+
+def choose(
+    device: torch.device, dtype: torch.dtype, cell: Cell, hidden: int, heads: int = 1, why_not: str = ""
+) -> tuple[str, str]:
+    """As ``choose_backend``: which of RUN serves a call, and why; why_not is why it can be plain torch alone."""
+    made = circumstances()
+    # The CUDA library has torch's cells and the peephole LSTM: of others those who ask for it get Triton's kernels.
+    asked = "triton" if made.forced == "cuda" else made.forced
+    name = asked or {"cpu": "cpu", "cuda": "triton"}.get(device.type, "reference")
+    if name == "reference":
+        return name, "asked for by use_backend" if asked else f"no kernels for device {device.type!r}"
+    if name not in RUN:
+        why_not = "its kernels are of torch's cells"
+    elif why_not:
+        pass
+    elif made._replace(forced=None) != USUAL:  # first: torch.compile cannot trace what asks for a GPU
+        why_not = "derivatives, graphs and transforms of torch's go through plain torch"
+    elif not (found := BACKENDS[name].probe(device)).available:
+        why_not = found.detail
+    elif dtype not in DTYPES:
+        why_not = f"no kernel for {dtype}"
+    else:
+        return name, _how(name, device, dtype, cell, hidden, heads)
+    if asked:
+        raise RuntimeError(f"backend {made.forced!r} cannot serve this call: {why_not}")
+    return "reference", why_not
+
+
+def _how(name: str, device: torch.device, dtype: torch.dtype, cell: Cell, hidden: int, heads: int) -> str:
+    """What a backend does."""
+    if name == "cpu":
+        return "the evaluator of the native library goes through the cell's operations"
+    from .triton.flex import reason
+
+    lacks = "" if device.type == "cpu" else "cuda has no kernels of this cell, "
+    return f"{lacks}Triton compiles it: {reason(cell, hidden, heads, dtype, device)}"
+
+
+# Of one direction, by the names that FlexRNN has for its parameters, without what they end in.
+_Weights: TypeAlias = Mapping[str, Tensor]
+
+
+def no_autocast(kind: str) -> AbstractContextManager[Any]:
+    return nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False)
+
+
+def layer(
+    run: Callable[..., tuple[Tensor, ...]],
+    plans: Sequence[Plan],
+    x: Tensor,
+    states: Sequence[Tensor] | None,
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    directions: Sequence[_Weights],
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Of each state what it is after every step, [T, N, D*H], and in the end, [D, N, H]; run is one of RUN."""
+    acc = torch.promote_types(x.dtype, torch.float32)
+    runs = []
+    for d, (plan, weights) in enumerate(zip(plans, directions)):
+        x_gates = F.linear(x, weights["weight_ih"], weights.get("bias_ih")).to(acc)
+        hidden = weights["weight_ih"].size(0) // len(plan.cell.gates_of_x)
+        others = {name: w.to(acc) for name, w in weights.items() if name not in ("weight_ih", "bias_ih")}
+        w_hh, b_hh = others.pop("weight_hh", None), others.pop("bias_hh", None)
+        units = list(others.values())
+        if w_hh is not None and w_hh.dim() == 1:  # of a cell without_matrix
+            units += [*w_hh.split(hidden), *(() if b_hh is None else b_hh.split(hidden))]
+            w_hh = b_hh = None
+        elif w_hh is not None and w_hh.dim() == 2:
+            w_hh = w_hh.unsqueeze(0)
+        before = (
+            [x_gates.new_full((x.size(1), hidden), value) for value in plan.cell.initial]
+            if states is None
+            else [state[d].to(acc) for state in states]
+        )
+        found = run(plan, x_gates, w_hh, b_hh, lengths, resets, *before, *units)
+        runs.append((found[: len(before)], found[len(before) :]))
+    every, final = zip(*runs)
+    joined = every[0] if len(runs) == 1 else [torch.cat(of, 2) for of in zip(*every)]
+    return [of.to(x.dtype) for of in joined], [torch.stack(of).to(x.dtype) for of in zip(*final)]
+
+
+def recomputed(layer: Callable[..., Any]) -> Callable[..., Any]:
+    """The same, keeping for the backward only what enters it; random numbers are the same when it runs once more."""
+    # Within transforms of torch.func there are no hooks to make anew what was kept.
+    if not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+        return layer
+    return functools.partial(checkpoint, layer, use_reentrant=False)

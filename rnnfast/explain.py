@@ -14,6 +14,7 @@ from .backends import USUAL, choose_backend, circumstances
 from .flex import FlexRNN
 from .functional import autocast_dtype
 from .modules import _Cell, _Recurrent
+from .variants import choose_variant
 
 
 class Choice(NamedTuple):
@@ -70,7 +71,7 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> Explanation:
         for module, name in names.items():
             first = "weight_ih_l0" if isinstance(module, FlexRNN) else "weight_ih"
             weight: Any = module._flat_weights[0] if isinstance(module, nn.RNNBase) else getattr(module, first)
-            found.append(_choice(name, module, weight, None, trained))
+            found.append(_choice(name, module, weight, None, trained, module.training))
         return found
     hooks = [module.register_forward_hook(record, with_kwargs=True) for module in names]
     try:
@@ -111,13 +112,22 @@ def _choice(
     steps, batch, rows = (0, 1, 1) if more is None else _sizes(module, input)
     extended = more is not None and not {"resets", "return_states"}.isdisjoint(more)
     if isinstance(module, FlexRNN):
-        return Choice(name, layer, described, *module._backend(data.device, dtype, batch, extended))
+        before, module.training = module.training, training
+        with torch.set_grad_enabled(trained):
+            chosen = module._backend(data.device, dtype, batch, extended)
+        module.training = before
+        return Choice(name, layer, described, *chosen)
     if not isinstance(module, (_Recurrent, _Cell)):
         return Choice(name, layer, described, "torch.nn", "not an rnnfast module; rnnfast.convert would make it one")
     mode = module.mode if isinstance(module, _Recurrent) else module._mode
-    outputs: int = getattr(module, "proj_size", 0) or module.hidden_size
+    hidden: int = max(module.hidden_size) if isinstance(module.hidden_size, list) else module.hidden_size
+    with torch.set_grad_enabled(trained):
+        variant = module._rnnfast_options.variant(training)
+    if variant is not None:
+        return Choice(name, layer, described, *choose_variant(variant, mode, data.device, dtype, hidden))
+    outputs: int = getattr(module, "proj_size", 0) or hidden
     bidirectional: bool = getattr(module, "bidirectional", False)
-    projected = outputs < module.hidden_size
+    projected = outputs < hidden
     seen, of = circumstances(), (mode, data.device, dtype)
     own = module._rnnfast_options
     choose = functools.partial(choose_backend, seen, *of, extended=extended, reset_after=own.reset_after)
@@ -129,11 +139,11 @@ def _choice(
             form = " ".join((form, *more, *["recompute"] * module.recompute))
             apart = training and module.num_layers > 1 and module.dropout > 0
             key_of += module.num_layers, bidirectional, form, apart
-        where = choice.where_of(mode, data.get_device(), dtype, module.input_size, module.hidden_size, outputs, *key_of)
+        where = choice.where_of(mode, data.get_device(), dtype, module.input_size, hidden, outputs, *key_of)
         backend, reason, _ = choice.explained(where, batch)
     else:
         projection = {"bidirectional": bidirectional, "projected": projected}
-        backend, reason = choose(hidden=module.hidden_size, batch=batch, **projection)
+        backend, reason = choose(hidden=hidden, batch=batch, **projection)
     if backend == "cpu" and steps == 1 and not more and is_derived and not (training and own.weight_dropout):
         with torch.enable_grad():
             if module._is_quicker_by_torch(data):

@@ -9,76 +9,21 @@ import functools
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.types import Device
-from torch.utils.checkpoint import checkpoint
 
-from . import functional
-from .backends import BACKENDS, DTYPES, USUAL, choose_backend, circumstances
+from . import functional, variants
+from .backends import choose_backend, circumstances
 from .cells import Cell, check_numbers
-from .evaluator import Plan, in_plain_torch, on_cpu, valid_steps, without_matrix
-from .modules import _check_are_tensors, _Module
+from .evaluator import RUN, Plan, choose, layer, no_autocast, recomputed, valid_steps, without_matrix
+from .modules import Options, _check_are_tensors, _Module, options
 
 RECURRENCES = ("dense", "diagonal", "none")
-
-
-def _by_triton(*inputs: Any) -> tuple[Tensor, ...]:
-    """Triton takes time to import, and may be missing."""
-    from .triton.flex import run
-
-    return run(*inputs)
-
-
-RUN = {"reference": in_plain_torch, "cpu": on_cpu, "triton": _by_triton}  # by backend
-
-
-# Of one direction, by the names that FlexRNN has for its parameters, without what they end in.
-_Weights: TypeAlias = Mapping[str, Tensor]
-
-
-def _no_autocast(kind: str) -> AbstractContextManager[Any]:
-    return nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False)
-
-
-def _layer(
-    run: Callable[..., tuple[Tensor, ...]],
-    plans: Sequence[Plan],
-    x: Tensor,
-    states: Sequence[Tensor] | None,
-    lengths: Tensor | None,
-    resets: Tensor | None,
-    directions: Sequence[_Weights],
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Of each state what it is after every step, [T, N, D*H], and in the end, [D, N, H]; run is of ``evaluator.py``."""
-    acc = torch.promote_types(x.dtype, torch.float32)
-    runs = []
-    for d, (plan, weights) in enumerate(zip(plans, directions)):
-        x_gates = F.linear(x, weights["weight_ih"], weights.get("bias_ih")).to(acc)
-        hidden = weights["weight_ih"].size(0) // len(plan.cell.gates_of_x)
-        others = {name: w.to(acc) for name, w in weights.items() if name not in ("weight_ih", "bias_ih")}
-        w_hh, b_hh = others.pop("weight_hh", None), others.pop("bias_hh", None)
-        units = list(others.values())
-        if w_hh is not None and w_hh.dim() == 1:  # of a cell without_matrix
-            units += [*w_hh.split(hidden), *(() if b_hh is None else b_hh.split(hidden))]
-            w_hh = b_hh = None
-        elif w_hh is not None and w_hh.dim() == 2:
-            w_hh = w_hh.unsqueeze(0)
-        before = (
-            [x_gates.new_full((x.size(1), hidden), value) for value in plan.cell.initial]
-            if states is None
-            else [state[d].to(acc) for state in states]
-        )
-        found = run(plan, x_gates, w_hh, b_hh, lengths, resets, *before, *units)
-        runs.append((found[: len(before)], found[len(before) :]))
-    every, final = zip(*runs)
-    joined = every[0] if len(runs) == 1 else [torch.cat(of, 2) for of in zip(*every)]
-    return [of.to(x.dtype) for of in joined], [torch.stack(of).to(x.dtype) for of in zip(*final)]
 
 
 class FlexRNN(_Module):
@@ -99,6 +44,9 @@ class FlexRNN(_Module):
         num_heads: K, a divisor of H: a dense W_hh is K blocks on the diagonal, each of the units of one head.
         scalars: other values of scalars that the cell declares.
         recompute: keep only what enters a layer for the backward, which runs the layer once more.
+        recurrent_dropout, zoneout, state_clip: as for :class:`rnnfast.LSTM`; zoneout is a number, or a tuple of as many
+            as there are states. The dropout needs a dense recurrence and an h that begins with 0. With one of these
+            the layers of torch's cells, too, run as those of other cells.
 
     Parameters of layer k are ``weight_ih_l{k}`` ``[X*H, I]``, ``weight_hh_l{k}`` ``[A*H, H]`` (``[K, A*H/K, H/K]`` of
     heads, ``[A*H]`` if diagonal), ``bias_ih_l{k}`` ``[X*H]`` and ``bias_hh_l{k}`` ``[A*H]``, where X and A are the
@@ -126,6 +74,9 @@ class FlexRNN(_Module):
         num_heads: int = 1,
         scalars: Mapping[str, float] | None = None,
         recompute: bool = False,
+        recurrent_dropout: float = 0.0,
+        zoneout: float | tuple[float, ...] = 0.0,
+        state_clip: float | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(cell, Cell):
@@ -158,6 +109,14 @@ class FlexRNN(_Module):
             raise ValueError(f"{cell} has no scalars {sorted(unknown)}, it has {sorted(cell.scalars) or 'none'}")
         if taken := {"ih", "hh"}.intersection(cell.weights):
             raise ValueError(f"{cell}: weights cannot be called {sorted(taken)}, as W_ih and W_hh are")
+        own = Options(recurrent_dropout=recurrent_dropout, zoneout=zoneout, state_clip=state_clip)
+        self._check_variant(own, len(cell.states))
+        if recurrent_dropout and (recurrent != "dense" or not cell.gates_of_a or cell.initial[0]):
+            raise ValueError(
+                f"recurrent_dropout needs a dense recurrence and an h that begins with 0: got {cell}, {recurrent}"
+            )
+        if own != Options():
+            self._rnnfast_options = own
         self.cell, self.recurrent, self.num_heads = cell, recurrent, num_heads
         self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
         self.bias, self.batch_first, self.bidirectional = bias, batch_first, bidirectional
@@ -206,7 +165,7 @@ class FlexRNN(_Module):
             "recompute": False,
         }
         given = [f"{name}={getattr(self, name)}" for name, of in defaults.items() if getattr(self, name) != of]
-        return ", ".join([self.cell.name, str(self.input_size), str(self.hidden_size), *given])
+        return ", ".join([self.cell.name, str(self.input_size), str(self.hidden_size), *given, *options(self)])
 
     def __prepare_scriptable__(self) -> nn.Module:
         raise RuntimeError("torch.jit.script cannot compile a FlexRNN: use torch.export or torch.jit.trace")
@@ -327,18 +286,19 @@ class FlexRNN(_Module):
         given: Any = states and [functional._operands(x, state, None, ())[1] for state in states]
         directions = [dict(zip(names, flat[at : at + len(names)])) for at in range(0, len(flat), len(names))]
         backend, _ = self._backend(x.device, x.dtype)
-        layer: Callable[..., Any] = functools.partial(_layer, RUN[backend], self._plans())
-        # Within transforms of torch.func there are no hooks to make anew what was kept.
-        if self.recompute and torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
-            layer = functools.partial(checkpoint, layer, use_reentrant=False)
+        serve = RUN[backend]
+        if (variant := self._variant()) is not None:
+            serve = functools.partial(variants.run, serve, variant)
+        run: Callable[..., Any] = functools.partial(layer, serve, self._plans())
+        run = recomputed(run) if self.recompute else run
         if lengths is not None:  # a NaN beyond a row's end times a gradient of zero is a NaN
             x = torch.where(valid_steps(x.size(0), lengths), x, 0)
         y, finals, every = x, [], []
-        with _no_autocast(x.device.type):  # its casts have been made
+        with no_autocast(x.device.type):  # its casts have been made
             for k in range(self.num_layers):
                 at = slice(k * count, (k + 1) * count)
                 y = F.dropout(y, self.dropout, self.training and k > 0)
-                after, final = layer(y, given and [state[at] for state in given], lengths, resets, directions[at])
+                after, final = run(y, given and [state[at] for state in given], lengths, resets, directions[at])
                 y = after[0]
                 finals.append(final)
                 every.append(after)
@@ -352,7 +312,11 @@ class FlexRNN(_Module):
 
     def _mode(self) -> str | None:
         """The mode by which ``functional.rnn`` has the cell, with all its backends; None if it has not."""
-        return self.cell.twin if self.recurrent == "dense" and self.num_heads == 1 else None
+        has_kernels = self.recurrent == "dense" and self.num_heads == 1 and self._variant() is None
+        return self.cell.twin if has_kernels else None
+
+    def _variant(self) -> variants.Variant | None:
+        return self._rnnfast_options.variant(self.training, len(self.cell.states))
 
     def _by_kernels(
         self,
@@ -389,35 +353,7 @@ class FlexRNN(_Module):
         self, device: torch.device, dtype: torch.dtype, batch: int = 1, extended: bool = False
     ) -> tuple[str, str]:
         """As ``choose_backend``: the backend that serves a call, and why."""
-        made = circumstances()
         if mode := self._mode():
             sizes = self.hidden_size, batch, self.bidirectional
-            return choose_backend(made, mode, device, dtype, *sizes, extended=extended)
-        # The CUDA library has torch's cells and the peephole LSTM: of others those who ask for it get Triton's kernels.
-        asked = "triton" if made.forced == "cuda" else made.forced
-        name = asked or {"cpu": "cpu", "cuda": "triton"}.get(device.type, "reference")
-        if name == "reference":
-            return name, "asked for by use_backend" if asked else f"no kernels for device {device.type!r}"
-        if name not in RUN:
-            why = "its kernels are of torch's cells"
-        elif made._replace(forced=None) != USUAL:  # first: torch.compile cannot trace what asks for a GPU
-            why = "derivatives, graphs and transforms of torch's go through plain torch"
-        elif not (found := BACKENDS[name].probe(device)).available:
-            why = found.detail
-        elif dtype not in DTYPES:
-            why = f"no kernel for {dtype}"
-        else:
-            return name, self._how(name, device, dtype)
-        if asked:
-            raise RuntimeError(f"backend {made.forced!r} cannot serve this call: {why}")
-        return "reference", why
-
-    def _how(self, name: str, device: torch.device, dtype: torch.dtype) -> str:
-        """What a backend does."""
-        if name == "cpu":
-            return "the evaluator of the native library goes through the cell's operations"
-        from .triton.flex import reason
-
-        how = reason(self._run_cell, self.hidden_size, self.num_heads, dtype, device)
-        lacks = "" if device.type == "cpu" else "cuda has no kernels of this cell, "
-        return f"{lacks}Triton compiles it: {how}"
+            return choose_backend(circumstances(), mode, device, dtype, *sizes, extended=extended)
+        return choose(device, dtype, self._run_cell, self.hidden_size, self.num_heads)

@@ -36,6 +36,7 @@ def rnn(
     return_states: bool = False,
     recompute: bool = False,
     reset_after: bool = True,
+    of_layers: Sequence[Callable[[Inputs], tuple[Tensor, Tensor, Tensor, Tensor]]] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | tuple[Tensor, Tensor] | None]:
     """A stack of recurrent layers: the function behind :class:`rnnfast.RNN`, ``LSTM`` and ``GRU``.
 
@@ -54,6 +55,7 @@ def rnn(
         return_states: whether to return h (and c) of every layer and step.
         recompute: keep only outputs (and c) for the backward, which computes the gates again.
         reset_after: false for a GRU that resets h before the product, as :class:`rnnfast.GRU` has it.
+        of_layers: of each layer what runs it, as :func:`rnnfast.recurrence.layer` does; None: a backend.
 
     Returns:
         output ``[T, N, D*P]`` (or ``[R, D*P]``), h_n, c_n (shape ``[0]`` but for an LSTM) and the states: None, or
@@ -90,7 +92,9 @@ def rnn(
     backend, _ = choose_backend(
         seen, mode, input.device, input.dtype, extended=extended, opaque=opaque, reset_after=reset_after
     )
-    if backend in choice.RACED:
+    if of_layers is not None:
+        backend = "reference"
+    elif backend in choice.RACED:
         backend = choice.choose(
             seen, backend, mode, input, h0, c0, weights, num_layers=num_layers, bidirectional=bidirectional,
             dropout=dropout, training=training, batch_sizes=batch_sizes, lengths=lengths, resets=resets,
@@ -123,7 +127,9 @@ def rnn(
             y, h_n, c_n = onnx.layer(mode, *of_layer, lengths, bidirectional, reset_after)
         else:
             inputs = Inputs(mode, *of_layer[:3], batch_sizes, lengths, resets, bidirectional, names, of_layer[3])
-            if reset_after:
+            if of_layers is not None:
+                y, h_n, c_n, c = of_layers[k](inputs)
+            elif reset_after:
                 y, h_n, c_n, c = recurrence.layer(backend, inputs, keep_c=return_states, recompute=recompute)
             else:
                 y, h_n, c_n, c = _resets_before(inputs)

@@ -7,6 +7,7 @@ an instance of those. The cells derive from torch's.
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Sequence
 from numbers import Real
@@ -19,8 +20,10 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 from torch.types import Device
 
-from . import functional, jagged
-from .backends import USUAL, circumstances
+from . import functional, jagged, variants
+from .backends import USUAL, circumstances, is_recorded
+from .cells import GATES
+from .variants import Variant
 
 Input = TypeVar("Input", Tensor, PackedSequence)  # and the output is of the same
 Hx = TypeVar("Hx")  # the states that a layer or cell takes
@@ -38,6 +41,30 @@ class Options(NamedTuple):
     init: str | None = None
     forget_bias: float | None = None
     weight_dropout: float = 0.0
+    recurrent_dropout: float = 0.0
+    zoneout: float | tuple[float, ...] = 0.0
+    layer_norm: bool = False
+    state_clip: float | None = None
+    hidden_sizes: tuple[int, ...] = ()  # of the layers, where hidden_size is a list
+
+    def variant(self, training: bool, states: int = 1) -> Variant | None:
+        """How the steps of a call differ from torch.nn's beside ``reset_after``; None: in nothing."""
+        chances = self.zoneout if isinstance(self.zoneout, tuple) else (self.zoneout,) * states
+        variant = Variant(
+            self.recurrent_dropout if training and self.recurrent_dropout else None,
+            tuple(chance if chance else None for chance in chances),
+            not training,
+            self.state_clip if (training if is_recorded() else torch.is_grad_enabled()) else None,
+            self.layer_norm,
+        )
+        return variant if variant.differs() else None
+
+    def is_usual(self, training: bool) -> bool:
+        """Whether a step is torch.nn's."""
+        return self is _USUAL_OPTIONS or (self.reset_after and not self.hidden_sizes and self.variant(training) is None)
+
+
+_USUAL_OPTIONS = Options()
 
 
 class _Module(nn.Module):
@@ -48,12 +75,12 @@ class _Module(nn.Module):
 
     _has_cell_state = False
     recompute = False
-    _rnnfast_options = Options()
+    _rnnfast_options = _USUAL_OPTIONS
     # Of torch.nn: the class of the same name, whose forward is the quicker one for a single step under autograd, in
     # float32 on a CPU, from this many units on; bench/README.md has the figures.
     if TYPE_CHECKING:
         _theirs: Any
-        hidden_size: int
+        hidden_size: Any  # an int, or a list of such
     _quicker_by_torch_from = math.inf
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -71,8 +98,8 @@ class _Module(nn.Module):
             and type(input) is Tensor
             and input.dtype is torch.float32
             and input.is_cpu
+            and self._rnnfast_options.is_usual(self.training)
             and self.hidden_size >= self._quicker_by_torch_from
-            and self._rnnfast_options.reset_after
             and circumstances() is USUAL
             and not _is_any_autocast()
         )
@@ -91,16 +118,46 @@ class _Module(nn.Module):
             raise ValueError(f"forget_bias should be None or a finite number, got {own.forget_bias!r}")
         if own.forget_bias is not None and not self.bias:
             raise ValueError("forget_bias is the start of a bias: it needs bias=True")
-        if not (_is_number(own.weight_dropout) and 0 <= own.weight_dropout <= 1):
+        if not _is_chance(own.weight_dropout):
             raise ValueError(f"weight_dropout should be a number in the range [0, 1], got {own.weight_dropout!r}")
+        self._check_variant(own, 1 + self._has_cell_state)
         if own != Options():
             self._rnnfast_options = own
         self._begin()
 
+    def _check_variant(self, own: Options, states: int) -> None:
+        if not _is_chance(own.recurrent_dropout):
+            raise ValueError(f"recurrent_dropout should be a number in the range [0, 1], got {own.recurrent_dropout!r}")
+        zoneout: Any = own.zoneout
+        by_state = isinstance(zoneout, tuple) and len(zoneout) == states > 1
+        if not all(map(_is_chance, zoneout if by_state else [zoneout])):
+            more = f", or a tuple of {states}, one for each state" if states > 1 else ""
+            raise ValueError(f"zoneout should be a number in the range [0, 1]{more}, got {zoneout!r}")
+        if not isinstance(own.layer_norm, bool):
+            raise TypeError(f"layer_norm should be of type bool, got: {type(own.layer_norm).__name__}")
+        if own.state_clip is not None and not (_is_number(own.state_clip) and 0 < own.state_clip < math.inf):
+            raise ValueError(f"state_clip should be None or a finite number above 0, got {own.state_clip!r}")
+        with torch.enable_grad():
+            differs = own.variant(training=True) is not None
+        if differs and (getattr(self, "proj_size", False) or not own.reset_after):
+            has = "proj_size" if own.reset_after else "reset_after=False"
+            raise ValueError(f"recurrent_dropout, zoneout, layer_norm and state_clip cannot go with {has}")
+
     def reset_parameters(self) -> None:
         """As torch.nn's, and then what ``init`` and ``forget_bias`` ask for."""
-        super().reset_parameters()  # type: ignore[misc]  # of nn.RNNBase or nn.RNNCellBase
+        if isinstance(self.hidden_size, list):
+            for name, weight in self.named_parameters():
+                bound = 1 / math.sqrt(self._hidden_of(name))
+                nn.init.uniform_(weight, -bound, bound)
+        else:
+            super().reset_parameters()  # type: ignore[misc]  # of nn.RNNBase or nn.RNNCellBase
         self._begin()
+
+    def _hidden_of(self, name: str) -> int:
+        """Of the layer that has a parameter."""
+        if isinstance(self.hidden_size, list):
+            return int(self.hidden_size[_layer_of(name)])
+        return int(self.hidden_size)
 
     @torch.no_grad()
     def _begin(self) -> None:
@@ -109,15 +166,20 @@ class _Module(nn.Module):
             if own.init == "orthogonal" and name.startswith("weight_hh"):
                 if weight.is_complex():
                     raise ValueError(f"init='orthogonal' is for real dtypes, got {weight.dtype}")
-                for gate in weight.split(self.hidden_size):  # torch has no orthogonal matrices of half types
+                for gate in weight.split(self._hidden_of(name)):  # torch has no orthogonal matrices of half types
                     made = torch.empty_like(gate, dtype=torch.promote_types(gate.dtype, torch.float32))
                     gate.copy_(nn.init.orthogonal_(made))
-            if own.forget_bias is not None and name.startswith("bias"):
-                weight[self.hidden_size : 2 * self.hidden_size] = own.forget_bias if "_ih" in name else 0
+            if name.startswith("gain"):
+                weight.fill_(1)
+            elif name.startswith("bias_c"):
+                weight.zero_()
+            elif own.forget_bias is not None and name.startswith("bias"):
+                hidden = self._hidden_of(name)
+                weight[hidden : 2 * hidden] = own.forget_bias if "_ih" in name else 0
 
     def extra_repr(self) -> str:
         recompute = ["recompute=True"] if self.recompute is True else []  # and not what a subclass has of that name
-        return ", ".join([super().extra_repr(), *recompute, *options(self, Options._fields)])
+        return ", ".join([super().extra_repr(), *recompute, *options(self, Options._fields[:-1])])
 
     def _to_states(self, hx: Any) -> Sequence[Tensor]:
         """(h,) or (h, c) of what a caller gives."""
@@ -137,9 +199,18 @@ class _Module(nn.Module):
         return states if self._has_cell_state else states[0]
 
 
+def _layer_of(name: str) -> int:
+    """The layer that a parameter, or a suffix of such, belongs to."""
+    return int(name.rpartition("_l")[2].partition("_")[0])
+
+
 def _is_number(value: Any) -> bool:
     """As torch.nn has it of ``dropout``."""
     return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _is_chance(value: Any) -> bool:
+    return _is_number(value) and 0 <= value <= 1
 
 
 def _proxy_among(values: Sequence[Any]) -> fx.Proxy | None:
@@ -164,7 +235,9 @@ def _scriptable(module: nn.Module) -> nn.Module:
     return twin
 
 
-OF_NUMBERS = ("reset_after", "weight_dropout")  # the options that make other numbers
+OF_NUMBERS = tuple(
+    name for name in Options._fields if name not in ("init", "forget_bias")
+)  # the options that make other numbers
 
 
 def options(module: nn.Module, names: Sequence[str] = OF_NUMBERS) -> list[str]:
@@ -183,9 +256,53 @@ class _Recurrent(_Module, nn.RNNBase, Generic[Hx, Hidden]):
         _name: str
         _flat_weights: list[Any]  # Tensors, and None where one was deleted
 
-    def __init__(self, mode: str, *args: Any, **options: Any) -> None:
-        nn.RNNBase.__init__(self, mode, *args)  # what convert makes has torch.nn.LSTM between, with another signature
+    def __init__(
+        self, mode: str, input_size: int, hidden_size: Any, num_layers: int, *args: Any, **options: Any
+    ) -> None:
+        sizes = self._sizes(hidden_size, num_layers, args) if isinstance(hidden_size, (list, tuple)) else []
+        if sizes:
+            hidden_size, num_layers = sizes[0], len(sizes)
+        # What convert makes has torch.nn.LSTM between, with another signature.
+        nn.RNNBase.__init__(self, mode, input_size, hidden_size, num_layers, *args)
+        if sizes:
+            self._resize(sizes)
+            options["hidden_sizes"] = tuple(sizes)
+        if options.get("layer_norm") is True:
+            like = self._flat_weights[0]
+            for suffix in self._suffixes():
+                for name, size in variants.norm_sizes(mode, self._hidden_of(suffix), self.bias).items():
+                    self.register_parameter(name + suffix, nn.Parameter(like.new_empty(size)))
         self._set_options(**options)
+
+    @staticmethod
+    def _sizes(sizes: Sequence[Any], num_layers: int, others: Sequence[Any]) -> list[int]:
+        """Of layers, checked in torch's words."""
+        for size in sizes:
+            if not isinstance(size, int) or isinstance(size, bool):
+                raise TypeError(f"hidden_size should be of type int, got: {type(size).__name__}")
+            if size <= 0:
+                raise ValueError("hidden_size must be greater than zero")
+        if not sizes or num_layers not in (1, len(sizes)):
+            raise ValueError(f"hidden_size has to have a size for each layer, got {sizes} and num_layers={num_layers}")
+        *_, proj_size, _, _ = others
+        if proj_size:
+            raise ValueError("proj_size cannot go with a hidden_size for each layer")
+        return list(sizes)
+
+    def _resize(self, sizes: list[int]) -> None:
+        """Give each layer its own size."""
+        self.hidden_size = sizes
+        below = [self.input_size, *(size * (1 + self.bidirectional) for size in sizes)]
+        for name, weight in list(self.named_parameters()):
+            k = _layer_of(name)
+            columns = [below[k] if "_ih" in name else sizes[k]][: weight.dim() - 1]
+            setattr(self, name, nn.Parameter(weight.new_empty(GATES[self.mode] * sizes[k], *columns)))
+        self.reset_parameters()
+
+    def _suffixes(self) -> list[str]:
+        """How the names of parameters end, layer by layer and direction by direction."""
+        directions = ("", "_reverse")[: 1 + self.bidirectional]
+        return [f"_l{k}{direction}" for k in range(self.num_layers) for direction in directions]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -319,7 +436,8 @@ class _Recurrent(_Module, nn.RNNBase, Generic[Hx, Hidden]):
 
     def _plain(self, input: Any, hx: Any, weights: Sequence[Tensor]) -> tuple[Any, ...] | None:
         """What a single call of the CPU library makes of it, if that serves; else None."""
-        states = self._plain_states(hx) if self._rnnfast_options.reset_after and self._checks_as_ours else None
+        usual = self._checks_as_ours and self._rnnfast_options.is_usual(self.training)
+        states = self._plain_states(hx) if usual else None
         if states is None or (self.dropout and self.training) or not functional.is_plain(input, states, weights):
             return None
         form = self.num_layers, self.bidirectional, self.batch_first
@@ -382,12 +500,9 @@ class _Recurrent(_Module, nn.RNNBase, Generic[Hx, Hidden]):
         resets: Tensor | None = None,
     ) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
         """Of time-major input the output, the final states, and, if they are asked for, those of every step."""
-        output, h_n, c_n, all_states = functional.rnn(
+        run = functools.partial(
+            functional.rnn,
             self.mode,
-            input,
-            states,
-            weights,
-            num_layers=self.num_layers,
             bidirectional=self.bidirectional,
             dropout=self.dropout,
             training=self.training,
@@ -398,8 +513,41 @@ class _Recurrent(_Module, nn.RNNBase, Generic[Hx, Hidden]):
             recompute=self.recompute,
             reset_after=self._rnnfast_options.reset_after,
         )
+        of_layers = self._of_layers()
+        if isinstance(self.hidden_size, list):
+            return self._layer_by_layer(run, input, states, weights, of_layers)
+        output, h_n, c_n, all_states = run(input, states, weights, num_layers=self.num_layers, of_layers=of_layers)
         final = (h_n, c_n) if self._has_cell_state else (h_n,)
         return output, final, self._to_states(all_states) if return_states else ()
+
+    def _layer_by_layer(
+        self, run: Any, y: Tensor, states: Sequence[Tensor] | None, weights: Sequence[Tensor], of_layers: Any
+    ) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
+        """As ``_rnn``, where each layer has its size: their states lie side by side."""
+        sizes, finals, every = self.hidden_size, [], []
+        each = len(weights) // len(sizes)
+        for k in range(len(sizes)):
+            if k and self.dropout and self.training:
+                y = F.dropout(y, self.dropout)
+            given = states and [state.split(sizes, 2)[k] for state in states]
+            own = weights[k * each : (k + 1) * each]
+            y, h_n, c_n, of_steps = run(y, given, own, of_layers=of_layers and of_layers[k : k + 1])
+            finals.append((h_n, c_n)[: 1 + self._has_cell_state])
+            every.append(() if of_steps is None else self._to_states(of_steps))
+        return y, tuple(torch.cat(of, 2) for of in zip(*finals)), tuple(torch.cat(of, -1) for of in zip(*every))
+
+    def _of_layers(self) -> list[Any] | None:
+        """What runs the layers, where their steps are not torch.nn's."""
+        variant = self._rnnfast_options.variant(self.training, 1 + self._has_cell_state)
+        if variant is None:
+            return None
+        names = variants.norm_sizes(self.mode, 0, self.bias) if variant.layer_norm else ()
+        norms = [{name: getattr(self, name + suffix) for name in names} for suffix in self._suffixes()]
+        count = 1 + self.bidirectional
+        return [
+            functools.partial(variants.layer, variant, norms[at : at + count], self.recompute)
+            for at in range(0, len(norms), count)
+        ]
 
     def _weights(self) -> list[Tensor]:
         """What torch.nn computes from: ``_flat_weights``, but for attributes that were replaced after it was made."""
@@ -419,6 +567,14 @@ class _Recurrent(_Module, nn.RNNBase, Generic[Hx, Hidden]):
             if weight is None:
                 raise TypeError(f"{name} must be a Tensor, not None")
         return weights
+
+    def get_expected_hidden_size(self, input: Tensor, batch_sizes: Tensor | None) -> tuple[int, int, int]:
+        """torch's; where each layer has its size, their states lie side by side."""
+        return self._side_by_side(super().get_expected_hidden_size(input, batch_sizes))
+
+    def _side_by_side(self, expected: tuple[int, int, Any]) -> tuple[int, int, int]:
+        _, batch, size = expected
+        return (1 + self.bidirectional, batch, sum(size)) if isinstance(size, list) else expected
 
     def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
         """torch's check. It reads the dtype of ``_flat_weights``, behind which functional_call swaps the weights."""
@@ -467,8 +623,16 @@ class RNN(_Recurrent[Tensor, Tensor]):
             others are divided by 1 - weight_dropout (Merity et al., "Regularizing and Optimizing LSTM Language Models",
             2018).
 
+        recurrent_dropout, zoneout, state_clip: as of :class:`rnnfast.LSTM`, of h alone.
+        layer_norm: as of :class:`rnnfast.LSTM`, ``h_t = tanh(LN(W_ih x; gain_ih, bias_ih) + LN(W_hh h; gain_hh,
+            bias_hh))``, or relu of that.
+
+
+    A list as ``hidden_size``, and what serves these options: as of :class:`rnnfast.LSTM`.
+
     Raises:
-        ValueError: init or weight_dropout is none of these.
+        ValueError: an option is none of these.
+        TypeError: layer_norm is no bool.
     """
 
     _name, _tensor = "RNN", " tensor"
@@ -477,7 +641,7 @@ class RNN(_Recurrent[Tensor, Tensor]):
     def __init__(
         self,
         input_size: int,
-        hidden_size: int,
+        hidden_size: int | Sequence[int],
         num_layers: int = 1,
         nonlinearity: str = "tanh",
         bias: bool = True,
@@ -490,6 +654,10 @@ class RNN(_Recurrent[Tensor, Tensor]):
         recompute: bool = False,
         init: str | None = None,
         weight_dropout: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        zoneout: float = 0.0,
+        layer_norm: bool = False,
+        state_clip: float | None = None,
         proj_size: None = None,
     ) -> None:
         _refuse_projection(proj_size)
@@ -497,7 +665,9 @@ class RNN(_Recurrent[Tensor, Tensor]):
             raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
         self.nonlinearity = nonlinearity
         sizes = input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, 0
-        own = {"recompute": recompute, "init": init, "weight_dropout": weight_dropout}
+        own: dict[str, Any] = {"recompute": recompute, "init": init, "weight_dropout": weight_dropout}
+        own |= {"recurrent_dropout": recurrent_dropout, "zoneout": zoneout}
+        own |= {"layer_norm": layer_norm, "state_clip": state_clip}
         super().__init__(f"RNN_{nonlinearity.upper()}", *sizes, device, dtype, **own)
 
 
@@ -517,8 +687,34 @@ class LSTM(_Recurrent[Sequence[Tensor], tuple[Tensor, Tensor]]):
             others are divided by 1 - weight_dropout (Merity et al., "Regularizing and Optimizing LSTM Language Models",
             2018).
 
+        recurrent_dropout: in training the chance p of each number of h to be 0 where W_hh multiplies it, by one mask m
+            for all steps of a row, drawn for each layer and direction: ``W_hh (m * h_{t-1} / (1 - p))`` (Gal and
+            Ghahramani, "A Theoretically Grounded Application of Dropout in Recurrent Neural Networks", 2016).
+        zoneout: the chance of each number of h and of c to stay in a step what it was, or a pair, for h and for c. In
+            training ``h_t = d * h_{t-1} + (1 - d) * o * tanh(f * c_{t-1} + i * g)``, with a mask d for each step, in
+            eval mode the same with the chance for d; and so c_t, with a mask of its own (Krueger et al., "Zoneout:
+            Regularizing RNNs by Randomly Preserving Hidden Activations", 2017).
+        layer_norm: normalise the products and the cell state (Ba et al., "Layer Normalization", 2016, equations 20
+            to 22). With ``LN(z; a, b) = a * (z - mean z) / sqrt(var z + 1e-5) + b``, over all four gates together, the
+            gates are ``LN(W_ih x; gain_ih, bias_ih) + LN(W_hh h; gain_hh, bias_hh)``, and
+            ``h_t = o * tanh(LN(c_t; gain_c, bias_c))``. The gains begin with 1, bias_c with 0; the paper's bias b
+            is in bias_ih and bias_hh. That is plain torch, step by step, on every device.
+        state_clip: the bound of the gradients of h_t and c_t as they leave a step, h_t's with the output's and that
+            from the next step: in the backward they are clamped to [-state_clip, state_clip] before they go into the
+            step (as Graves does with the gates', "Generating Sequences With Recurrent Neural Networks", 2013). What a
+            layer computes stays the same.
+
+    With a list ``hidden_size`` has a size for each layer, and h_0, h_n, c_0 and c_n are ``[D, N, sum(hidden_size)]``,
+    layer beside layer; so are the states of every step, ``[1, T, N, D * sum(hidden_size)]``.
+
+    Where a step is another one than torch.nn's (``recurrent_dropout`` in training, ``zoneout``, ``state_clip`` where a
+    gradient is asked for), the layers run on a CPU by the native library's evaluator, as :class:`rnnfast.FlexRNN` does,
+    and as plain torch elsewhere. Random numbers are of torch's generators. Dtypes are real.
+
     Raises:
-        ValueError: init, forget_bias or weight_dropout is none of these; there is a forget_bias and no bias.
+        ValueError: an option is none of these; there is a forget_bias and no bias; proj_size comes with one of
+            recurrent_dropout, zoneout, layer_norm and state_clip, or with a list of sizes.
+        TypeError: layer_norm is no bool.
     """
 
     _name, _has_cell_state = "LSTM", True
@@ -527,7 +723,7 @@ class LSTM(_Recurrent[Sequence[Tensor], tuple[Tensor, Tensor]]):
     def __init__(
         self,
         input_size: int,
-        hidden_size: int,
+        hidden_size: int | Sequence[int],
         num_layers: int = 1,
         bias: bool = True,
         batch_first: bool = False,
@@ -541,13 +737,26 @@ class LSTM(_Recurrent[Sequence[Tensor], tuple[Tensor, Tensor]]):
         init: str | None = None,
         forget_bias: float | None = None,
         weight_dropout: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        zoneout: float | tuple[float, float] = 0.0,
+        layer_norm: bool = False,
+        state_clip: float | None = None,
     ) -> None:
         sizes = input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size
-        own = {"recompute": recompute, "init": init, "forget_bias": forget_bias, "weight_dropout": weight_dropout}
+        own: dict[str, Any] = {
+            "recompute": recompute,
+            "init": init,
+            "forget_bias": forget_bias,
+            "weight_dropout": weight_dropout,
+        }
+        own |= {"recurrent_dropout": recurrent_dropout, "zoneout": zoneout}
+        own |= {"layer_norm": layer_norm, "state_clip": state_clip}
         super().__init__("LSTM", *sizes, device, dtype, **own)
 
     # torch.nn.LSTM's module interface, itself no base of ours: its methods serve as they are.
-    get_expected_cell_size = nn.LSTM.get_expected_cell_size
+    def get_expected_cell_size(self, input: Tensor, batch_sizes: Tensor | None) -> tuple[int, int, int]:
+        return self._side_by_side(nn.LSTM.get_expected_cell_size(self, input, batch_sizes))  # type: ignore[arg-type]
+
     check_forward_args = nn.LSTM.check_forward_args  # type: ignore[assignment]  # of two states, as torch overrides it
     permute_hidden = nn.LSTM.permute_hidden  # type: ignore[assignment]
 
@@ -586,9 +795,17 @@ class GRU(_Recurrent[Tensor, Tensor]):
             others are divided by 1 - weight_dropout (Merity et al., "Regularizing and Optimizing LSTM Language Models",
             2018).
 
+        recurrent_dropout, zoneout, state_clip: as of :class:`rnnfast.LSTM`, of h alone.
+        layer_norm: as of :class:`rnnfast.LSTM`, but of r and z together, and of the candidate by itself, as the paper's
+            supplement has it of GRUs: ``n = tanh(LN(W_in x; ...) + r * LN(W_hn h; ...))``.
+
+
+    A list as ``hidden_size``, and what serves these options: as of :class:`rnnfast.LSTM`.
+
     Raises:
-        ValueError: init or weight_dropout is none of these; reset_after is false and recompute true.
-        TypeError: reset_after is no bool.
+        ValueError: an option is none of these; reset_after is false, and recompute true or one of recurrent_dropout,
+            zoneout, layer_norm and state_clip given.
+        TypeError: reset_after or layer_norm is no bool.
     """
 
     _name = "GRU"
@@ -597,7 +814,7 @@ class GRU(_Recurrent[Tensor, Tensor]):
     def __init__(
         self,
         input_size: int,
-        hidden_size: int,
+        hidden_size: int | Sequence[int],
         num_layers: int = 1,
         bias: bool = True,
         batch_first: bool = False,
@@ -610,12 +827,23 @@ class GRU(_Recurrent[Tensor, Tensor]):
         reset_after: bool = True,
         init: str | None = None,
         weight_dropout: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        zoneout: float = 0.0,
+        layer_norm: bool = False,
+        state_clip: float | None = None,
         proj_size: None = None,
     ) -> None:
         _refuse_projection(proj_size)
         functional.check_reset_after("GRU", reset_after, recompute)
         sizes = input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, 0
-        own = {"recompute": recompute, "reset_after": reset_after, "init": init, "weight_dropout": weight_dropout}
+        own: dict[str, Any] = {
+            "recompute": recompute,
+            "reset_after": reset_after,
+            "init": init,
+            "weight_dropout": weight_dropout,
+        }
+        own |= {"recurrent_dropout": recurrent_dropout, "zoneout": zoneout}
+        own |= {"layer_norm": layer_norm, "state_clip": state_clip}
         super().__init__("GRU", *sizes, device, dtype, **own)
 
 
@@ -672,7 +900,7 @@ class _Cell(_Module, nn.RNNCellBase, Generic[Hx, Hidden]):
 
     def _plain(self, input: Any, hx: Any, weights: Sequence[Tensor]) -> Any:
         """What a single call of the CPU library makes of it, if that serves; else None."""
-        states = self._plain_states(hx) if self._rnnfast_options.reset_after else None
+        states = self._plain_states(hx) if self._rnnfast_options.is_usual(self.training) else None
         if states is None or not functional.is_plain(input, states, weights):
             return None
         found = functional.plain_cell(self._mode, input, states, weights)

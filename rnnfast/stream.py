@@ -44,7 +44,7 @@ class Stream:
     Raises:
         TypeError: the module has no recurrent layer or cell, or one of them is a FlexRNN, or has a forward or hooks of
             its own.
-        ValueError: a layer has two directions; batch is less than 1.
+        ValueError: a layer has two directions, or a hidden_size for each of its layers; batch is less than 1.
     """
 
     def __init__(self, module: nn.Module, batch: int = 1) -> None:
@@ -154,6 +154,8 @@ class _Step:
     def __init__(self, module: Any, batch: int) -> None:
         if getattr(module, "bidirectional", False):
             raise ValueError("rnnfast.Stream: a layer of two directions needs its whole input")
+        if isinstance(module.hidden_size, list):
+            raise ValueError("rnnfast.Stream: layers have one hidden_size, this has one for each")
         self.module, self.is_cell = module, isinstance(module, _Cell)
         weight = module._weights()[0]
         self.dtype, self.device, self.shape = weight.dtype, weight.device, torch.Size((batch, weight.size(1)))
@@ -188,7 +190,9 @@ class _Step:
         self._delete()
         self._run: Any = None
         module = self.module
-        is_served = self.device.type == "cpu" and self.dtype in DTYPES and module._rnnfast_options.reset_after
+        is_served = (
+            self.device.type == "cpu" and self.dtype in DTYPES and module._rnnfast_options.is_usual(training=False)
+        )
         if not is_served or not BACKENDS["cpu"].probe(self.device).available:
             return
         # The library reads weights where they lie: no others than these, which nobody else can move or free.

@@ -52,6 +52,7 @@ CELL = "test_cells.py"
 FLEX = "test_flex.py"
 FLEX_TRITON = "test_flex_triton.py"
 PLAIN = "test_plain.py"
+VARIANTS = "test_variants.py"
 UNITS = "test_peephole.py -k {}"
 # What is caught means little if these fail without a mistake.
 SMOKE = "test_recurrence.py test_triton.py -k 'opcheck or plan'"
@@ -285,7 +286,10 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
     ],
     "rnnfast/evaluator.py": [
         ("initial values of zero", FLEX, "sequence.cut(t, state, value)", "sequence.cut(t, state)"),
-        ("gates where they are read", FLEX, "zip(cell.gates_of_a, _recurrent", "zip(cell.gates_of_x, _recurrent"),
+        ("gates where they are read", FLEX, "zip(cell.gates_of_a, of_product", "zip(cell.gates_of_x, of_product"),
+        ("a projection of heads", FLEX, "w_hh = w_hh.unsqueeze(0)", "w_hh = w_hh.T.unsqueeze(0)"),
+        ("clipped on one side", VARIANTS, "minimum(maximum(d, -bound), bound)", "minimum(d, bound)"),
+        ("a clip that is not derived", VARIANTS, "return grad.clamp(-bound, bound), None", "return grad, None"),
         ("biases by head", FLEX, "view(heads, -1, width).transpose(0, 1).flatten()", "flatten()"),
         (
             "a result that is written over",
@@ -311,9 +315,8 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         ("states that are inputs", FLEX, "k < made ? inputs : 0", "0"),
     ],
     "rnnfast/flex.py": [
-        ("a projection of heads", FLEX, "w_hh = w_hh.unsqueeze(0)", "w_hh = w_hh.T.unsqueeze(0)"),
         ("packed rows in order", FLEX, "state.index_select(1, back)", "state.index_select(1, order)"),
-        ("no more to recompute", FLEX, "self.recompute and torch.is_grad_enabled()", "False"),
+        ("no more to recompute", FLEX, "run = recomputed(run) if self.recompute else run", "run = run"),
         ("dropout before the first", FLEX, "self.training and k > 0", "self.training"),
     ],
     "rnnfast/triton/flex.py": [
@@ -395,7 +398,38 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
             "t.dtype != dtype",
         ),
     ],
+    "rnnfast/variants.py": [
+        ("masks that are not scaled", VARIANTS, "1 / (1 - p) if p < 1 else 0.0", "1.0"),
+        (
+            "another mask for the first step",
+            VARIANTS,
+            "torch.where(of_rows < p, 0, scale",
+            "torch.where(of_rows > p, 0, scale",
+        ),
+        ("a state that changes where it stays", VARIANTS, "< p, old, after[k])", "< p, after[k], old)"),
+        (
+            "another mask at each step",
+            VARIANTS,
+            "random.append(of_rows.expand_as(like))",
+            "random.append(torch.rand_like(like))",
+        ),
+        ("a GRU normalised in one", VARIANTS, 'if mode == "GRU" else', "if False else"),
+        ("c that is not normalised", VARIANTS, "w.gain * normalize(c)", "w.gain * c"),
+        (
+            "the mask of another direction",
+            VARIANTS,
+            "(False, True)[: len(directions)]",
+            "(True, False)[: len(directions)]",
+        ),
+    ],
     "rnnfast/modules.py": [
+        (
+            "recurrent dropout in eval",
+            VARIANTS,
+            "if training and self.recurrent_dropout else None",
+            "if self.recurrent_dropout else None",
+        ),
+        ("states of the first layer", VARIANTS, "state.split(sizes, 2)[k]", "state.split(sizes, 2)[0]"),
         (
             "h_n of a packed sequence sorted twice",
             "test_modules.py -k packed",

@@ -99,6 +99,20 @@ def test_derivatives(tmp_path):
     assert bool(samples["ratio_opacus"]) == bool(samples["ratio_prepared"]) == has_opacus
 
 
+def test_options(tmp_path):
+    sizes = ("--layers", "LSTM", "RNN", "--steps", "3", "--batches", "2", "--hidden", "8", "--rounds", "1")
+    _run("options.py", *sizes, "--out", tmp_path / "options.csv")
+    with (tmp_path / "options.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    options = ("recurrent_dropout", "zoneout", "layer_norm", "resets")
+    assert [(row["layer"], row["option"], row["mode"]) for row in rows] == [
+        (layer, option, mode) for layer in ("LSTM", "RNN") for option in options for mode in ("infer", "train")
+    ]
+    for row in rows:
+        assert float(row["ratio_plain"]) == pytest.approx(float(row["ours_ms"]) / float(row["plain_ms"]), rel=2e-3)
+        assert bool(row["ratio_loop"]) == (row["option"] == "resets")
+
+
 @pytest.mark.gpu
 def test_columns_of_a_gpu(tmp_path):
     table = tmp_path / "table.csv"
