@@ -36,7 +36,7 @@ def test_the_largest_cell_compiles_without_spills(target: str) -> None:
     """The command fails if it spills; bench/results/flex-resources.txt has all cells, which take minutes."""
     lines = compiled("bench/flex_resources.py", "--target", target, "-k", "slstm fused").splitlines()
     found = [line.split()[1] for line in lines if line.startswith(target)]
-    dtypes = 1 if target.startswith("gfx") else 3  # there is neither TF32 nor fused float64
+    dtypes = 1 if target.startswith("gfx") else 2  # there is no TF32, and nowhere fused float64
     assert sorted(found) == ["backward"] * dtypes + ["forward"] * dtypes
 
 
@@ -62,7 +62,7 @@ def of_program(function: Callable[..., Any], x: torch.Tensor, **options: Any) ->
 @interpreted
 @pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # NumPy's, of infinities
 @pytest.mark.parametrize("dtype", [torch.float32, DOUBLE], ids=str)
-@pytest.mark.parametrize("name", sorted(PRIMITIVES.keys() - {"where_positive"}))
+@pytest.mark.parametrize("name", sorted(PRIMITIVES.keys() - {"where_positive", "normalize"}))
 def test_operations(name: str, dtype: torch.dtype) -> None:
     """Each to 8 units in the last place, as torch's, of all pairs of values; but a tanh of float64 to those of 1."""
     values = torch.tensor(SPECIAL, dtype=dtype)

@@ -23,7 +23,7 @@ DOUBLE = torch.float64
 T, N, I, H = 5, 3, 4, 6
 LENGTHS = torch.tensor([3, 0, 5])
 RESETS = torch.tensor([[1, 0, 0], [0, 0, 0], [1, 0, 1], [0, 1, 1], [0, 0, 0]], dtype=torch.bool)
-KERNELS = [name for name in BACKENDS if name in ("reference", "cpu-portable", "cpu-avx2", "cpu-avx512")]
+KERNELS = [n for n in BACKENDS if n in ("reference", "cpu-portable", "cpu-avx2", "cpu-avx512", "triton")]
 on_each = pytest.mark.parametrize("kernels", KERNELS)
 layers = pytest.mark.parametrize("name", LAYERS)
 OPTIONS = {

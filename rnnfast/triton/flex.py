@@ -81,8 +81,9 @@ def choose(gates: int, hidden: int, width: int, dtype: torch.dtype, tf32: bool, 
     units = max(16, 1 << (width - 1).bit_length())  # as the tensor cores want them
     size = gates * units * units * dtype.itemsize * (2 if precision == "tf32x3" else 1)
     room = min(chip.room, 32 * 1024) if chip.is_amd else chip.room  # beside 48 KB cells spill there
-    # What plan.py says of float64, and of RDNA's cells with weights of the units' own, holds for all cells here.
-    fits = size <= room and not chip.is_rdna and not (dtype == torch.float64 and (units > 32 or chip.is_amd))
+    # What plan.py says of RDNA's cells with weights of the units' own holds for all cells here; and products of float64
+    # tiles, which are slow anyway, Triton 3.6 does not compile in the backward.
+    fits = size <= room and not chip.is_rdna and dtype != torch.float64
     options: dict[str, Any] = {"enable_fp_fusion": True}
     if gates and fits:  # as plan.py has it
         options["num_warps"] = 8 if units * dtype.itemsize > 128 else 4
