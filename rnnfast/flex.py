@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.types import Device
 
-from . import functional, variants
+from . import functional, jagged, variants
 from .backends import choose_backend, circumstances
 from .cells import Cell, check_numbers
 from .evaluator import RUN, Plan, choose, layer, no_autocast, recomputed, valid_steps, without_matrix
@@ -178,29 +178,36 @@ class FlexRNN(_Module):
         lengths: Tensor | None = None,
         resets: Tensor | None = None,
         return_states: bool = False,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
     ) -> tuple[Any, ...]:
         """Run the layers over a sequence.
 
         Args:
-            input: ``[T, N, I]``, ``[N, T, I]`` if batch_first, ``[T, I]`` unbatched, or a PackedSequence.
+            input: ``[T, N, I]``, ``[N, T, I]`` if batch_first, ``[T, I]`` unbatched, a PackedSequence, a nested tensor
+                of the layout torch.jagged, ``[N, lengths, I]``; with cu_seqlens ``[R, I]``.
             states: of each of the cell's states what it is at first, ``[L*D, N, H]`` (``[L*D, H]`` unbatched); if
                 None, the cell's initial values.
             lengths, resets: as for :meth:`rnnfast.LSTM.forward`; a reset gives a state its initial value.
             return_states: also return the states of every layer and step.
+            cu_seqlens, max_seqlen: as for :meth:`rnnfast.LSTM.forward`.
 
         Returns:
             (output, states): ``[T, N, D*H]`` in the layout of the input, and a tuple of the cell's states after the
             last step, ``[L*D, N, H]``. With return_states a third item: a tuple of each of them, ``[L, T, N, D*H]``
-            (``[L, N, T, D*H]`` if batch_first, ``[L, T, D*H]`` unbatched, ``[L, R, D*H]`` packed).
+            (``[L, N, T, D*H]`` if batch_first, ``[L, T, D*H]`` unbatched, ``[L, R, D*H]`` packed,
+            nested or with cu_seqlens).
 
         Raises:
-            ValueError: input or states have a wrong number of dimensions or shape; lengths or resets do not fit, or
-                come with a PackedSequence.
-            TypeError: lengths, resets or a state is no Tensor.
+            ValueError: input or states have a wrong number of dimensions or shape; lengths, resets or cu_seqlens do not
+                fit, or come with an input of another form.
+            TypeError: lengths, resets, cu_seqlens or a state is no Tensor, or max_seqlen no int.
             RuntimeError: dtypes or devices differ; T is 0 and no lengths are given; use_backend asks for a backend that
                 cannot serve the cell.
         """
         _check_are_tensors(lengths=lengths, resets=resets)
+        if cu_seqlens is not None or max_seqlen is not None or (isinstance(input, Tensor) and input.is_nested):
+            return jagged.run(self, input, states, lengths, resets, return_states, cu_seqlens, max_seqlen)
         if isinstance(input, PackedSequence):
             if lengths is not None or resets is not None:
                 name = "resets" if lengths is None else "lengths"

@@ -708,8 +708,8 @@ class LSTM(_Recurrent[Sequence[Tensor], tuple[Tensor, Tensor]]):
     layer beside layer; so are the states of every step, ``[1, T, N, D * sum(hidden_size)]``.
 
     Where a step is another one than torch.nn's (``recurrent_dropout`` in training, ``zoneout``, ``state_clip`` where a
-    gradient is asked for), the layers run on a CPU by the native library's evaluator, as :class:`rnnfast.FlexRNN` does,
-    and as plain torch elsewhere. Random numbers are of torch's generators. Dtypes are real.
+    gradient is asked for), the layers run as those of :class:`rnnfast.FlexRNN` do: on a CPU by the native library's
+    evaluator, on a GPU by Triton's kernels. Random numbers are of torch's generators. Dtypes are real.
 
     Raises:
         ValueError: an option is none of these; there is a forget_bias and no bias; proj_size comes with one of

@@ -71,6 +71,19 @@ def test_as_each_sequence_alone(backend: str, name: str, options: str, form: str
     torch.testing.assert_close(*grads)
 
 
+@pytest.mark.parametrize("cell", [rnnfast.cells.slstm, rnnfast.cells.gru], ids=str)
+def test_layers_of_any_cell(cell: Any) -> None:
+    module = rnnfast.FlexRNN(cell, I, H, num_layers=2, bidirectional=True, dtype=DOUBLE)
+    x, resets = rows(), torch.rand(9) < 0.3
+    hx = tuple(torch.rand(4, len(SIZES), H, dtype=DOUBLE) for _ in cell.states)
+    joined, finals = one_by_one(module, x, hx, resets)
+    for form in ({"cu_seqlens": BOUNDS}, {"cu_seqlens": BOUNDS, "max_seqlen": 6}, {}):
+        nested = torch.nested.nested_tensor_from_jagged(x, BOUNDS)
+        y, final, every = module(x if form else nested, hx, resets=resets, return_states=True, **form)
+        torch.testing.assert_close([y if form else y.values(), *every], joined)
+        torch.testing.assert_close(list(final), finals)
+
+
 def test_nested_leaves_get_gradients() -> None:
     module = make("LSTM")
     nested = torch.nested.nested_tensor([rows(4), rows(2)], layout=torch.jagged).detach().requires_grad_()
