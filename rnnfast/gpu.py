@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import border
+from . import border, reference
 from .backends import DTYPES, find_cuda
 from .cells import CELLS, GATES, GRADIENTS, HAS_CELL_STATE, RANGES_OF_A, SAVED_GATES, UNIT_WEIGHTS
 from .records import (
@@ -200,7 +200,8 @@ def backward(
     with _on(x.device):
         k, of = _sweep(backend, inputs, grads, saved)
         dx = _input_gradient(k, of.dgates) if need_dx else x.new_empty(0)
-        return InputGradients(dx, *_state_gradients(x, of), _weight_gradients(k, of) if need_dw else [])
+        dweights = _weight_gradients(k, of, reference.without_padding(inputs).x) if need_dw else []
+        return InputGradients(dx, *_state_gradients(x, of), dweights)
 
 
 def gate_gradients(backend: type[Layer], inputs: Inputs, grads: OutputGradients, saved: Saved) -> GateGradients:
@@ -263,8 +264,8 @@ def _input_gradient(k: Layer, dgates: Tensor) -> Tensor:
     return dx.view(k.x.shape)
 
 
-def _weight_gradients(k: Layer, of: BackwardSteps) -> list[Tensor]:
-    x, H, R = k.x.reshape(k.form.R, k.x.shape[-1]), k.H, k.form.R
+def _weight_gradients(k: Layer, of: BackwardSteps, x: Tensor) -> list[Tensor]:
+    x, H, R = x.reshape(k.form.R, x.shape[-1]), k.H, k.form.R
     h_before = x.new_empty(k.D, R, k.P)
     if R:
         k.states_before(of.y, of.h0, h_before)

@@ -5,10 +5,12 @@ They run as padded sequences with ``lengths``, on the same kernels. Letters as i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .ops import LIBRARY
 
@@ -67,11 +69,23 @@ def _check(rows: Tensor, cu_seqlens: Any, resets: Tensor | None, max_seqlen: Any
         raise ValueError(f"resets must have shape {list(rows.shape[:1])}, one a row, got {list(resets.shape)}")
 
 
+def _without_holes(nested: Any) -> tuple[Tensor, Tensor]:
+    """The rows of its sequences, one after the other, and where these begin and end. Its own ``contiguous`` has no
+    derivative where there are holes."""
+    rows, offsets, lengths = nested.values(), nested.offsets(), nested.lengths()
+    if lengths is None:
+        return rows, offsets
+    bounds = F.pad(lengths.cumsum(0), (1, 0))
+    before = (offsets - bounds)[:-1].repeat_interleave(lengths)  # how many rows of the values are left out before each
+    return rows.index_select(0, before + torch.arange(len(before), device=rows.device)), bounds
+
+
 def run(
-    layer: Any, input: Any, hx: Any, lengths: Tensor | None, resets: Tensor | None, return_states: bool,
+    forward: Callable[..., Any], batch_first: bool, input: Any, hx: Any, lengths: Tensor | None,
+    resets: Tensor | None, return_states: bool,
     cu_seqlens: Tensor | None, max_seqlen: int | None,
 ) -> tuple[Any, ...]:  # fmt: skip
-    """The forward of a layer, of a nested input or of rows with cu_seqlens; results in the form of the input."""
+    """A layer's forward, of a nested input or of rows with cu_seqlens; results in the form of the input."""
     nested: Any = input if isinstance(input, Tensor) and input.is_nested else None
     if nested is not None and (lengths is not None or cu_seqlens is not None or max_seqlen is not None):
         raise ValueError("a nested input knows its lengths: give no lengths, cu_seqlens or max_seqlen")
@@ -80,25 +94,25 @@ def run(
     if nested is not None:
         if nested.layout is not torch.jagged or nested.dim() != 3 or nested._ragged_idx != 1:
             raise ValueError("a nested input must be of the layout torch.jagged, [N, lengths, features]")
-        nested = nested.contiguous()  # without holes between its sequences
-        input, cu_seqlens, max_seqlen = nested.values(), nested.offsets(), nested._maybe_max_seqlen
+        input, cu_seqlens = _without_holes(nested)
+        max_seqlen = nested._maybe_max_seqlen
     _check(input, cu_seqlens, resets, max_seqlen)
     assert cu_seqlens is not None  # as it was checked
     places = _places(cu_seqlens, len(input), max_seqlen)
     x, resets = places.pad(input), None if resets is None else places.pad(resets)
-    if layer.batch_first:
+    if batch_first:
         x, resets = x.transpose(0, 1), None if resets is None else resets.transpose(0, 1)
 
     def join(padded: Any, axis: int) -> Any:
         if isinstance(padded, tuple):
             return tuple(join(of, axis) for of in padded)
-        return places.join(padded.transpose(axis, axis + 1) if layer.batch_first else padded, axis)
+        return places.join(padded.transpose(axis, axis + 1) if batch_first else padded, axis)
 
-    y, hidden, *states = layer.forward(x, hx, lengths=places.lengths, resets=resets, return_states=return_states)
+    y, hidden, *states = forward(x, hx, lengths=places.lengths, resets=resets, return_states=return_states)
     output = join(y, 0)
     if nested is not None:
         bounds = {"min_seqlen": nested._maybe_min_seqlen, "max_seqlen": nested._maybe_max_seqlen}
-        output = torch.nested.nested_tensor_from_jagged(output, nested.offsets(), **bounds)
+        output = torch.nested.nested_tensor_from_jagged(output, cu_seqlens, **bounds)
     return (output, hidden, *join(tuple(states), 1))
 
 

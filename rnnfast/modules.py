@@ -399,7 +399,11 @@ class _Recurrent(_Module, nn.RNNBase, Generic[Hx, Hidden]):
         if lengths is not None or resets is not None:
             _check_are_tensors(lengths=lengths, resets=resets)
         if cu_seqlens is not None or max_seqlen is not None or (isinstance(input, Tensor) and input.is_nested):
-            return jagged.run(self, input, hx, lengths, resets, return_states, cu_seqlens, max_seqlen)
+            of_padded = functools.partial(
+                _Recurrent.forward, self
+            )  # and not what a subclass has, which has called this
+            more = lengths, resets, return_states, cu_seqlens, max_seqlen
+            return jagged.run(of_padded, self.batch_first, input, hx, *more)
         weights = self._weights()
         dropped = self._rnnfast_options.weight_dropout
         if dropped and self.training:

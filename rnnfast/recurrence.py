@@ -35,6 +35,18 @@ def _loop_over_batch(function: Any, info: Any, in_dims: tuple[Any, ...], args: t
     return outputs, (0,) * len(outputs)
 
 
+def _in_parts(function: Any, info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...], most: int) -> Any:
+    """The vmap of an autograd Function, at most so many samples at a time."""
+    found: list[Any] = []
+    dims: Any = ()
+    for first in range(0, info.batch_size, most):
+        count = min(most, info.batch_size - first)
+        part = [a if dim is None else a.narrow(dim, first, count) for a, dim in zip(args, in_dims)]
+        outputs, dims = function.vmap(info._replace(batch_size=count), in_dims, *part)
+        found.append(outputs)
+    return tuple(of[0] if dim is None else torch.cat(of, dim) for of, dim in zip(zip(*found), dims)), dims
+
+
 def _save(ctx: Any, values: Sequence[Any]) -> None:
     """Save for the backward; what is no tensor goes apart: tools that walk ``saved_tensors`` expect no None there."""
     ctx.others = [(i, value) for i, value in enumerate(values) if not isinstance(value, Tensor)]
@@ -96,7 +108,7 @@ class _Layer(torch.autograd.Function):
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
         backend, recompute, *values = args
         dims = Inputs.of_flat(in_dims[2:])
-        if not samples.share_weights(dims):
+        if not samples.share_weights(dims, info.batch_size):
             return _loop_over_batch(_Layer, info, in_dims, args)
         inputs, count = Inputs.of_flat(values), info.batch_size
         packed = inputs.batch_sizes is not None
@@ -215,8 +227,10 @@ class _LayerBackward(torch.autograd.Function):
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
         backend, need_dx, need_dw, count, *values = args
         of_values, of_dims = _of_backward(values), _of_backward(in_dims[4:])
-        if not samples.share_weights(of_dims[2]):
+        if not samples.share_weights(of_dims[2], info.batch_size):
             return _loop_over_batch(_LayerBackward, info, in_dims, args)
+        if (most := samples.at_once(of_values[1], of_dims[1])) < info.batch_size:
+            return _in_parts(_LayerBackward, info, in_dims, args, most)
         size, packed = info.batch_size, of_values[2].batch_sizes is not None
         grads, saved, inputs = (samples.fold(*pair, size, packed) for pair in zip(of_values, of_dims))
         all_samples = (count or 1) * size if need_dw else 0

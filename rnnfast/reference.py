@@ -145,7 +145,7 @@ def _directions(inputs: Inputs, reset_after: bool = True) -> Iterator[tuple[Weig
     mode, x, lengths = inputs.mode, inputs.x, inputs.lengths
     steps, batch = x.shape[:2]
     acc = torch.promote_types(x.dtype, torch.float32)
-    valid = None if lengths is None else (torch.arange(steps, device=x.device)[:, None] < lengths).unsqueeze(2)
+    valid = None if lengths is None else _valid(x, lengths)
     for d, w in enumerate(inputs.directions()):
         h = x.new_zeros(batch, w.w_hh.shape[1]) if inputs.h0 is None else inputs.h0[d]
         c = None
@@ -166,6 +166,7 @@ def layer(inputs: Inputs, reset_after: bool = True) -> tuple[Tensor, Tensor, Ten
         pad, pack, padded = _padded(inputs, inputs.batch_sizes)
         y, h_n, c_n, c = layer(padded, reset_after)
         return pack(y), h_n, c_n, pack(c) if HAS_CELL_STATE[mode] else c
+    inputs = without_padding(inputs)
     runs = [run for *_, run in _directions(inputs, reset_after)]
     y = torch.cat([_stack(run.y, run.h_n) for run in runs], 2)
     h_n = torch.stack([run.h_n for run in runs])
@@ -189,6 +190,7 @@ def layer_backward(inputs: Inputs, grads: OutputGradients) -> tuple[Tensor | Non
         return pack(dx), *others
     # torch's gradient of a complex function is that of the conjugate: the same formulas at conjugate values.
     inputs = Inputs.of_flat([t.conj() if isinstance(t, Tensor) and t.is_complex() else t for t in inputs.flat()])
+    inputs = without_padding(inputs)
     x, h0, c0, bidirectional = inputs.x, inputs.h0, inputs.c0, inputs.bidirectional
     dy, dh_n, dc_n, dc = grads
     dx, dh0, dc0, dweights = torch.zeros_like(x), [], [], []
@@ -236,6 +238,18 @@ def layer_backward(inputs: Inputs, grads: OutputGradients) -> tuple[Tensor | Non
         None if c0 is None else torch.stack(dc0).to(x.dtype),
         *dweights,
     )
+
+
+def without_padding(inputs: Inputs) -> Inputs:
+    """With zeros for x beyond each row's end: there may be anything, and NaN times a gradient of zero is NaN."""
+    x, lengths = inputs.x, inputs.lengths
+    if lengths is None:
+        return inputs
+    return inputs._replace(x=torch.where(_valid(x, lengths), x, torch.zeros_like(x)))
+
+
+def _valid(x: Tensor, lengths: Tensor) -> Tensor:
+    return (torch.arange(x.shape[0], device=x.device)[:, None] < lengths).unsqueeze(2)
 
 
 def _stack(steps: list[Tensor], like: Tensor) -> Tensor:

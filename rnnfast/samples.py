@@ -17,19 +17,26 @@ from .cells import CELLS, GATES, GRADIENTS, RANGES_OF_A, SAVED_GATES, UNIT_WEIGH
 from .ops import OPERATORS
 from .records import Inputs, OutputGradients, Saved, Weights
 
+_MOST_COPIED = 2**26  # bytes
 _OF_STEPS = ("x", "y", "c", "dx", "dy", "dc")  # [T, N, ...], or packed [R, ...]
 
 
-def share_weights(dims: Inputs) -> bool:
-    """Whether samples with these batch dimensions can be rows of one batch."""
+def share_weights(dims: Inputs, count: int) -> bool:
+    """Whether so many samples with these batch dimensions can be rows of one batch."""
+    if not count:
+        raise ValueError("rnnfast: vmap is over a dimension of size 0")
     return dims.batch_sizes is None and all(dim is None for dim in dims.weights)
+
+
+def at_once(saved: Saved, dims: Saved) -> int:
+    """How many samples a backward folds: what they share, as the rows of a Jacobian do, is there once for each."""
+    tensors = zip(saved, dims)
+    shared = sum(of.numel() * of.element_size() for of, dim in tensors if of is not None and dim is None)
+    return max(1, _MOST_COPIED // max(1, shared))
 
 
 def fold(record: Any, dims: Any, count: int, packed: bool) -> Any:
     """A record of so many samples, which are at the batch dimensions, or the same for all (None), as one of rows."""
-
-    if not count:
-        raise ValueError("rnnfast: vmap is over a dimension of size 0")
 
     def folded(name: str, value: Any, dim: Any) -> Any:
         if name == "batch_sizes" and value is not None:

@@ -101,6 +101,30 @@ def test_nested_with_holes() -> None:
         torch.testing.assert_close(of, module(expected)[0])
 
 
+def test_gradients_of_nested_with_holes() -> None:
+    """Those of the rows left out are zero."""
+    module, found = make("GRU"), []
+    padded = torch.randn(3, 6, I, dtype=DOUBLE, requires_grad=True)
+    begins, lengths = torch.tensor([0, 1, 2]), torch.tensor([3, 2, 4])
+    y, _ = module(torch.nested.narrow(padded, 1, begins, lengths, layout=torch.jagged))
+    own = [row[begin : begin + length] for row, begin, length in zip(padded, begins, lengths)]
+    for values in (y.values(), torch.cat([module(sequence)[0] for sequence in own])):
+        found.append((values.detach(), *torch.autograd.grad(values.square().sum(), padded)))
+    torch.testing.assert_close(*found)
+
+
+def test_a_forward_of_the_users_own_runs_once() -> None:
+    class Scaled(rnnfast.LSTM):
+        def forward(self, input: Any, hx: Any = None, **more: Any) -> Any:
+            return super().forward(2 * input, hx, **more)
+
+    module, usual, x = Scaled(I, H, dtype=DOUBLE), make("LSTM", "one"), rows()
+    usual.load_state_dict(module.state_dict())
+    expected, _ = usual(2 * x, cu_seqlens=BOUNDS)
+    torch.testing.assert_close(module(x, cu_seqlens=BOUNDS)[0], expected)
+    torch.testing.assert_close(module(torch.nested.nested_tensor_from_jagged(x, BOUNDS))[0].values(), expected)
+
+
 @pytest.mark.runs(DOUBLE, 2, H, True)
 @pytest.mark.parametrize("count", [0, 2])
 def test_nothing_but_empty_sequences(backend: str, count: int) -> None:

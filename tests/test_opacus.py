@@ -211,6 +211,7 @@ def test_refuses() -> None:
         with pytest.raises(ValueError, match=why):
             prepare(model)
     layer, x = prepare(make("LSTM").rnn), torch.randn(N, T, I)
-    for args, kwargs in (((x,), {"lengths": torch.tensor([1] * N)}), ((x, None), {}), ((x[0],), {})):
+    nested = torch.nested.as_nested_tensor(x, layout=torch.jagged)
+    for args, kwargs in (((x,), {"lengths": torch.tensor([1] * N)}), ((x, None), {}), ((x[0],), {}), ((nested,), {})):
         with pytest.raises(ValueError, match="takes one batch of tensors and nothing else"):
             layer(*args, **kwargs)

@@ -16,9 +16,11 @@ from helpers import (
     FORMS,
     Problem,
     assert_off_by_twice_at_most,
+    assert_same,
     layer,
     states_of,
     tensors_of,
+    values_and_grads,
 )
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jacfwd, jacrev, jvp, stack_module_state, vmap
@@ -397,6 +399,18 @@ def test_the_cell_state_of_a_half_type_is_float32(backend: str, dtype: torch.dty
         zero, one = torch.zeros(1, 1, 1, dtype=dtype), torch.ones(1, 1, 1, dtype=dtype)
         _, (_, c_n) = module(torch.zeros(16, 1, 1, dtype=dtype), (zero, one))
     assert c_n.item() == 1 + 16 * eighth
+
+
+@pytest.mark.few(1, "backend", "cell")
+@pytest.mark.runs(DOUBLE, 3, 5, True)
+@pytest.mark.parametrize("cell", CELLS)
+def test_what_lies_beyond_a_row_is_not_looked_at(backend: str, cell: str) -> None:
+    module, lengths = layer(cell, 5, 4, bidirectional=True), torch.tensor([3, 0, 5])
+    x = torch.randn(5, 3, 4, dtype=DOUBLE)
+    finite = values_and_grads(module, x, lengths=lengths)
+    for row, length in enumerate(lengths):
+        x[length:, row] = torch.nan
+    assert_same(values_and_grads(module, x, lengths=lengths), finite)
 
 
 @pytest.mark.runs(DOUBLE)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jacrev, stack_module_state, vmap
 
 import rnnfast
+from rnnfast import samples
 from rnnfast.ops import OPERATORS
 from rnnfast.records import names_of
 
@@ -213,5 +214,28 @@ def test_sizes_of_zero(backend: str, sizes: tuple[int, int, int]) -> None:
 
 def test_no_samples() -> None:
     module = rnnfast.GRU(I, H)
+    none, x = {name: of.new_empty(0, *of.shape) for name, of in weights_of(module).items()}, torch.randn(T, N, I)
     with pytest.raises(ValueError, match="vmap is over a dimension of size 0"):
         vmap(lambda x: module(x)[0])(torch.randn(0, T, N, I))
+    with pytest.raises(ValueError, match="vmap is over a dimension of size 0"):
+        vmap(grad(loss_of_output(module)), (0, None))(none, x)
+
+
+@pytest.mark.few(1, "backend", "cell")
+@pytest.mark.runs(DOUBLE, 8 * N, H)
+@pytest.mark.parametrize("cell", CELLS)
+def test_jacobians_in_parts(backend: str, cell: str, calls: Counter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was saved is copied for so many of their rows at a time as there is memory to spare: of one, at least."""
+    module, x = layer(cell, H, I), torch.randn(T, N, I, dtype=DOUBLE)
+    weights, run = weights_of(module), lambda weights, x: functional_call(module, weights, (x,))[0].flatten()[:8]
+    expected = jacrev(run, (0, 1))(weights, x)
+    calls.clear()
+    for most, runs in ((1, 8), (2**20, 1)):
+        monkeypatch.setattr(samples, "_MOST_COPIED", most)
+        assert_near(jacrev(run, (0, 1))(weights, x), expected)
+        assert calls["backward" if backend == "reference" else "gate_gradients"] == (
+            0 if backend == "reference" else runs
+        )
+        calls.clear()
+    monkeypatch.setattr(samples, "_MOST_COPIED", 1)
+    assert_near(vmap(jacrev(run, (0, 1)), (None, 0))(weights, x.expand(2, -1, -1, -1)), stacked([expected] * 2))

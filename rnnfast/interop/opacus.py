@@ -85,7 +85,8 @@ def _is_trained(layer: nn.Module) -> bool:
 def _check_arguments(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if not _is_trained(layer):
         return
-    if len(args) != 1 or kwargs or not isinstance(args[0], Tensor) or args[0].dim() != 3:
+    given = args[0] if len(args) == 1 and not kwargs else None
+    if not isinstance(given, Tensor) or given.is_nested or given.dim() != 3:
         raise ValueError(
             "Opacus sees the input alone: a layer that it trains takes one batch of tensors and nothing else"
         )
