@@ -386,6 +386,29 @@ def test_heads_are_blocks(heads: int) -> None:
     assert_same(dict(flatten(net(x))), dict(flatten(dense(x))))
 
 
+@on_each
+@pytest.mark.parametrize("hidden", [3, 17])
+@pytest.mark.few(1, "kernels", "hidden")
+def test_heads_of_one_unit(kernels: str, hidden: int) -> None:
+    """As a diagonal; and with a bias that is one number in memory."""
+    net = FlexRNN(cells.janet, I, hidden, num_heads=hidden, dtype=DOUBLE)
+    diagonal = FlexRNN(cells.janet, I, hidden, recurrent="diagonal", dtype=DOUBLE)
+    state = net.state_dict()
+    state["weight_hh_l0"] = net.weight_hh_l0.detach().view(hidden, -1).T.flatten()
+    diagonal.load_state_dict(state)
+    x, one = torch.randn(T, N, I, dtype=DOUBLE), {"bias_hh_l0": torch.rand(1, dtype=DOUBLE).expand(2 * hidden)}
+    with use("reference"):
+        expected = values_and_grads(diagonal, x)
+        y = torch.func.functional_call(net, one, x)[0].detach()
+    with use(kernels):
+        found = values_and_grads(net, x)
+        with torch.no_grad():
+            torch.testing.assert_close(torch.func.functional_call(net, one, x)[0], y)
+    name = "gradient of weight_hh_l0"
+    expected[name] = expected[name].view(-1, hidden).T.reshape(hidden, -1, 1)
+    assert_same(found, expected)
+
+
 @pytest.mark.parametrize("recurrent", ["diagonal", "none"])
 def test_less_than_dense(recurrent: str) -> None:
     net = FlexRNN(cells.lstm, I, H, recurrent=recurrent, bidirectional=True, dtype=DOUBLE)
