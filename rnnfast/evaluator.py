@@ -107,7 +107,9 @@ def in_plain_torch(plan: Plan, x_gates: Tensor, w_hh: Tensor | None, b_hh: Tenso
     cell = plan.cell
     steps, count = x_gates.size(0), len(cell.states)
     sequence = _Sequence(None if lengths is None else valid_steps(steps, lengths), resets, plan.reverse)
-    states, units = others[:count], others[count:]
+    states = others[:count]
+    # For each row: what a step makes of them alone has its gradient clipped by row, too.
+    units = [unit.expand_as(states[0]) for unit in others[count:]]
     hidden = states[0].size(1)
     scalars = [x_gates.new_full((), scalar) for scalar in plan.scalars]
     numbers = cell.program.tensors(x_gates)
