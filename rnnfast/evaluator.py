@@ -278,7 +278,11 @@ def _derivable_backward(plan: Plan, inputs: Sequence[Any], needs: Sequence[bool]
     """The gradients, through plain torch, by which they can be derived again."""
     at = [t.view_as(t) if need else t for t, need in zip(inputs, needs)]
     wanted = [t for t, need in zip(at, needs) if need]
-    outputs, of_outputs = zip(*(pair for pair in zip(in_plain_torch(plan, *at), grads) if pair[1] is not None))
+    pairs = zip(in_plain_torch(plan, *at), grads)
+    derived = [(of, grad) for of, grad in pairs if grad is not None and of.requires_grad]
+    if not derived:
+        return [None] * len(inputs)
+    outputs, of_outputs = zip(*derived)
     found = iter(torch.autograd.grad(outputs, wanted, of_outputs, create_graph=True, allow_unused=True))
     return [next(found) if need else None for need in needs]
 

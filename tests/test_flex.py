@@ -220,6 +220,40 @@ def test_second_derivatives(paper: Callable[..., Any]) -> None:
     assert torch.autograd.gradgradcheck(function, (x, *weights), fast_mode=True)
 
 
+class _Stop(torch.autograd.Function):
+    """Has no gradient for what comes in."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return tensor.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> None:
+        return None
+
+
+@on_each
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.few(1, "kernels", "create_graph")
+def test_gradients_that_are_none(kernels: str, create_graph: bool) -> None:
+    """Those of outputs, and of a state that is made of nothing that has gradients."""
+
+    @rnnfast.cell(gates="g", states="h c", weights="u")
+    def counts(x: Any, a: Any, s: Any, w: Any) -> Any:
+        return torch.tanh(x.g + a.g) * s.c, 0.5 * s.c + w.u
+
+    net, x = FlexRNN(counts, I, H, dtype=DOUBLE).requires_grad_(False), torch.randn(T, N, I, dtype=DOUBLE)
+    x.requires_grad_()
+    for of in (lambda y, c: _Stop.apply(y) + c, lambda y, c: _Stop.apply(y), lambda y, c: c, lambda y, c: y + c):
+        found = []
+        for name in ("reference", kernels):
+            with use(name):
+                y, (_, c) = net(x)
+                loss = of(y, c).sum() + x.sum()
+            found.append(torch.autograd.grad(loss, x, create_graph=create_graph)[0])
+        torch.testing.assert_close(*found)
+
+
 GATES = "abcdef"
 
 
