@@ -107,7 +107,9 @@ def in_plain_torch(plan: Plan, x_gates: Tensor, w_hh: Tensor | None, b_hh: Tenso
     cell = plan.cell
     steps, count = x_gates.size(0), len(cell.states)
     sequence = _Sequence(None if lengths is None else valid_steps(steps, lengths), resets, plan.reverse)
-    states, units = others[:count], others[count:]
+    states = others[:count]
+    # For each row: what a step makes of them alone has its gradient clipped by row, too.
+    units = [unit.expand_as(states[0]) for unit in others[count:]]
     hidden = states[0].size(1)
     scalars = [x_gates.new_full((), scalar) for scalar in plan.scalars]
     numbers = cell.program.tensors(x_gates)
@@ -276,7 +278,11 @@ def _derivable_backward(plan: Plan, inputs: Sequence[Any], needs: Sequence[bool]
     """The gradients, through plain torch, by which they can be derived again."""
     at = [t.view_as(t) if need else t for t, need in zip(inputs, needs)]
     wanted = [t for t, need in zip(at, needs) if need]
-    outputs, of_outputs = zip(*(pair for pair in zip(in_plain_torch(plan, *at), grads) if pair[1] is not None))
+    pairs = zip(in_plain_torch(plan, *at), grads)
+    derived = [(of, grad) for of, grad in pairs if grad is not None and of.requires_grad]
+    if not derived:
+        return [None] * len(inputs)
+    outputs, of_outputs = zip(*derived)
     found = iter(torch.autograd.grad(outputs, wanted, of_outputs, create_graph=True, allow_unused=True))
     return [next(found) if need else None for need in needs]
 

@@ -1,4 +1,4 @@
-"""Layers of any cell: :class:`FlexRNN`, and the loop that runs the traced function of a cell on tensors.
+"""Layers of any cell: :class:`FlexRNN`.
 
 Letters as in ``reference.py``; L layers, K heads, X gates of a cell that read ``W_ih x`` and A that read ``W_hh h``.
 """

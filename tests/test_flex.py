@@ -220,6 +220,40 @@ def test_second_derivatives(paper: Callable[..., Any]) -> None:
     assert torch.autograd.gradgradcheck(function, (x, *weights), fast_mode=True)
 
 
+class _Stop(torch.autograd.Function):
+    """Has no gradient for what comes in."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return tensor.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> None:
+        return None
+
+
+@on_each
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.few(1, "kernels", "create_graph")
+def test_gradients_that_are_none(kernels: str, create_graph: bool) -> None:
+    """Those of outputs, and of a state that is made of nothing that has gradients."""
+
+    @rnnfast.cell(gates="g", states="h c", weights="u")
+    def counts(x: Any, a: Any, s: Any, w: Any) -> Any:
+        return torch.tanh(x.g + a.g) * s.c, 0.5 * s.c + w.u
+
+    net, x = FlexRNN(counts, I, H, dtype=DOUBLE).requires_grad_(False), torch.randn(T, N, I, dtype=DOUBLE)
+    x.requires_grad_()
+    for of in (lambda y, c: _Stop.apply(y) + c, lambda y, c: _Stop.apply(y), lambda y, c: c, lambda y, c: y + c):
+        found = []
+        for name in ("reference", kernels):
+            with use(name):
+                y, (_, c) = net(x)
+                loss = of(y, c).sum() + x.sum()
+            found.append(torch.autograd.grad(loss, x, create_graph=create_graph)[0])
+        torch.testing.assert_close(*found)
+
+
 GATES = "abcdef"
 
 
@@ -384,6 +418,29 @@ def test_heads_are_blocks(heads: int) -> None:
     assert net.weight_hh_l0.numel() * heads == dense.weight_hh_l0.numel()
     x = torch.randn(T, N, I, dtype=DOUBLE)
     assert_same(dict(flatten(net(x))), dict(flatten(dense(x))))
+
+
+@on_each
+@pytest.mark.parametrize("hidden", [3, 17])
+@pytest.mark.few(1, "kernels", "hidden")
+def test_heads_of_one_unit(kernels: str, hidden: int) -> None:
+    """As a diagonal; and with a bias that is one number in memory."""
+    net = FlexRNN(cells.janet, I, hidden, num_heads=hidden, dtype=DOUBLE)
+    diagonal = FlexRNN(cells.janet, I, hidden, recurrent="diagonal", dtype=DOUBLE)
+    state = net.state_dict()
+    state["weight_hh_l0"] = net.weight_hh_l0.detach().view(hidden, -1).T.flatten()
+    diagonal.load_state_dict(state)
+    x, one = torch.randn(T, N, I, dtype=DOUBLE), {"bias_hh_l0": torch.rand(1, dtype=DOUBLE).expand(2 * hidden)}
+    with use("reference"):
+        expected = values_and_grads(diagonal, x)
+        y = torch.func.functional_call(net, one, x)[0].detach()
+    with use(kernels):
+        found = values_and_grads(net, x)
+        with torch.no_grad():
+            torch.testing.assert_close(torch.func.functional_call(net, one, x)[0], y)
+    name = "gradient of weight_hh_l0"
+    expected[name] = expected[name].view(-1, hidden).T.reshape(hidden, -1, 1)
+    assert_same(found, expected)
 
 
 @pytest.mark.parametrize("recurrent", ["diagonal", "none"])

@@ -585,6 +585,20 @@ def test_of_any_cell(cell: Any, option: str, kernels: str) -> None:
                 assert_same(values_and_grads(net.train(training), *inputs, resets=RESETS), expected)
 
 
+@on_each
+@pytest.mark.few(1, "kernels")
+def test_clips_what_is_made_of_weights_alone_row_by_row(kernels: str) -> None:
+    @rnnfast.cell(gates="g", states="h c", weights="u")
+    def cell(x: Any, a: Any, s: Any, w: Any) -> Any:
+        return s.c * torch.tanh(x.g), torch.tanh(w.u)
+
+    net, x = rnnfast.FlexRNN(cell, I, H, dtype=DOUBLE, state_clip=0.5), torch.randn(1, N, I, dtype=DOUBLE)
+    with use(kernels):
+        _, (_, c) = net(x)
+        (found,) = torch.autograd.grad(c, net.weight_u_l0, torch.ones_like(c))
+    torch.testing.assert_close(found, N * 0.5 * (1 - net.weight_u_l0.tanh() ** 2).detach())
+
+
 def test_of_heads_and_a_diagonal() -> None:
     """Dropout of what heads multiply; and zoneout of what is no matrix. In eval mode a dropout is none."""
     x, indrnn = torch.randn(T, N, I), rnnfast.cells.indrnn

@@ -7,7 +7,7 @@
 
 namespace rnnfast {
 
-// As rnnfast/flex.py numbers them.
+// As rnnfast/evaluator.py numbers them.
 enum Op {
   kAdd,
   kSubtract,

@@ -116,7 +116,8 @@ class _Recurrence:
         self.w_hh, self.A = w_hh, len(plan.cell.gates_of_a) if w_hh is not None else 0
         self.K: int = 1 if w_hh is None else w_hh.size(0)
         self.W = self.H // self.K
-        self.bias = None if b_hh is None else b_hh.view(self.A, self.K, 1, self.W).permute(1, 2, 0, 3).flatten(2)
+        by_head = None if b_hh is None else b_hh.view(self.A, self.K, 1, self.W).permute(1, 2, 0, 3)
+        self.bias = None if by_head is None else by_head.flatten(2).contiguous()  # flat, it may still be a view
         chip = _chip(x_gates.device)
         self.how = choose(self.A, self.H, self.W, x_gates.dtype, gpu.allows_tf32(), chip)
         self.own_w = w_hh.contiguous() if self.A and self.how.fused else None  # for products within the kernel
