@@ -44,9 +44,9 @@ class FlexRNN(_Module):
         num_heads: K, a divisor of H: a dense W_hh is K blocks on the diagonal, each of the units of one head.
         scalars: other values of scalars that the cell declares.
         recompute: keep only what enters a layer for the backward, which runs the layer once more.
-        recurrent_dropout, zoneout, state_clip: as for :class:`rnnfast.LSTM`; zoneout is a number, or a tuple of as many
-            as there are states. The dropout needs a dense recurrence and an h that begins with 0. With one of these
-            the layers of torch's cells, too, run as those of other cells.
+        recurrent_dropout, zoneout, state_clip: as for :class:`rnnfast.LSTM`; zoneout is a number, or of several
+            states a tuple of one each. The dropout needs a dense recurrence and an h that begins with 0. With one of
+            these the layers of torch's cells, too, run as those of other cells.
 
     Parameters of layer k are ``weight_ih_l{k}`` ``[X*H, I]``, ``weight_hh_l{k}`` ``[A*H, H]`` (``[K, A*H/K, H/K]`` of
     heads, ``[A*H]`` if diagonal), ``bias_ih_l{k}`` ``[X*H]`` and ``bias_hh_l{k}`` ``[A*H]``, where X and A are the
@@ -207,7 +207,9 @@ class FlexRNN(_Module):
         """
         _check_are_tensors(lengths=lengths, resets=resets)
         if cu_seqlens is not None or max_seqlen is not None or (isinstance(input, Tensor) and input.is_nested):
-            return jagged.run(self, input, states, lengths, resets, return_states, cu_seqlens, max_seqlen)
+            of_padded = functools.partial(FlexRNN.forward, self)  # not a subclass's own, which is running
+            more = lengths, resets, return_states, cu_seqlens, max_seqlen
+            return jagged.run(of_padded, self.batch_first, input, states, *more)
         if isinstance(input, PackedSequence):
             if lengths is not None or resets is not None:
                 name = "resets" if lengths is None else "lengths"

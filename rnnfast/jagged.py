@@ -82,8 +82,7 @@ def _without_holes(nested: Any) -> tuple[Tensor, Tensor]:
 
 def run(
     forward: Callable[..., Any], batch_first: bool, input: Any, hx: Any, lengths: Tensor | None,
-    resets: Tensor | None, return_states: bool,
-    cu_seqlens: Tensor | None, max_seqlen: int | None,
+    resets: Tensor | None, return_states: bool, cu_seqlens: Tensor | None, max_seqlen: int | None,
 ) -> tuple[Any, ...]:  # fmt: skip
     """A layer's forward, of a nested input or of rows with cu_seqlens; results in the form of the input."""
     nested: Any = input if isinstance(input, Tensor) and input.is_nested else None

@@ -399,9 +399,7 @@ class _Recurrent(_Module, nn.RNNBase, Generic[Hx, Hidden]):
         if lengths is not None or resets is not None:
             _check_are_tensors(lengths=lengths, resets=resets)
         if cu_seqlens is not None or max_seqlen is not None or (isinstance(input, Tensor) and input.is_nested):
-            of_padded = functools.partial(
-                _Recurrent.forward, self
-            )  # and not what a subclass has, which has called this
+            of_padded = functools.partial(_Recurrent.forward, self)  # not a subclass's own, which is running
             more = lengths, resets, return_states, cu_seqlens, max_seqlen
             return jagged.run(of_padded, self.batch_first, input, hx, *more)
         weights = self._weights()
@@ -631,7 +629,6 @@ class RNN(_Recurrent[Tensor, Tensor]):
         layer_norm: as of :class:`rnnfast.LSTM`, ``h_t = tanh(LN(W_ih x; gain_ih, bias_ih) + LN(W_hh h; gain_hh,
             bias_hh))``, or relu of that.
 
-
     A list as ``hidden_size``, and what serves these options: as of :class:`rnnfast.LSTM`.
 
     Raises:
@@ -706,7 +703,7 @@ class LSTM(_Recurrent[Sequence[Tensor], tuple[Tensor, Tensor]]):
         state_clip: the bound of the gradients of h_t and c_t as they leave a step, h_t's with the output's and that
             from the next step: in the backward they are clamped to [-state_clip, state_clip] before they go into the
             step (as Graves does with the gates', "Generating Sequences With Recurrent Neural Networks", 2013). What a
-            layer computes stays the same.
+            layer computes stays the same. It has no forward-mode derivatives.
 
     With a list ``hidden_size`` has a size for each layer, and h_0, h_n, c_0 and c_n are ``[D, N, sum(hidden_size)]``,
     layer beside layer; so are the states of every step, ``[1, T, N, D * sum(hidden_size)]``.
