@@ -110,10 +110,6 @@ def check_layer(inputs: Inputs, dtypes: Sequence[torch.dtype] | None = None) -> 
         R = T * N
         if lengths is not None:
             _check("lengths", lengths, (N,), torch.int64, device)
-            if x.is_cpu and N:  # elsewhere that would have to wait for the device, and kernels clamp
-                low, high = (bound.item() for bound in lengths.aminmax())
-                if low < 0 or high > T:
-                    _refuse(f"lengths have to be between 0 and {T}")
         if resets is not None:
             _check("resets", resets, (T, N), torch.bool, device)
     else:
@@ -158,6 +154,16 @@ def check_layer(inputs: Inputs, dtypes: Sequence[torch.dtype] | None = None) -> 
         if not has_cell:
             _refuse(f"no {mode} has a cell state")
     return Sizes(has_cell, D, N, H, P, R, tuple(rows), dtype, torch.promote_types(dtype, torch.float32), device)
+
+
+def check_values(inputs: Inputs) -> None:
+    """Checks, after all that needs none, the values of lengths; but on other devices than the CPU, whose kernels clamp
+    them: that would have to wait for the device."""
+    x, lengths = inputs.x, inputs.lengths
+    if lengths is not None and lengths.is_cpu and lengths.numel():
+        low, high = (bound.item() for bound in lengths.aminmax())
+        if low < 0 or high > len(x):
+            _refuse(f"lengths have to be between 0 and {len(x)}")
 
 
 def _check_batch_sizes(batch_sizes: Tensor, rows: int) -> tuple[int, int]:

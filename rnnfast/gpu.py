@@ -167,6 +167,7 @@ def _switched(device: torch.device) -> Iterator[None]:
 
 def forward(backend: type[Layer], inputs: Inputs, keep_c: bool, keep_gates: bool) -> Outputs:
     border.check_layer(inputs, DTYPES)
+    border.check_values(inputs)
     mode, x = inputs.mode, inputs.x
     with _on(x.device):
         k = backend(inputs)
@@ -215,6 +216,7 @@ def gate_gradients(backend: type[Layer], inputs: Inputs, grads: OutputGradients,
 def _check_backward(inputs: Inputs, grads: OutputGradients, saved: Saved) -> None:
     sizes = border.check_layer(inputs, DTYPES)
     border.check_backward(sizes, SAVED_GATES[inputs.mode], grads, saved)
+    border.check_values(inputs)
 
 
 def _sweep(backend: type[Layer], inputs: Inputs, grads: OutputGradients, saved: Saved) -> tuple[Layer, BackwardSteps]:

@@ -120,6 +120,7 @@ def _define_operator(schema: str) -> None:
 
 def _reference_forward(inputs: Inputs, keep_c: bool, keep_gates: bool) -> Outputs:
     border.check_layer(inputs)
+    border.check_values(inputs)
     x = inputs.x
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         outputs = reference.layer(inputs)
@@ -131,6 +132,7 @@ def _reference_backward(
     inputs: Inputs, grads: OutputGradients, saved: Saved, need_dx: bool, need_dw: bool
 ) -> InputGradients:
     border.check_backward(border.check_layer(inputs), 0, grads, saved)
+    border.check_values(inputs)
     x = inputs.x
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         found = reference.layer_backward(inputs, grads)
