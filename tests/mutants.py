@@ -511,7 +511,7 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         ),
     ],
     "rnnfast/border.py": [
-        ("lengths beyond the steps", OPERATORS, "if low < 0 or high > T:", "if low < 0:"),
+        ("lengths beyond the steps", OPERATORS, "if low < 0 or high > len(x):", "if low < 0:"),
         (
             "batch_sizes that increase",
             OPERATORS,
