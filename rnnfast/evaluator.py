@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from .backends import BACKENDS, DTYPES, USUAL, circumstances
 from .cells import PRIMITIVES, Cell, Named, Primitive, Program, Value, _primitive, maximum, minimum
 from .recurrence import _one_by_one, _save, _saved
-from .reference import _Sequence, _stack
+from .reference import _Sequence, _stack, valid_steps
 
 # As csrc/cpu/flex.h numbers them.
 OPERATIONS = (
@@ -93,11 +93,6 @@ def without_matrix(cell: Cell, recurrent: str, bias: bool) -> Cell:
     made.check()
     made.origin = without_matrix, (cell, recurrent, bias)
     return made
-
-
-def valid_steps(steps: int, lengths: Tensor) -> Tensor:
-    """Where a padded sequence is valid, [T, N, 1]."""
-    return (torch.arange(steps, device=lengths.device)[:, None] < lengths).unsqueeze(2)
 
 
 def in_plain_torch(plan: Plan, x_gates: Tensor, w_hh: Tensor | None, b_hh: Tensor | None, lengths: Tensor | None,

@@ -17,10 +17,10 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.types import Device
 
-from . import functional, jagged, variants
+from . import functional, jagged, reference, variants
 from .backends import choose_backend, circumstances
 from .cells import Cell, check_numbers
-from .evaluator import RUN, Plan, choose, layer, no_autocast, recomputed, valid_steps, without_matrix
+from .evaluator import RUN, Plan, choose, layer, no_autocast, recomputed, without_matrix
 from .modules import Options, _check_are_tensors, _Module, options
 
 RECURRENCES = ("dense", "diagonal", "none")
@@ -301,7 +301,7 @@ class FlexRNN(_Module):
         run: Callable[..., Any] = functools.partial(layer, serve, self._plans())
         run = recomputed(run) if self.recompute else run
         if lengths is not None:  # a NaN beyond a row's end times a gradient of zero is a NaN
-            x = torch.where(valid_steps(x.size(0), lengths), x, 0)
+            x = torch.where(reference.valid_steps(x.size(0), lengths), x, 0)
         y, finals, every = x, [], []
         with no_autocast(x.device.type):  # its casts have been made
             for k in range(self.num_layers):

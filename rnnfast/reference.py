@@ -145,7 +145,7 @@ def _directions(inputs: Inputs, reset_after: bool = True) -> Iterator[tuple[Weig
     mode, x, lengths = inputs.mode, inputs.x, inputs.lengths
     steps, batch = x.shape[:2]
     acc = torch.promote_types(x.dtype, torch.float32)
-    valid = None if lengths is None else _valid(x, lengths)
+    valid = None if lengths is None else valid_steps(steps, lengths)
     for d, w in enumerate(inputs.directions()):
         h = x.new_zeros(batch, w.w_hh.shape[1]) if inputs.h0 is None else inputs.h0[d]
         c = None
@@ -245,11 +245,12 @@ def without_padding(inputs: Inputs) -> Inputs:
     x, lengths = inputs.x, inputs.lengths
     if lengths is None:
         return inputs
-    return inputs._replace(x=torch.where(_valid(x, lengths), x, torch.zeros_like(x)))
+    return inputs._replace(x=torch.where(valid_steps(len(x), lengths), x, torch.zeros_like(x)))
 
 
-def _valid(x: Tensor, lengths: Tensor) -> Tensor:
-    return (torch.arange(x.shape[0], device=x.device)[:, None] < lengths).unsqueeze(2)
+def valid_steps(steps: int, lengths: Tensor) -> Tensor:
+    """Where a padded sequence is valid, [T, N, 1]."""
+    return (torch.arange(steps, device=lengths.device)[:, None] < lengths).unsqueeze(2)
 
 
 def _stack(steps: list[Tensor], like: Tensor) -> Tensor:

@@ -109,7 +109,7 @@ def _weight_gradients(inputs: Inputs, saved: Saved, dgates: Tensor, count: int) 
 
     def product(of_gates: Tensor, rows: Tensor) -> Tensor:
         if lengths is not None:  # beyond a row's end there may be anything, and NaN times a gradient of zero is NaN
-            valid = torch.arange(len(x), device=x.device)[:, None] < lengths
+            valid = reference.valid_steps(len(x), lengths)
             rows = torch.where(valid.view(R, 1), rows.reshape(R, rows.size(-1)), 0)
         return by_sample(of_gates).permute(1, 2, 0) @ by_sample(rows).transpose(0, 1)
 

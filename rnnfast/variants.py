@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from . import border, reference
 from .backends import is_recorded
 from .cells import CELLS, GATES, PRIMITIVES, Cell, Primitive, _not_derived, _primitive, cell, sigmoid, tanh, where
-from .evaluator import RUN, Plan, choose, clip_gradient, in_plain_torch, no_autocast, recomputed, valid_steps
+from .evaluator import RUN, Plan, choose, clip_gradient, in_plain_torch, no_autocast, recomputed
 from .evaluator import layer as layer_of_any_cell
 from .records import Inputs, Weights
 
@@ -180,8 +180,7 @@ def layer(
     serve = functools.partial(run, RUN[backend], variant)
     if variant.layer_norm:
         serve = functools.partial(_run_normalized, variant, mode)
-    if lengths is not None:  # a NaN beyond a row's end times a gradient of zero is a NaN
-        x = torch.where(valid_steps(x.size(0), lengths), x, 0)
+    x = reference.without_padding(inputs).x
     plans = [Plan(of, (), reverse) for reverse in (False, True)[: len(directions)]]
     states = None if inputs.h0 is None else [inputs.h0] if inputs.c0 is None else [inputs.h0, inputs.c0]
     of_layer: Callable[..., Any] = functools.partial(layer_of_any_cell, serve, plans)
