@@ -48,6 +48,7 @@ GPU_SHAPES = [
 # Whether float32 may become TF32 on a GPU, by the suffix of a contender: in recurrent layers, and in other products.
 TF32 = {"": (False, False), "_tf32": (True, True), "_default": (True, False)}  # the last is torch's own default
 BURST = 0.02  # seconds that one contender runs before the next one has its turn
+LONG = 50  # milliseconds of a call that is worth no other to warm up
 PAUSE = 0.02  # and rests before it: the threads of an OpenMP team spin for about 15 ms after their last work
 
 
@@ -290,13 +291,22 @@ def shortened(kernel: str) -> str:
 
 def measure(calls: dict[str, Callable], rounds: int, device: str, burst: float = BURST) -> dict[str, float]:
     """Median milliseconds of each call. In every round each has its turn, of several calls where they are short."""
-    estimates = {name: min(machine.times(call, 2, device)) for name, call in calls.items()}
+    # The first calls are slow, of all and after each rest: they do not count, neither where the length of a burst is
+    # chosen, or it would be a shorter one, nor in it. Of a long call one more would cost much and change little.
+    bursts = {}
+    for name, call in calls.items():
+        estimate = min(machine.times(call, 2, device))
+        is_long = estimate > LONG
+        if not is_long:
+            estimate = statistics.median(machine.times(call, 20, device))
+        count = max(1, min(1000, round(burst * 1e3 / estimate)))
+        bursts[name] = 0 if is_long else 1 + count // 10, count
     times = {name: [] for name in calls}
     for i in range(rounds):
         for name in list(calls)[:: -1 if i % 2 else 1]:  # nobody always follows the same one
-            count = max(1, min(1000, round(burst * 1e3 / estimates[name])))
+            first, count = bursts[name]
             time.sleep(PAUSE if device == "cpu" else 0)
-            times[name] += machine.times(calls[name], count + (count > 1), device)[count > 1 :]  # a short call warms up
+            times[name] += machine.times(calls[name], first + count, device)[first:]
     return {name: statistics.median(values) for name, values in times.items()}
 
 

@@ -42,6 +42,10 @@ void check_tensor(const char* name, const Tensor& tensor, const Shape& shape, Sc
                 ", expected ", torch::headeronly::toString(dtype));
 }
 
+namespace {
+
+// The parts of check_layer, in their order.
+
 Dimensions read_cell(const std::string& mode, const Tensor& x, bool bidirectional) {
   Dimensions n{};
   n.cell = parse_cell(mode);
@@ -102,6 +106,8 @@ void check_weights(Dimensions& n, const Tensor* weights) {
     }
   }
 }
+
+}  // namespace
 
 Dimensions check_layer(const Inputs& inputs) {
   const auto& [mode, x, h0, c0, batch_sizes, lengths, resets, bidirectional, names, weights] = inputs;

@@ -83,13 +83,6 @@ ScalarType accumulated(ScalarType dtype);
 // Checks the arguments of a layer's forward, and returns what they say.
 Dimensions check_layer(const Inputs& inputs);
 
-// The parts of this check, in their order: the cell and dtype; T, N and I, once they are known; the weights' names and
-// number; their shapes, which say H and P.
-Dimensions read_cell(const std::string& mode, const Tensor& x, bool bidirectional);
-void check_sizes(const Dimensions& n);
-void read_names(Dimensions& n, const std::string& mode, const std::string& names, int64_t weights);
-void check_weights(Dimensions& n, const Tensor* weights);
-
 void check_tensor(const char* name, const Tensor& tensor, const Shape& shape, ScalarType dtype);
 
 inline void check_tensor(const char* name, const OptionalTensor& tensor, const Shape& shape, ScalarType dtype) {

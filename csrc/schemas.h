@@ -19,12 +19,4 @@ constexpr const char* kGateGradientsSchema =
     "bool bidirectional, str names, Tensor[] weights, Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dc, "
     "Tensor y, Tensor c, Tensor gates) -> (Tensor dgates, Tensor dh0, Tensor dc0)";
 
-constexpr const char* kPlainStackSchema =
-    "cpu_plain_stack(str mode, Tensor x, Tensor? h0, Tensor? c0, str names, Tensor[] weights, int "
-    "num_layers, bool bidirectional, bool batch_first) -> (Tensor[] outputs)";
-
-constexpr const char* kPlainCellSchema =
-    "cpu_plain_cell(str mode, Tensor x, Tensor? h0, Tensor? c0, str names, Tensor[] weights) -> (Tensor[] "
-    "outputs)";
-
 }  // namespace rnnfast

@@ -22,7 +22,7 @@ from .backends import is_recorded
 from .cells import GATES
 from .records import Inputs, names_of
 
-_STACKS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
+STACKS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "RNN_TANH": torch._VF.rnn_tanh,
     "RNN_RELU": torch._VF.rnn_relu,
     "LSTM": torch._VF.lstm,
@@ -138,7 +138,7 @@ def _call(
     # The operands are cast already; of the meta device there is no autocast.
     uncast = contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
     with uncast:
-        return _STACKS[mode](x, *form, False) if batch_sizes is None else _STACKS[mode](x, batch_sizes, *form)
+        return STACKS[mode](x, *form, False) if batch_sizes is None else STACKS[mode](x, batch_sizes, *form)
 
 
 def _can_derive_twice(x: Tensor) -> bool:
@@ -151,7 +151,7 @@ def can_derive(inputs: Inputs) -> bool:
     x = inputs.x
     dtypes = torch.float32, torch.float64  # in the others each of torch's operators would round
     is_plain = inputs.lengths is None and inputs.resets is None
-    return inputs.mode in _STACKS and _can_derive_twice(x) and x.dtype in dtypes and is_plain and x.numel() > 0
+    return inputs.mode in STACKS and _can_derive_twice(x) and x.dtype in dtypes and is_plain and x.numel() > 0
 
 
 def derivable(inputs: Inputs) -> tuple[Tensor, ...]:

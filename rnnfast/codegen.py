@@ -422,19 +422,13 @@ constexpr const char* kBackwardSchema =
 constexpr const char* kGateGradientsSchema =
 %s;
 
-constexpr const char* kPlainStackSchema =
-%s;
-
-constexpr const char* kPlainCellSchema =
-%s;
-
 }  // namespace rnnfast
 """
 
 
 def schemas() -> str:
     """``csrc/schemas.h``."""
-    printed = records.FORWARD, records.BACKWARD, records.GATE_GRADIENTS, records.PLAIN_STACK, records.PLAIN_CELL
+    printed = records.FORWARD, records.BACKWARD, records.GATE_GRADIENTS
     return SCHEMAS.lstrip() % tuple(map(_cpp_text, printed))
 
 

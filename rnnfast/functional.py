@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import aten, border, choice, onnx, ops, recurrence, reference
-from .backends import BACKENDS, USUAL, Circumstances, choose_backend, circumstances, is_recorded
+from . import aten, border, choice, onnx, recurrence, reference
+from .backends import choose_backend, circumstances, is_recorded
 from .border import DTYPE_NAMES
 from .cells import GATES, HAS_CELL_STATE
-from .records import BY_COUNT, Inputs, names_of
+from .records import Inputs, names_of
 from .reference import check_mode
 
 
@@ -187,59 +187,6 @@ def cell(
     step = Inputs(mode, input.unsqueeze(0), h0, c0, *form, weights)
     _, h_n, c_n, _ = recurrence.layer(backend, step) if reset_after else _resets_before(step)
     return h_n.squeeze(0), c_n.squeeze(0) if HAS_CELL_STATE[mode] else c_n
-
-
-_is_compiling, _is_any_autocast = torch.compiler.is_compiling, torch._C._is_any_autocast_enabled  # at every call
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_PLAIN_CIRCUMSTANCES = USUAL, Circumstances(forced="cpu")
-_PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
-_HAS_PLAIN = BACKENDS["cpu"].probe(None).available
-
-
-def plain_rnn(
-    mode: str,
-    input: Tensor,
-    hx: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    num_layers: int,
-    bidirectional: bool,
-    batch_first: bool,
-) -> Sequence[Tensor]:
-    """Inference of a stack on a CPU, if it :func:`is_plain`, in a single call of the library.
-
-    Arguments as of :func:`rnn`, but that the input may be batch first or unbatched, and hx accordingly.
-
-    Returns:
-        output, h_n and, for an LSTM, c_n; nothing if anything is wrong, which :func:`rnn` then says.
-    """
-    names = BY_COUNT[mode].get(len(weights) // (num_layers * (1 + bidirectional)), "")
-    h0, c0 = (*hx, None, None)[:2]
-    found: Sequence[Tensor] = ops.PLAIN_STACK(
-        mode, input, h0, c0, names, weights, num_layers, bidirectional, batch_first
-    )
-    return found
-
-
-def plain_cell(mode: str, input: Tensor, hx: Sequence[Tensor], weights: Sequence[Tensor]) -> Sequence[Tensor]:
-    """As :func:`plain_rnn`, one step of a cell, ``[N, I]`` or ``[I]``: h and, for an LSTM, c."""
-    h0, c0 = (*hx, None, None)[:2]
-    found: Sequence[Tensor] = ops.PLAIN_CELL(mode, input, h0, c0, BY_COUNT[mode].get(len(weights), ""), weights)
-    return found
-
-
-def is_plain(input: Tensor, hx: Sequence[Tensor], weights: Sequence[Tensor]) -> bool:
-    """Whether a call on a CPU concerns nobody but its caller: no derivative, graph or mode, no other Tensors."""
-    return (
-        not _is_compiling()
-        and _HAS_PLAIN
-        and type(input) is Tensor
-        and input.is_cpu
-        and circumstances() in _PLAIN_CIRCUMSTANCES
-        and not _is_any_autocast()
-        and not _dispatch_modes()
-        and _PLAIN_TYPES.issuperset(map(type, (*hx, *weights)))
-        and not (torch.is_grad_enabled() and any(t.requires_grad for t in (input, *hx, *weights)))
-    )
 
 
 def _resets_before(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 from torch.types import Device
 
-from . import functional, jagged, variants
+from . import aten, functional, jagged, plain, variants
 from .backends import USUAL, circumstances, is_recorded
 from .cells import GATES
 from .variants import Variant
@@ -426,13 +426,21 @@ class _Recurrent(_Module, nn.RNNBase, Generic[Hx, Hidden]):
         __call__ = forward
 
     def _single(self, input: Any, hx: Any, weights: Sequence[Tensor]) -> tuple[Any, ...] | None:
-        """What torch.nn's own forward makes of the call, if it is the quicker one under autograd; else None."""
+        """What torch's kernels make of a single step, if they are the quicker ones under autograd; else None."""
         if not self._is_quicker_by_torch(input) or input.dim() < 2:
             return None
         if input.size(1 if self.batch_first and input.dim() == 3 else 0) != 1:
             return None
         if weights is not self._flat_weights or not weights[1].requires_grad:  # torch.nn's forward reads those alone
             return None
+        # As torch.nn's forward, which else has most of a small step's time.
+        if input.dim() == 3 and input.size(2) == self.input_size and self._checks_as_ours:
+            rows = input.size(0 if self.batch_first else 1)
+            shape = self.num_layers * (1 + self.bidirectional), rows, self.hidden_size
+            hx = input.new_zeros(shape) if hx is None else hx
+            if type(hx) is Tensor and hx.shape == shape and weights[0].dtype is input.dtype:
+                form = self.bias, self.num_layers, self.dropout, self.training, self.bidirectional, self.batch_first
+                return aten.STACKS[self.mode](input, hx, weights, *form)
         found: tuple[Any, ...] = self._theirs.forward(self, input, hx)
         return found
 
@@ -440,11 +448,11 @@ class _Recurrent(_Module, nn.RNNBase, Generic[Hx, Hidden]):
         """What a single call of the CPU library makes of it, if that serves; else None."""
         usual = self._checks_as_ours and self._rnnfast_options.is_usual(self.training)
         states = self._plain_states(hx) if usual else None
-        if states is None or (self.dropout and self.training) or not functional.is_plain(input, states, weights):
+        if states is None or (self.dropout and self.training) or not plain.is_plain(input, states, weights):
             return None
-        form = self.num_layers, self.bidirectional, self.batch_first
-        found = functional.plain_rnn(self.mode, input, states, weights, *form)
-        return (found[0], self._to_hidden(tuple(found[1:]))) if found else None
+        layers = plain.layers_of(self, (self.mode, self.num_layers, self.bidirectional), weights)
+        found = layers and layers(input, states, 3, self.batch_first)
+        return (found[0], self._to_hidden(found[1:])) if found else None
 
     def _packed(
         self, input: PackedSequence, hx: Any, lengths: Tensor | None, resets: Tensor | None, return_states: bool,
@@ -876,11 +884,13 @@ class _Cell(_Module, nn.RNNCellBase, Generic[Hx, Hidden]):
         Raises:
             ValueError, RuntimeError: a wrong number of dimensions, size or dtype, in torch's words.
         """
-        if self._is_quicker_by_torch(input):
-            weight = self._parameters.get("weight_hh")
-            if weight is not None and weight.requires_grad:
-                return self._theirs.forward(self, input, hx)  # type: ignore[no-any-return]
         weights = self._weights()
+        if self._is_quicker_by_torch(input) and weights[1].requires_grad:
+            states = self._plain_states(hx)
+            if states is None or input.dim() != 2 or any(type(s) is not Tensor or s.dim() != 2 for s in states):
+                return self._theirs.forward(self, input, hx)  # type: ignore[no-any-return]
+            h, c = (*states, None, None)[:2]  # as torch.nn's forward from here on, which reads its attributes slowly
+            return self._to_hidden(aten.cell(self._mode, input, h, c, weights))  # type: ignore[no-any-return]
         served: Hidden | None = self._plain(input, hx, weights)
         if served is not None:
             return served
@@ -902,10 +912,11 @@ class _Cell(_Module, nn.RNNCellBase, Generic[Hx, Hidden]):
     def _plain(self, input: Any, hx: Any, weights: Sequence[Tensor]) -> Any:
         """What a single call of the CPU library makes of it, if that serves; else None."""
         states = self._plain_states(hx) if self._rnnfast_options.is_usual(self.training) else None
-        if states is None or not functional.is_plain(input, states, weights):
+        if states is None or not plain.is_plain(input, states, weights):
             return None
-        found = functional.plain_cell(self._mode, input, states, weights)
-        return self._to_hidden(tuple(found)) if found else None
+        layers = plain.layers_of(self, (self._mode, 1, False), weights)
+        found = layers and layers(input, states, 2, False)
+        return self._to_hidden(found) if found else None
 
     def _weights(self) -> list[Tensor]:
         own = self._parameters  # what is not among them, as parametrized weights are not, is looked up by Module

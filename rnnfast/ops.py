@@ -168,11 +168,6 @@ for _name in WITH_OPERATORS:
         _directions = "forward", "backward", "gate_gradients"
         _implement(_name, **{direction: functools.partial(_run, _name, direction) for direction in _directions})
 _implement("reference", _reference_forward, backward=_reference_backward)
-# The library has them for a CPU: of tensors that lie elsewhere, however few, it makes nothing.
-for _schema in (records.PLAIN_STACK, records.PLAIN_CELL):
-    _define_operator(_schema)
-    LIBRARY.impl(_schema.partition("(")[0], lambda *args: [], "CompositeExplicitAutograd")
-PLAIN_STACK, PLAIN_CELL = torch.ops.rnnfast.cpu_plain_stack.default, torch.ops.rnnfast.cpu_plain_cell.default
 for _schema in ("cpu_isa(int? use) -> int", "checked_lengths(Tensor lengths, SymInt steps) -> Tensor", *records.CUDA):
     _define_operator(_schema)
 LIBRARY.impl("checked_lengths", _checked_lengths, "CompositeExplicitAutograd")

@@ -126,26 +126,6 @@ class GateGradients(NamedTuple):
     dc0: Tensor
 
 
-class PlainInputs(NamedTuple):
-    """What the CPU library computes a whole stack from, or one step of a cell, where nothing but the result is asked
-    for."""
-
-    mode: str
-    x: Tensor  # [T, N, I], [N, T, I] or [T, I]; a cell's [N, I] or [I]
-    h0: Tensor | None  # [L*D, N, P] or [L*D, P]; a cell's [N, H] or [H]
-    c0: Tensor | None  # [L*D, N, H] or [L*D, H]; a cell's [N, H] or [H]
-    names: str  # of the weights of one direction
-    weights: Sequence[Tensor]  # layer by layer, direction by direction
-
-
-class PlainOutputs(NamedTuple):
-    outputs: Sequence[Tensor]  # output, h_n and, if there is a cell state, c_n; of a cell h and c; or none
-
-
-# Of the CUDA library, which has the recurrence between the products over the whole sequence. Everything lies on the
-# device, and the values of tables are unchecked.
-
-
 class StepWeights(NamedTuple):
     """Those that the steps read, by direction; absent ones: none."""
 
@@ -222,10 +202,6 @@ def schema(name: str, *arguments: Any, results: type[NamedTuple] | None = None) 
 FORWARD = schema("", Inputs, "bool keep_c", "bool keep_gates", results=Outputs)
 BACKWARD = schema("", Inputs, OutputGradients, Saved, "bool need_dx", "bool need_dw", results=InputGradients)
 GATE_GRADIENTS = schema("", Inputs, OutputGradients, Saved, results=GateGradients)
-PLAIN_STACK = schema(
-    "cpu_plain_stack", PlainInputs, "int num_layers", "bool bidirectional", "bool batch_first", results=PlainOutputs
-)
-PLAIN_CELL = schema("cpu_plain_cell", PlainInputs, results=PlainOutputs)
 # Gates may be x_gates itself. For calls under no_grad only.
 CUDA = (
     schema("cuda_forward_steps", "str mode", StepWeights, ForwardSteps, Tables, Switches),

@@ -149,14 +149,18 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         ("dx past a row's end", LENGTHS, "table.steps.start[n.T] < n.R", "false"),
     ],
     "csrc/cpu/plain.cpp": [
-        ("c_0 of the first layer", PLAIN, "c0 ? c0 + k * c_bytes", "c0 ? c0"),
-        (
-            "turned input as it lies",
-            PLAIN,
-            "turned ? read(torch::stable::transpose(in.x, 0, 1))",
-            "turned ? read(in.x)",
-        ),
-        ("layers of other sizes", PLAIN, "n.H == H && n.P == P", "n.H == H"),
+        ("c_0 of the first layer", PLAIN, "c0 ? c0 + k * of_c", "c0 ? c0"),
+        ("every layer has the input's width", PLAIN, "f.I = k ? D * P : I", "f.I = I"),
+        ("a layer overwrites its input", PLAIN, "(k % 2 ? second : first)", "(first)"),
+    ],
+    "rnnfast/plain.py": [
+        ("autocast is not looked at", PLAIN, "not _is_any_autocast()", "True"),
+        ("modes are not looked at", PLAIN, "not _dispatch_modes()", "True"),
+        ("kinds of tensors are not looked at", PLAIN, "_TYPES.issuperset(map(type, (*hx, *weights)))", "True"),
+        ("weights that moved", PLAIN, "self._places == [*map(_place, weights)]", "True"),
+        ("weights that were turned", PLAIN, "all(map(_is_contiguous, weights))", "True"),
+        ("states of any shape", PLAIN, "if state.shape == shape else None", "if True else None"),
+        ("turned input as it lies", PLAIN, "input.transpose(0, 1) if sizes.is_turned else input", "input"),
     ],
     "csrc/cpu/arguments.h": [
         ("a packed row is a step shorter", LENGTHS, "length[j] = t;", "length[j] = t - 1;"),
@@ -378,9 +382,6 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         ("h_0 for c_0", NUMBERS, "gates, y, cs, h0, c0, dh", "gates, y, cs, c0, h0, dh"),
     ],
     "rnnfast/functional.py": [
-        ("autocast is not looked at", PLAIN, "not _is_any_autocast()", "True"),
-        ("modes are not looked at", PLAIN, "not _dispatch_modes()", "True"),
-        ("kinds of tensors are not looked at", PLAIN, "_PLAIN_TYPES.issuperset(map(type, (*hx, *weights)))", "True"),
         (
             "dropout of the input",
             "test_modules.py -k dropout",

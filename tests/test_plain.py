@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import gc
+import pickle
+import random
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -18,33 +22,29 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import rnnfast
-from rnnfast import functional, ops
+from rnnfast import plain
 
 pytestmark = pytest.mark.skipif(not rnnfast.backends()["cpu"].available, reason="the native library is not built")
 
 
 @pytest.fixture
 def served(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Of every call of the library's operators whether it served."""
-    found = []
+    """Of every call that was handed to the library whether it served."""
+    found, run = [], plain.Layers.__call__
 
-    def counted(operator: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
-        def run(*args: Any) -> list[Tensor]:
-            outputs = operator(*args)
-            found.append(bool(outputs))
-            return outputs
+    def counted(*args: Any) -> Any:
+        outputs = run(*args)
+        found.append(bool(outputs))
+        return outputs
 
-        return run
-
-    for name in ("PLAIN_STACK", "PLAIN_CELL"):
-        monkeypatch.setattr(ops, name, counted(getattr(ops, name)))
+    monkeypatch.setattr(plain.Layers, "__call__", counted)
     return found
 
 
 def otherwise(monkeypatch: pytest.MonkeyPatch, call: Callable[[], Any]) -> Any:
-    """What comes without those operators."""
+    """What comes without these calls."""
     with monkeypatch.context() as context:
-        context.setattr(functional, "_HAS_PLAIN", False)
+        context.setattr(plain, "_IS_AVAILABLE", False)
         return call()
 
 
@@ -120,16 +120,135 @@ def test_cells(
 def test_layouts_of_memory(monkeypatch: pytest.MonkeyPatch, served: list[bool]) -> None:
     module = rnnfast.LSTM(4, 5, 2, batch_first=True).requires_grad_(False)  # gradients are on, but nothing asks for one
     x, hx = torch.randn(4, 7, 3).movedim(0, -1), tuple(torch.randn(7, 2, 5).transpose(0, 1) for _ in range(2))
-    module.weight_hh_l1 = nn.Parameter(torch.randn(5, 20).t(), requires_grad=False)
     assert_same_bits(module(x.mT.mT, [*hx]), otherwise(monkeypatch, lambda: module(x, hx)))
-    assert served == [True]
+    negative = torch._neg_view(x)
+    assert_same_bits(module(negative, hx), otherwise(monkeypatch, lambda: module(-x, hx)))
+    assert served == [True, True]
+    module.weight_hh_l1 = nn.Parameter(torch.randn(5, 20).t(), requires_grad=False)
+    assert_same_bits(module(x, hx), otherwise(monkeypatch, lambda: module(x, hx)))
+    assert served == [True, True]
 
 
-def test_sizes_of_zero(monkeypatch: pytest.MonkeyPatch, served: list[bool]) -> None:
+def changed_in_place(weight: Tensor) -> None:
+    weight.mul_(-1)
+
+
+def moved(weight: Tensor) -> None:
+    weight.data = weight.data * -1
+
+
+def turned(weight: Tensor) -> None:
+    weight.data = weight.data.t()
+
+
+def replaced_storage(weight: Tensor) -> None:
+    weight.set_((weight * -1).detach())
+
+
+@pytest.mark.parametrize("change", [changed_in_place, moved, turned, replaced_storage])
+@pytest.mark.parametrize("name", ["GRU", "GRUCell"])
+@torch.no_grad()
+def test_weights_that_change(name: str, change: Callable[[Tensor], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x = getattr(rnnfast, name)(15, 5), torch.randn(3, 15)
+    x = x if name == "GRUCell" else x[:, None]
+    before = module(x)
+    change(module.weight_ih if name == "GRUCell" else module.weight_ih_l0)
+    after = module(x)
+    assert_same_bits(after, otherwise(monkeypatch, lambda: module(x)))
+    assert not torch.equal(*(dict(flatten(of))[""] if name == "GRUCell" else of[0] for of in (before, after)))
+
+
+@torch.no_grad()
+def test_weights_of_other_shapes_in_the_same_place() -> None:
+    theirs, ours = pair("GRUCell", 1, 5)
+    x = torch.randn(3, 1)
+    ours(x)
+    for module in (theirs, ours):
+        module.weight_ih.data = module.weight_ih.data.view(1, 15)
+    assert error_of(ours, x) == error_of(theirs, x)
+
+
+def changed(rng: random.Random, t: Tensor) -> Any:
+    """Another tensor, which may not fit."""
+    how = rng.choice(["as it is"] * 14 + ["longer", "shorter", "flat", "double", "strided", "empty", "none", "sparse"])
+    dim = rng.randrange(t.dim())
+    if how == "longer":
+        return torch.cat([t, t.narrow(dim, 0, 1)], dim)
+    if how == "shorter":
+        return t.narrow(dim, 0, t.size(dim) - 1)
+    made = {
+        "flat": lambda: t.flatten(),
+        "double": lambda: t.double(),
+        "strided": lambda: torch.stack([t, -t], -1)[..., 0],
+        "empty": lambda: t[..., :0],
+        "none": lambda: None,
+        "sparse": lambda: t.to_sparse(),
+    }
+    return made[how]() if how in made else t
+
+
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU", *CELL_MODULES])
+@torch.no_grad()
+def test_any_arguments(name: str, monkeypatch: pytest.MonkeyPatch, served: list[bool]) -> None:
+    """Of wrong ones the library must see none."""
+    rng = random.Random(name)
+    is_cell = name.endswith("Cell")
+    for _ in range(150):
+        sizes = rng.randint(1, 3), rng.randint(1, 3)
+        form = {} if is_cell else {"num_layers": rng.randint(1, 3), "bidirectional": rng.random() < 0.5}
+        form |= {} if is_cell else {"batch_first": rng.random() < 0.5}
+        module = getattr(rnnfast, name)(*sizes, bias=rng.random() < 0.5, **form)
+        rows, batched, steps = rng.randint(1, 3), rng.random() < 0.7, rng.randint(1, 4)
+        batch = (rows,) if batched else ()
+        lead = batch if is_cell else (*batch, steps) if form["batch_first"] else (steps, *batch)
+        layers = () if is_cell else (form["num_layers"] * (1 + form["bidirectional"]),)
+        x, hx = changed(rng, torch.randn(*lead, sizes[0])), states(name, *layers, *batch, sizes[1], dtype=torch.float32)
+        hx = tuple(changed(rng, h) for h in hx) if isinstance(hx, tuple) else changed(rng, hx)
+        outcome = outcome_of(module, x, hx)
+        expected = otherwise(monkeypatch, lambda: outcome_of(module, x, hx))  # noqa: B023
+        if isinstance(outcome, tuple) and isinstance(outcome[0], type):
+            assert outcome == expected
+        else:
+            assert_same_bits(outcome, expected)
+    assert served.count(True) > 20
+
+
+def outcome_of(module: nn.Module, *args: Any) -> Any:
+    """What a call returns, or the type and text of what it raises."""
+    try:
+        return module(*args)
+    except Exception as error:
+        return type(error), str(error)
+
+
+@torch.no_grad()
+def test_copies_and_threads() -> None:
+    module, x = rnnfast.LSTM(4, 5, 3), torch.randn(7, 2, 4)
+    expected = module(x)[0]
+    twins = [copy.deepcopy(module), pickle.loads(pickle.dumps(module))]
+    module.weight_hh_l0.zero_()
+    for twin in twins:
+        assert torch.equal(twin(x)[0], expected)
+    with ThreadPoolExecutor(4) as pool:
+        for y in pool.map(lambda k: twins[k % 2](x)[0], range(200)):
+            assert torch.equal(y, expected)
+
+
+@torch.no_grad()
+def test_nothing_is_kept_of_a_module() -> None:
+    before = len(plain._kept)
+    module = rnnfast.GRUCell(4, 5)
+    module(torch.randn(3, 4))
+    assert len(plain._kept) == before + 1
+    del module
+    gc.collect()
+    assert len(plain._kept) == before
+
+
+def test_sizes_of_zero(served: list[bool]) -> None:
     with torch.no_grad():
-        module, x = rnnfast.GRU(4, 5, 2), torch.randn(3, 0, 4)
-        assert_same_bits(module(x), otherwise(monkeypatch, lambda: module(x)))
-    assert served == [True]
+        y, h_n = rnnfast.GRU(4, 5, 2)(torch.randn(3, 0, 4))
+    assert (y.shape, h_n.shape, served) == ((3, 0, 5), (2, 0, 5), [False])
 
 
 # What makes it another call
@@ -150,6 +269,7 @@ CIRCUMSTANCES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "another backend": lambda: rnnfast.use_backend("reference"),
     "a dispatch mode": Passes,
     "a flop counter": lambda: FlopCounterMode(display=False),
+    "a profile": torch.profiler.profile,
     "fake tensors": lambda: FakeTensorMode(allow_non_fake_inputs=True),
     "forward mode": forward_ad.dual_level,
 }
@@ -169,7 +289,7 @@ def test_circumstances(name: str, served: list[bool]) -> None:
 @torch.no_grad()
 def test_harmless_circumstances(served: list[bool]) -> None:
     module = rnnfast.GRU(4, 5)
-    with torch.inference_mode(), rnnfast.use_backend("cpu"), torch.device("cpu"), torch.profiler.profile():
+    with torch.inference_mode(), rnnfast.use_backend("cpu"), torch.device("cpu"):
         module(torch.randn(3, 2, 4))
     torch.nn.utils.parametrizations.weight_norm(module, "weight_hh_l0")(torch.randn(3, 2, 4))
     torch.func.functional_call(module, {"weight_ih_l0": torch.randn(15, 4)}, torch.randn(3, 2, 4))
@@ -212,14 +332,12 @@ def test_mistakes_are_told_in_torchs_words(name: str, served: list[bool]) -> Non
 
 
 @torch.no_grad()
-def test_layers_of_several_sizes_are_none() -> None:
+def test_layers_of_several_sizes_are_refused() -> None:
     """The states of all layers are in one tensor."""
-    x, of = torch.randn(3, 2, 4), lambda *sizes: [torch.randn(16, 4), *(torch.randn(*size) for size in sizes)]
-    names = "w_ih w_hh w_hr"
-    same = of((16, 3), (3, 4), (16, 3), (16, 3), (3, 4))
-    other = of((16, 3), (3, 4), (16, 3), (16, 2), (2, 4))
-    assert len(ops.PLAIN_STACK("LSTM", x, None, None, names, same, 2, False, False)) == 3
-    assert ops.PLAIN_STACK("LSTM", x, None, None, names, other, 2, False, False) == []
+    of = lambda *sizes: [torch.randn(16, 4), *(torch.randn(*size) for size in sizes)]
+    plain.Layers(("LSTM", 2, False), of((16, 3), (3, 4), (16, 3), (16, 3), (3, 4)))
+    with pytest.raises(ValueError, match="do not fit"):
+        plain.Layers(("LSTM", 2, False), of((16, 3), (3, 4), (16, 3), (16, 2), (2, 4)))
 
 
 class Mallinfo(ctypes.Structure):
@@ -250,7 +368,7 @@ def test_no_memory_is_lost() -> None:
 @torch.no_grad()
 def test_nothing_is_kept() -> None:
     module, x = rnnfast.LSTM(4, 5, 2), torch.randn(3, 2, 4)
-    for call in (lambda: module(x), lambda: functional.plain_rnn("LSTM", x, (), [x] * 8, 2, False, False)):
+    for call in (lambda: module(x), lambda: plain.layers_of(module, ("LSTM", 2, False), [x] * 8)):
         call(), gc.collect()
         before = len([t for t in gc.get_objects() if isinstance(t, Tensor)])
         for _ in range(3):
@@ -292,6 +410,38 @@ def test_single_steps_are_torchs_under_autograd(case: str) -> None:
     with rnnfast.use_backend("cpu"):
         assert any("_Layer" in kind for kind in makers(ours, x))
     assert "under autograd a single step is quicker by torch's" in rnnfast.explain(ours, x)[0].reason
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"batch_first": True},
+        {"bias": False},
+        {"num_layers": 2, "bidirectional": True},
+        {"num_layers": 2, "dropout": 0.5},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("given", [False, True], ids=["", "hx"])
+def test_options_of_single_steps_under_autograd(options: dict[str, Any], given: bool) -> None:
+    theirs, ours = pair("RNN", 4, 5, **options)
+    x = torch.randn(*((3, 1) if options.get("batch_first") else (1, 3)), 4)
+    layers = options.get("num_layers", 1) * (1 + options.get("bidirectional", False))
+    inputs = (x, torch.randn(layers, 3, 5)) if given else (x,)
+    for key, value in values_and_grads(theirs, *inputs).items():
+        assert torch.equal(values_and_grads(ours, *inputs)[key], value)
+    assert not any("_Layer" in kind for kind in makers(ours, x))
+
+
+@pytest.mark.parametrize("name", ["RNN", "RNNCell", "LSTMCell"])
+def test_mistakes_of_single_steps_under_autograd(name: str) -> None:
+    theirs, ours = pair(name, 4, 5)
+    x = torch.randn(3, 4) if name.endswith("Cell") else torch.randn(1, 3, 4)
+    h = [torch.randn(*(() if name.endswith("Cell") else (1,)), *sizes) for sizes in [(3, 5), (3, 6), (2, 5)]]
+    calls = [(x[..., :3],), (x[None, None],), (x, 3), (x, (h[0], h[1])), (x, h), (x, h[0].double())]
+    calls += [(x, h[1]), (x, h[2]), (x, h[0].to("meta")), (x[..., :0],), (x, h[0][..., None])]
+    for call in calls:
+        assert error_of(ours, *call) == error_of(theirs, *call)
 
 
 @pytest.mark.parametrize(

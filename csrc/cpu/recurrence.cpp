@@ -4,7 +4,6 @@
 #include "../schemas.h"
 #include "arguments.h"
 #include "instruction_sets.h"
-#include "plain.h"
 
 namespace rnnfast {
 namespace {
@@ -151,8 +150,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rnnfast, m) {
   m.def((std::string("cpu_layer") + rnnfast::kForwardSchema).c_str());
   m.def((std::string("cpu_backward") + rnnfast::kBackwardSchema).c_str());
   m.def((std::string("cpu_gate_gradients") + rnnfast::kGateGradientsSchema).c_str());
-  m.def(rnnfast::kPlainStackSchema);
-  m.def(rnnfast::kPlainCellSchema);
   m.def("cpu_isa(int? use) -> int");
 }
 
@@ -161,8 +158,6 @@ STABLE_TORCH_LIBRARY_IMPL(rnnfast, CPU, m) {
   m.impl("cpu_layer", rnnfast::cpu_forward);
   m.impl("cpu_backward", rnnfast::cpu_backward);
   m.impl("cpu_gate_gradients", rnnfast::cpu_gate_gradients);
-  m.impl("cpu_plain_stack", rnnfast::plain_stack);
-  m.impl("cpu_plain_cell", rnnfast::plain_cell);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rnnfast, CompositeExplicitAutograd, m) {
