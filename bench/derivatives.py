@@ -11,14 +11,11 @@ GradSampleModule around its DPLSTM or DPGRU, and `ratio_prepared` that of the sa
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
-import sys
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 
-import machine
 import run
+import table
 import torch
 from torch import nn
 from torch.func import functional_call, grad, stack_module_state, vmap
@@ -35,8 +32,8 @@ try:
 except ImportError:
     THEIRS = {}
 
-COLUMNS = ["machine", "versions", "commit", "threads", "what", "name", "T", "N", "H", "ours_ms", "loop_ms", "opacus_ms"]
-COLUMNS += ["prepared_ms", "ratio_loop", "ratio_opacus", "ratio_prepared"]
+COLUMNS = ["what", "name", "T", "N", "H", "ours_ms", "loop_ms", "opacus_ms", "prepared_ms"]
+COLUMNS += ["ratio_loop", "ratio_opacus", "ratio_prepared"]
 MEMBERS = 8
 
 
@@ -80,30 +77,22 @@ def of_ensemble(name: str, T: int, N: int, H: int) -> dict[str, Callable[[], obj
     return {"ours": lambda: each(weights, x), "loop": loop}
 
 
+def rows_of(options: argparse.Namespace) -> Iterator[dict[str, object]]:
+    T = options.steps
+    cases = itertools.product((of_samples, of_ensemble), options.names, options.batches, options.hidden)
+    for contenders, name, N, H in cases:
+        torch.manual_seed(0)
+        ms = run.measure(contenders(name, T, N, H), options.rounds, "cpu")
+        what = contenders.__name__.removeprefix("of_")
+        yield {"what": what, "name": name, "T": T, "N": N, "H": H} | table.against_ours(ms)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    add = parser.add_argument
-    add("--names", nargs="+", default=["LSTM", "GRU"], choices=["LSTM", "GRU"])
-    add("--steps", type=int, default=50, metavar="T")
-    add("--batches", nargs="+", type=int, default=[16, 64], metavar="N")
-    add("--hidden", nargs="+", type=int, default=[32, 128], metavar="H")
-    add("--threads", type=int, default=1)
-    add("--rounds", type=int, default=7)
-    add("--out", type=Path, metavar="FILE", help="where to write the rows; else they are printed")
+    names = ("LSTM", "GRU")
+    parser = table.parser_of(__doc__, batches=[16, 64], hidden=[32, 128], rounds=7, threads=1, names=names)
+    parser.add_argument("--steps", type=int, default=50, metavar="T")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    head = machine.describe("cpu") | {"threads": options.threads}
-    with options.out.open("w", newline="") if options.out else sys.stdout as out:
-        writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        cases = itertools.product((of_samples, of_ensemble), options.names, options.batches, options.hidden)
-        for contenders, name, N, H in cases:
-            torch.manual_seed(0)
-            ms = run.measure(contenders(name, options.steps, N, H), options.rounds, "cpu")
-            ratios = {f"ratio_{key}": f"{value / ms['ours']:.3g}" for key, value in ms.items() if key != "ours"}
-            sizes = {"what": contenders.__name__.removeprefix("of_"), "name": name, "T": options.steps, "N": N, "H": H}
-            writer.writerow(head | sizes | {f"{key}_ms": f"{value:.4g}" for key, value in ms.items()} | ratios)
-            out.flush()
+    table.write(COLUMNS, rows_of(options), options)
 
 
 if __name__ == "__main__":

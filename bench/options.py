@@ -11,20 +11,18 @@ cell, which zeroes the state there. `ratio_plain` is ours over plain, `ratio_loo
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
-import sys
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 
-import machine
 import run
+import table
 import torch
 from torch import Tensor, nn
 
 import rnnfast
 
-COLUMNS = ["machine", "versions", "commit", "threads", "layer", "option", "mode", "T", "N", "H"]
+MODES = ("infer", "train")
+COLUMNS = ["layer", "option", "mode", "T", "N", "H"]
 COLUMNS += ["ours_ms", "plain_ms", "loop_ms", "ratio_plain", "ratio_loop"]
 OPTIONS = {
     "recurrent_dropout": {"recurrent_dropout": 0.3},
@@ -67,35 +65,24 @@ def contenders(layer: str, option: str, mode: str, T: int, N: int, H: int) -> di
     return found | {"ours": lambda: call(ours, resets=resets), "loop": lambda: call(loop, resets=resets)}
 
 
+def rows_of(options: argparse.Namespace) -> Iterator[dict[str, object]]:
+    T = options.steps
+    cases = itertools.product(options.layers, options.options, options.modes, options.batches, options.hidden)
+    for layer, option, mode, N, H in cases:
+        with torch.set_grad_enabled(mode == "train"):
+            ms = run.measure(contenders(layer, option, mode, T, N, H), options.rounds, "cpu")
+        row = {"layer": layer, "option": option, "mode": mode, "T": T, "N": N, "H": H} | table.against_ours(ms)
+        yield row | {"ratio_plain": f"{ms['ours'] / ms['plain']:.4g}"}
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    add = parser.add_argument
-    add("--layers", nargs="+", default=["LSTM", "GRU"], choices=["RNN", "LSTM", "GRU"])
-    add("--options", nargs="+", default=list(OPTIONS), choices=OPTIONS)
-    add("--modes", nargs="+", default=["infer", "train"], choices=["infer", "train"])
-    add("--steps", type=int, default=100, metavar="T")
-    add("--batches", nargs="+", type=int, default=[1, 32], metavar="N")
-    add("--hidden", nargs="+", type=int, default=[64, 256, 512], metavar="H")
-    add("--threads", type=int, default=torch.get_num_threads())
-    add("--rounds", type=int, default=9)
-    add("--out", type=Path, metavar="FILE", help="where to write the rows; else they are printed")
+    choices = {"layers": ("LSTM", "GRU", "RNN"), "options": OPTIONS, "modes": MODES}
+    threads = torch.get_num_threads()
+    parser = table.parser_of(__doc__, batches=[1, 32], hidden=[64, 256, 512], rounds=9, threads=threads, **choices)
+    parser.add_argument("--steps", type=int, default=100, metavar="T")
+    parser.set_defaults(layers=["LSTM", "GRU"])
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    head = machine.describe("cpu") | {"threads": options.threads, "T": options.steps}
-    with options.out.open("w", newline="") if options.out else sys.stdout as out:
-        writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        cases = itertools.product(options.layers, options.options, options.modes, options.batches, options.hidden)
-        for layer, option, mode, N, H in cases:
-            with torch.set_grad_enabled(mode == "train"):
-                ms = run.measure(contenders(layer, option, mode, options.steps, N, H), options.rounds, "cpu")
-            row = head | {"layer": layer, "option": option, "mode": mode, "N": N, "H": H}
-            row |= {f"{name}_ms": f"{value:.4g}" for name, value in ms.items()}
-            row["ratio_plain"] = f"{ms['ours'] / ms['plain']:.4g}"
-            if "loop" in ms:
-                row["ratio_loop"] = f"{ms['loop'] / ms['ours']:.4g}"
-            writer.writerow(row)
-            out.flush()
+    table.write(COLUMNS, rows_of(options), options)
 
 
 if __name__ == "__main__":

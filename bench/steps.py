@@ -11,25 +11,24 @@ what a call costs before it computes: one of a single row and unit, in the same 
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
 import math
 import statistics
 import sys
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import machine
 import peers
 import run
+import table
 import torch
 from torch import nn
 
 import rnnfast
 
 NAMES = ("RNNCell", "GRUCell", "LSTMCell", "RNN", "GRU", "LSTM")
-COLUMNS = ["machine", "versions", "commit", "threads", "name", "mode", "N", "H", "ours_us", "torch_us", "stream_us"]
+MODES = ("infer", "train")
+COLUMNS = ["name", "mode", "N", "H", "ours_us", "torch_us", "stream_us"]
 COLUMNS += ["onnxruntime_us", "host_us", "torch_host_us", "ratio_torch", "ratio_onnxruntime", "ratio_stream"]
 BURST = 0.006  # seconds that one contender runs before the next one has its turn
 
@@ -75,42 +74,31 @@ def contenders(name: str, mode: str, N: int, H: int, threads: int) -> dict[str, 
     return found
 
 
+def rows_of(options: argparse.Namespace) -> Iterator[dict[str, object]]:
+    for mode in options.modes:
+        logs = []
+        for name, N, H in itertools.product(options.names, options.batches, options.hidden):
+            with torch.set_grad_enabled(mode == "train"):
+                ms = run.measure(contenders(name, mode, N, H, options.threads), options.rounds, "cpu", BURST)
+            ratios = {"ratio_torch": ms["torch"] / ms["ours"]}
+            if "onnxruntime" in ms:
+                ratios["ratio_onnxruntime"] = ms["onnxruntime"] / ms["ours"]
+                ratios["ratio_stream"] = ms["onnxruntime"] / ms["stream"]
+            row = {"name": name, "mode": mode, "N": N, "H": H}
+            row |= {f"{key}_us": f"{value * 1e3:.1f}" for key, value in ms.items()}
+            yield row | {key: f"{value:.3g}" for key, value in ratios.items()}
+            logs.append(math.log(ratios["ratio_torch"]))
+        mean, least = (math.exp(value) for value in (statistics.fmean(logs), min(logs)))
+        print(
+            f"{mode}: {mean:.2f} times as fast as torch.nn in the geometric mean, {least:.2f} at least", file=sys.stderr
+        )
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    add = parser.add_argument
-    add("--names", nargs="+", default=list(NAMES), choices=NAMES)
-    add("--modes", nargs="+", default=["infer", "train"], choices=["infer", "train"])
-    add("--batches", nargs="+", type=int, default=[1, 8, 64], metavar="N")
-    add("--hidden", nargs="+", type=int, default=[16, 64, 256], metavar="H")
-    add("--threads", type=int, default=1)
-    add("--rounds", type=int, default=15)
-    add("--out", type=Path, metavar="FILE", help="where to write the rows; else they are printed")
+    choices = {"names": NAMES, "modes": MODES}
+    parser = table.parser_of(__doc__, batches=[1, 8, 64], hidden=[16, 64, 256], rounds=15, threads=1, **choices)
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    head = machine.describe("cpu") | {"threads": options.threads}
-    with options.out.open("w", newline="") if options.out else sys.stdout as out:
-        writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        for mode in options.modes:
-            logs = []
-            for name, N, H in itertools.product(options.names, options.batches, options.hidden):
-                with torch.set_grad_enabled(mode == "train"):
-                    ms = run.measure(contenders(name, mode, N, H, options.threads), options.rounds, "cpu", BURST)
-                found = {key: value * 1e3 for key, value in ms.items()}
-                ratios = {"ratio_torch": found["torch"] / found["ours"]}
-                if "onnxruntime" in found:
-                    ratios["ratio_onnxruntime"] = found["onnxruntime"] / found["ours"]
-                    ratios["ratio_stream"] = found["onnxruntime"] / found["stream"]
-                row = head | {"name": name, "mode": mode, "N": N, "H": H}
-                row |= {f"{key}_us": f"{value:.1f}" for key, value in found.items()}
-                writer.writerow(row | {key: f"{value:.3g}" for key, value in ratios.items()})
-                out.flush()
-                logs.append(math.log(ratios["ratio_torch"]))
-            mean, least = (math.exp(value) for value in (statistics.fmean(logs), min(logs)))
-            print(
-                f"{mode}: {mean:.2f} times as fast as torch.nn in the geometric mean, {least:.2f} at least",
-                file=sys.stderr,
-            )
+    table.write(COLUMNS, rows_of(options), options)
 
 
 if __name__ == "__main__":

@@ -67,7 +67,8 @@ struct Dimensions {
 
   bool has(WeightName name) const { return place[name] >= 0; }
   // One of direction d's; null where it is absent.
-  const Tensor* weight(const Tensor* all, int64_t d, WeightName name) const {
+  template <class OfWeight>
+  const OfWeight* weight(const OfWeight* all, int64_t d, WeightName name) const {
     return has(name) ? &all[d * weights + place[name]] : nullptr;
   }
   // The shape of a tensor that has a row for every row of x.

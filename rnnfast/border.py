@@ -89,6 +89,14 @@ def check_lengths(lengths: Tensor, steps: int) -> None:
         _refuse(f"lengths are {lengths.layout} {DTYPE_NAMES.get(dtype, dtype)}, expected torch.strided integers")
 
 
+def whole(weight: Tensor) -> Tensor:
+    """A weight as it is; of a W_hh of K heads, ``[K, G*H/K, H/K]``, one that has the shape of the whole matrix."""
+    if weight.dim() != 3:
+        return weight
+    heads, rows, width = weight.shape
+    return weight.new_empty(()).expand(heads * rows, heads * width)
+
+
 def check_layer(inputs: Inputs, dtypes: Sequence[torch.dtype] | None = None) -> Sizes:
     """Checks the arguments of a layer's forward; ``dtypes``: what the backend serves, if not all that float."""
     mode, x, h0, c0, batch_sizes, lengths, resets, bidirectional, names, weights = inputs

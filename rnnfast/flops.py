@@ -10,6 +10,7 @@ import functools
 import importlib.abc
 import importlib.machinery
 import sys
+from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from .ops import OPERATORS, of_records
+from .ops import OPERATORS, of_member, of_records
 from .records import Inputs, OutputGradients, Saved
 
 
@@ -59,12 +60,18 @@ def _backward_flops(
     return flops
 
 
+def _of_members(flops: Callable[..., int], inputs: Inputs, *args: Any, **kwargs: Any) -> int:
+    return sum(of_member(flops, i, inputs, *args) for i in range(inputs.x.size(0)))
+
+
 def _register() -> None:
     from torch.utils.flop_counter import register_flop_formula
 
     forward, backward = of_records(_forward_flops), of_records(_backward_flops, OutputGradients, Saved)
     of_gates = of_records(functools.partial(_backward_flops, need_dx=False, need_dw=False), OutputGradients, Saved)
     formulas = {"forward": forward, "layer": forward, "backward": backward, "gate_gradients": of_gates}
+    formulas["forward_members"] = of_records(functools.partial(_of_members, _forward_flops))
+    formulas["backward_members"] = of_records(functools.partial(_of_members, _backward_flops), OutputGradients, Saved)
     for direction, formula in formulas.items():
         operators = [operator.overloadpacket for (_, of), operator in OPERATORS.items() if of == direction]
         register_flop_formula(operators, get_raw=True)(formula)

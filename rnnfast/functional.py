@@ -81,7 +81,8 @@ def rnn(
     per_layer, names = per_direction * directions, names_of(mode, per_direction)
     if hx is not None and not (batch_sizes is not None and torch.compiler.is_compiling()):
         batch = input.size(1) if batch_sizes is None else int(batch_sizes[0])
-        _check_states(h0, c0, num_layers * directions, batch, weights[1], weights[1].size(0) // GATES[mode])
+        w_hh = border.whole(weights[1])
+        _check_states(h0, c0, num_layers * directions, batch, w_hh, w_hh.size(0) // GATES[mode])
     if batch_sizes is None:
         lengths = _check_lengths(input, lengths)
         _check_resets(input, resets)

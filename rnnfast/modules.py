@@ -46,6 +46,7 @@ class Options(NamedTuple):
     layer_norm: bool = False
     state_clip: float | None = None
     hidden_sizes: tuple[int, ...] = ()  # of the layers, where hidden_size is a list
+    num_heads: int = 1
 
     def variant(self, training: bool, states: int = 1) -> Variant | None:
         """How the steps of a call differ from torch.nn's beside ``reset_after``; None: in nothing."""
@@ -56,6 +57,7 @@ class Options(NamedTuple):
             not training,
             self.state_clip if (training if is_recorded() else torch.is_grad_enabled()) else None,
             self.layer_norm,
+            self.num_heads,
         )
         return variant if variant.differs() else None
 
@@ -141,7 +143,7 @@ class _Module(nn.Module):
             differs = own.variant(training=True) is not None
         if differs and (getattr(self, "proj_size", False) or not own.reset_after):
             has = "proj_size" if own.reset_after else "reset_after=False"
-            raise ValueError(f"recurrent_dropout, zoneout, layer_norm and state_clip cannot go with {has}")
+            raise ValueError(f"recurrent_dropout, zoneout, layer_norm, state_clip and num_heads cannot go with {has}")
 
     def reset_parameters(self) -> None:
         """As torch.nn's, and then what ``init`` and ``forget_bias`` ask for."""
@@ -166,7 +168,10 @@ class _Module(nn.Module):
             if own.init == "orthogonal" and name.startswith("weight_hh"):
                 if weight.is_complex():
                     raise ValueError(f"init='orthogonal' is for real dtypes, got {weight.dtype}")
-                for gate in weight.split(self._hidden_of(name)):  # torch has no orthogonal matrices of half types
+                # Of each head, if there are some.
+                for gate in weight.flatten(0, -2).split(
+                    self._hidden_of(name) // own.num_heads
+                ):  # torch has no orthogonal matrices of half types
                     made = torch.empty_like(gate, dtype=torch.promote_types(gate.dtype, torch.float32))
                     gate.copy_(nn.init.orthogonal_(made))
             if name.startswith("gain"):
@@ -179,7 +184,9 @@ class _Module(nn.Module):
 
     def extra_repr(self) -> str:
         recompute = ["recompute=True"] if self.recompute is True else []  # and not what a subclass has of that name
-        return ", ".join([super().extra_repr(), *recompute, *options(self, Options._fields[:-1])])
+        return ", ".join(
+            [super().extra_repr(), *recompute, *options(self, [of for of in Options._fields if of != "hidden_sizes"])]
+        )
 
     def _to_states(self, hx: Any) -> Sequence[Tensor]:
         """(h,) or (h, c) of what a caller gives."""
@@ -264,9 +271,11 @@ class _Recurrent(_Module, nn.RNNBase, Generic[Hx, Hidden]):
             hidden_size, num_layers = sizes[0], len(sizes)
         # What convert makes has torch.nn.LSTM between, with another signature.
         nn.RNNBase.__init__(self, mode, input_size, hidden_size, num_layers, *args)
+        heads = self._check_heads(options.get("num_heads", 1), sizes or [hidden_size])
         if sizes:
-            self._resize(sizes)
-            options["hidden_sizes"] = tuple(sizes)
+            self.hidden_size, options["hidden_sizes"] = sizes, tuple(sizes)
+        if sizes or heads > 1:
+            self._resize(sizes or [hidden_size] * num_layers, heads)
         if options.get("layer_norm") is True:
             like = self._flat_weights[0]
             for suffix in self._suffixes():
@@ -289,14 +298,24 @@ class _Recurrent(_Module, nn.RNNBase, Generic[Hx, Hidden]):
             raise ValueError("proj_size cannot go with a hidden_size for each layer")
         return list(sizes)
 
-    def _resize(self, sizes: list[int]) -> None:
-        """Give each layer its own size."""
-        self.hidden_size = sizes
+    @staticmethod
+    def _check_heads(heads: Any, sizes: Sequence[int]) -> int:
+        if not isinstance(heads, int) or isinstance(heads, bool):
+            raise TypeError(f"num_heads should be of type int, got: {type(heads).__name__}")
+        if heads <= 0 or any(size % heads for size in sizes):
+            raise ValueError(f"num_heads has to be a divisor of hidden_size, got {heads} heads of {sizes[0]} units")
+        return heads
+
+    def _resize(self, sizes: list[int], heads: int) -> None:
+        """Give each layer its own size, and its W_hh so many blocks on the diagonal."""
         below = [self.input_size, *(size * (1 + self.bidirectional) for size in sizes)]
         for name, weight in list(self.named_parameters()):
             k = _layer_of(name)
-            columns = [below[k] if "_ih" in name else sizes[k]][: weight.dim() - 1]
-            setattr(self, name, nn.Parameter(weight.new_empty(GATES[self.mode] * sizes[k], *columns)))
+            rows = GATES[self.mode] * sizes[k]
+            shape = [rows, below[k] if "_ih" in name else sizes[k]][: weight.dim()]
+            if heads > 1 and name.startswith("weight_hh"):
+                shape = [heads, rows // heads, sizes[k] // heads]
+            setattr(self, name, nn.Parameter(weight.new_empty(shape)))
         self.reset_parameters()
 
     def _suffixes(self) -> list[str]:
@@ -634,14 +653,15 @@ class RNN(_Recurrent[Tensor, Tensor]):
             2018).
 
         recurrent_dropout, zoneout, state_clip: as of :class:`rnnfast.LSTM`, of h alone.
+        num_heads: as of :class:`rnnfast.LSTM`.
         layer_norm: as of :class:`rnnfast.LSTM`, ``h_t = tanh(LN(W_ih x; gain_ih, bias_ih) + LN(W_hh h; gain_hh,
             bias_hh))``, or relu of that.
 
     A list as ``hidden_size``, and what serves these options: as of :class:`rnnfast.LSTM`.
 
     Raises:
-        ValueError: an option is none of these.
-        TypeError: layer_norm is no bool.
+        ValueError: an option is none of these; num_heads is no divisor of hidden_size.
+        TypeError: layer_norm is no bool, or num_heads no int.
     """
 
     _name, _tensor = "RNN", " tensor"
@@ -667,6 +687,7 @@ class RNN(_Recurrent[Tensor, Tensor]):
         zoneout: float = 0.0,
         layer_norm: bool = False,
         state_clip: float | None = None,
+        num_heads: int = 1,
         proj_size: None = None,
     ) -> None:
         _refuse_projection(proj_size)
@@ -676,7 +697,7 @@ class RNN(_Recurrent[Tensor, Tensor]):
         sizes = input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, 0
         own: dict[str, Any] = {"recompute": recompute, "init": init, "weight_dropout": weight_dropout}
         own |= {"recurrent_dropout": recurrent_dropout, "zoneout": zoneout}
-        own |= {"layer_norm": layer_norm, "state_clip": state_clip}
+        own |= {"layer_norm": layer_norm, "state_clip": state_clip, "num_heads": num_heads}
         super().__init__(f"RNN_{nonlinearity.upper()}", *sizes, device, dtype, **own)
 
 
@@ -712,18 +733,22 @@ class LSTM(_Recurrent[Sequence[Tensor], tuple[Tensor, Tensor]]):
             from the next step: in the backward they are clamped to [-state_clip, state_clip] before they go into the
             step (as Graves does with the gates', "Generating Sequences With Recurrent Neural Networks", 2013). What a
             layer computes stays the same. It has no forward-mode derivatives.
+        num_heads: K, a divisor of H: W_hh is K blocks on the diagonal, each of the units of one head, as in
+            :class:`rnnfast.FlexRNN`: ``weight_hh_l{k}`` is ``[K, G*H/K, H/K]``, a head after the other and of each its
+            G gates. It goes with all of these, whose equations stay the same.
 
     With a list ``hidden_size`` has a size for each layer, and h_0, h_n, c_0 and c_n are ``[D, N, sum(hidden_size)]``,
     layer beside layer; so are the states of every step, ``[1, T, N, D * sum(hidden_size)]``.
 
     Where a step is another one than torch.nn's (``recurrent_dropout`` in training, ``zoneout``, ``state_clip`` where a
-    gradient is asked for), the layers run as those of :class:`rnnfast.FlexRNN` do: on a CPU by the native library's
-    evaluator, on a GPU by Triton's kernels. Random numbers are of torch's generators. Dtypes are real.
+    gradient is asked for, ``num_heads``), the layers run as those of :class:`rnnfast.FlexRNN` do: on a CPU by the
+    native library's evaluator, on a GPU by Triton's kernels. Random numbers are of torch's generators. Dtypes are real.
 
     Raises:
-        ValueError: an option is none of these; there is a forget_bias and no bias; proj_size comes with one of
-            recurrent_dropout, zoneout, layer_norm and state_clip, or with a list of sizes.
-        TypeError: layer_norm is no bool.
+        ValueError: an option is none of these; there is a forget_bias and no bias; num_heads is no divisor of
+            hidden_size; proj_size comes with one of recurrent_dropout, zoneout, layer_norm, state_clip and num_heads,
+            or with a list of sizes.
+        TypeError: layer_norm is no bool, or num_heads no int.
     """
 
     _name, _has_cell_state = "LSTM", True
@@ -750,6 +775,7 @@ class LSTM(_Recurrent[Sequence[Tensor], tuple[Tensor, Tensor]]):
         zoneout: float | tuple[float, float] = 0.0,
         layer_norm: bool = False,
         state_clip: float | None = None,
+        num_heads: int = 1,
     ) -> None:
         sizes = input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size
         own: dict[str, Any] = {
@@ -759,7 +785,7 @@ class LSTM(_Recurrent[Sequence[Tensor], tuple[Tensor, Tensor]]):
             "weight_dropout": weight_dropout,
         }
         own |= {"recurrent_dropout": recurrent_dropout, "zoneout": zoneout}
-        own |= {"layer_norm": layer_norm, "state_clip": state_clip}
+        own |= {"layer_norm": layer_norm, "state_clip": state_clip, "num_heads": num_heads}
         super().__init__("LSTM", *sizes, device, dtype, **own)
 
     # torch.nn.LSTM's module interface, itself no base of ours: its methods serve as they are.
@@ -805,6 +831,7 @@ class GRU(_Recurrent[Tensor, Tensor]):
             2018).
 
         recurrent_dropout, zoneout, state_clip: as of :class:`rnnfast.LSTM`, of h alone.
+        num_heads: as of :class:`rnnfast.LSTM`.
         layer_norm: as of :class:`rnnfast.LSTM`, but of r and z together, and of the candidate by itself, as the paper's
             supplement has it of GRUs: ``n = tanh(LN(W_in x; ...) + r * LN(W_hn h; ...))``.
 
@@ -813,8 +840,8 @@ class GRU(_Recurrent[Tensor, Tensor]):
 
     Raises:
         ValueError: an option is none of these; reset_after is false, and recompute true or one of recurrent_dropout,
-            zoneout, layer_norm and state_clip given.
-        TypeError: reset_after or layer_norm is no bool.
+            zoneout, layer_norm, state_clip and num_heads given; num_heads is no divisor of hidden_size.
+        TypeError: reset_after or layer_norm is no bool, or num_heads no int.
     """
 
     _name = "GRU"
@@ -840,6 +867,7 @@ class GRU(_Recurrent[Tensor, Tensor]):
         zoneout: float = 0.0,
         layer_norm: bool = False,
         state_clip: float | None = None,
+        num_heads: int = 1,
         proj_size: None = None,
     ) -> None:
         _refuse_projection(proj_size)
@@ -852,7 +880,7 @@ class GRU(_Recurrent[Tensor, Tensor]):
             "weight_dropout": weight_dropout,
         }
         own |= {"recurrent_dropout": recurrent_dropout, "zoneout": zoneout}
-        own |= {"layer_norm": layer_norm, "state_clip": state_clip}
+        own |= {"layer_norm": layer_norm, "state_clip": state_clip, "num_heads": num_heads}
         super().__init__("GRU", *sizes, device, dtype, **own)
 
 

@@ -92,19 +92,44 @@ def _gate_gradients_fake(inputs: Inputs, grads: OutputGradients, saved: Saved) -
     return GateGradients(x.new_empty(1 + inputs.bidirectional, rows, columns), dh0, dc0)
 
 
+def of_member(function: Callable[..., Any], i: int, inputs: Inputs, *more: Any) -> Any:
+    """A function of a layer's records and other arguments, of one member's part of an ensemble's."""
+
+    def part(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [part(of) for of in value]
+        return value[i] if isinstance(value, Tensor) and value.shape != (0,) else value
+
+    own = Inputs._make(part(inputs))._replace(batch_sizes=inputs.batch_sizes)
+    return function(own, *(type(of)(*part(of)) if isinstance(of, tuple) else of for of in more))
+
+
+def _members_fake(fake: Callable[..., Any], inputs: Inputs, *more: Any) -> Any:
+    def stacked(tensor: Tensor) -> Tensor:
+        return tensor if tensor.shape == (0,) else tensor.new_empty(inputs.x.size(0), *tensor.shape)
+
+    found = of_member(fake, 0, inputs, *more)
+    return found._make([stacked(t) if isinstance(t, Tensor) else [stacked(of) for of in t] for t in found])
+
+
 def _define(backend: str) -> None:
-    forward_fake = of_records(functools.partial(_forward_fake, saves_gates=BACKENDS[backend].saves_gates))
-    for direction, schema, fake in (
-        ("forward", records.FORWARD, forward_fake),
-        ("layer", records.FORWARD, forward_fake),  # the forward once more, as it stands in exported programs
-        ("backward", records.BACKWARD, of_records(_backward_fake, *_OF_BACKWARD)),
-        ("gate_gradients", records.GATE_GRADIENTS, of_records(_gate_gradients_fake, *_OF_BACKWARD)),
+    forward_fake: Any = functools.partial(_forward_fake, saves_gates=BACKENDS[backend].saves_gates)
+    of_members = functools.partial(_members_fake, forward_fake), functools.partial(_members_fake, _backward_fake)
+    for direction, schema, fake, more in (
+        ("forward", records.FORWARD, forward_fake, ()),
+        ("layer", records.FORWARD, forward_fake, ()),  # the forward once more, as it stands in exported programs
+        ("backward", records.BACKWARD, _backward_fake, _OF_BACKWARD),
+        ("gate_gradients", records.GATE_GRADIENTS, _gate_gradients_fake, _OF_BACKWARD),
+        ("forward_members", records.FORWARD, of_members[0], ()),
+        ("backward_members", records.BACKWARD, of_members[1], _OF_BACKWARD),
     ):
         if direction == "gate_gradients" and not BACKENDS[backend].saves_gates:
             continue  # it has the derivatives of the weights in plain torch
+        if direction.endswith("_members") and backend != "cpu":
+            continue  # they run one after the other
         name = f"{backend}_{direction}"
         _define_operator(name + schema)
-        torch.library.register_fake(f"rnnfast::{name}", fake, lib=LIBRARY)
+        torch.library.register_fake(f"rnnfast::{name}", of_records(fake, *more), lib=LIBRARY)
         OPERATORS[backend, direction] = getattr(torch.ops.rnnfast, name).default
 
 

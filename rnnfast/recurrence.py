@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters, retrieve_current_functorch_interpreter
 from torch.autograd import forward_ad
 
 from . import aten, reference, samples
@@ -26,7 +26,7 @@ _is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
 def _loop_over_batch(function: Any, info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> Any:
-    """The vmap of an autograd Function, call by call: of an ensemble, whose members have weights of their own."""
+    """The vmap of an autograd Function, call by call: of an ensemble, where members have no operator of their own."""
     results = [
         function.apply(*(a if dim is None else a.select(dim, i) for a, dim in zip(args, in_dims)))
         for i in range(info.batch_size)
@@ -45,6 +45,20 @@ def _in_parts(function: Any, info: Any, in_dims: tuple[Any, ...], args: tuple[An
         outputs, dims = function.vmap(info._replace(batch_size=count), in_dims, *part)
         found.append(outputs)
     return tuple(of[0] if dim is None else torch.cat(of, dim) for of, dim in zip(zip(*found), dims)), dims
+
+
+def _has_members(backend: str, of_members: bool, dims: Inputs) -> bool:
+    """Whether members with these batch dimensions are one call of an operator. Those within another vmap are not: their
+    samples are run at once."""
+    outer = retrieve_all_functorch_interpreters()
+    is_innermost = not any(of.key() == torch._C._functorch.TransformType.Vmap for of in outer)
+    has_operator = (backend, "forward_members") in OPERATORS
+    return has_operator and is_innermost and not of_members and dims.batch_sizes is None
+
+
+def _stacked_dims(outputs: Sequence[Tensor]) -> tuple[int | None, ...]:
+    """The batch dimensions of what an operator for members returns."""
+    return tuple(None if of.shape == (0,) else 0 for of in outputs)
 
 
 def _save(ctx: Any, values: Sequence[Any]) -> None:
@@ -85,35 +99,41 @@ def _one_by_one(backward: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def _operator(backend: str, direction: str, of_members: bool) -> Any:
+    return OPERATORS[backend, f"{direction}_members" if of_members else direction]
+
+
 class _Layer(torch.autograd.Function):
     @staticmethod
-    def forward(backend: str, recompute: bool, *inputs: Any) -> Any:
-        return OPERATORS[backend, "forward"](*Inputs.of_flat(inputs), True, not recompute)
+    def forward(backend: str, recompute: bool, of_members: bool, *inputs: Any) -> Any:
+        return _operator(backend, "forward", of_members)(*Inputs.of_flat(inputs), True, not recompute)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.backend, ctx.recompute = inputs[:2]
+        ctx.backend, ctx.recompute, ctx.of_members, *of_layer = inputs
         y, _, _, c, gates = output
         ctx.mark_non_differentiable(gates)
         ctx.set_materialize_grads(False)
-        _save(ctx, (y, c, gates, *inputs[2:]))
+        _save(ctx, (y, c, gates, *of_layer))
 
     @staticmethod
     @_one_by_one
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        needs = Inputs.of_flat(ctx.needs_input_grad[2:])
-        return None, None, *_layer_backward(ctx, OutputGradients(*grads[:4]), needs).flat()
+        needs = Inputs.of_flat(ctx.needs_input_grad[3:])
+        return None, None, None, *_layer_backward(ctx, OutputGradients(*grads[:4]), needs).flat()
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-        backend, recompute, *values = args
-        dims = Inputs.of_flat(in_dims[2:])
-        if not samples.share_weights(dims, info.batch_size):
-            return _loop_over_batch(_Layer, info, in_dims, args)
-        inputs, count = Inputs.of_flat(values), info.batch_size
+        backend, recompute, of_members, *values = args
+        inputs, dims, count = Inputs.of_flat(values), Inputs.of_flat(in_dims[3:]), info.batch_size
+        run: Any = functools.partial(_Layer.apply, backend, recompute)
+        if of_members or not samples.share_weights(dims, count):
+            if not _has_members(backend, of_members, dims):
+                return _loop_over_batch(_Layer, info, in_dims, args)
+            outputs = run(True, *samples.stack(inputs, dims, count).flat())
+            return outputs, _stacked_dims(outputs)
         packed = inputs.batch_sizes is not None
-        folded = samples.fold(inputs, dims, count, packed)
-        outputs = _Layer.apply(backend, recompute, *folded.flat())  # type: ignore[no-untyped-call]
+        outputs = run(False, *samples.fold(inputs, dims, count, packed).flat())
         return samples.unfold(Outputs._fields, outputs, count, packed)
 
 
@@ -134,6 +154,7 @@ def _layer_backward(ctx: Any, grads: OutputGradients, needs: Inputs) -> Any:
         and not is_transformed
         and not torch.compiler.is_compiling()
         and ctx.backend == "cpu"
+        and not ctx.of_members
         and grads.dc is None
         and (grads.dy is not None or grads.dh_n is not None)
         and aten.can_derive(layer_inputs)
@@ -142,10 +163,11 @@ def _layer_backward(ctx: Any, grads: OutputGradients, needs: Inputs) -> Any:
     if ctx.recompute:
         is_kept = not HAS_CELL_STATE[layer_inputs.mode] or c.dim() > 1
         with torch.no_grad():
-            *_, again, gates = OPERATORS[ctx.backend, "forward"](*layer_inputs, not is_kept, True)
+            *_, again, gates = _operator(ctx.backend, "forward", ctx.of_members)(*layer_inputs, not is_kept, True)
         c = c if is_kept else again
     apply: Any = _LayerBackward.apply if twice else _LayerBackward.forward
-    dx, dh0, dc0, *dweights = apply(ctx.backend, needs.x, any(needs.weights), 0, *grads, y, c, gates, *inputs)
+    form = ctx.backend, ctx.of_members, needs.x, any(needs.weights), 0
+    dx, dh0, dc0, *dweights = apply(*form, *grads, y, c, gates, *inputs)
     dweights = [grad if need else None for grad, need in zip(dweights, needs.weights)]
     return _NO_GRADIENTS._replace(
         x=dx if needs.x else None,
@@ -179,20 +201,21 @@ class _LayerBackward(torch.autograd.Function):
     """Its own derivatives go through plain torch: x and the weights determine y, c and the gates, which get none."""
 
     @staticmethod
-    def forward(backend: str, need_dx: bool, need_dw: bool, count: int, *values: Any) -> Any:
+    def forward(backend: str, of_members: bool, need_dx: bool, need_dw: bool, count: int, *values: Any) -> Any:
         """Count: 0, or how many samples the rows are of, each with gradients of the weights to itself. Values: the
         fields of OutputGradients and Saved, and those of Inputs, flat."""
         grads, saved, inputs = _of_backward(values)
         if count:
             return samples.backward(backend, need_dx, inputs, grads, saved, count)
-        dx, dh0, dc0, dweights = OPERATORS[backend, "backward"](*inputs, *grads, *saved, need_dx, need_dw)
+        run = _operator(backend, "backward", of_members)
+        dx, dh0, dc0, dweights = run(*inputs, *grads, *saved, need_dx, need_dw)
         return dx, dh0, dc0, *dweights
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.set_materialize_grads(False)
-        ctx.count = inputs[3]
-        of_output, _, of_layer = _of_backward(inputs[4:])
+        _, ctx.of_members, _, _, ctx.count, *values = inputs
+        of_output, _, of_layer = _of_backward(values)
         _save(ctx, (*of_output, *of_layer.flat()))
 
     @staticmethod
@@ -213,7 +236,8 @@ class _LayerBackward(torch.autograd.Function):
             at = list(values)
             for i, value in zip(given, of):
                 at[i] = value
-            run = functools.partial(samples.reference_backward, ctx.count) if ctx.count else reference.layer_backward
+            run: Any = samples.members_backward if ctx.of_members else reference.layer_backward
+            run = functools.partial(samples.reference_backward, ctx.count) if ctx.count else run
             firsts = run(Inputs.of_flat(at[fields:]), OutputGradients(*at[:fields]))
             return tuple(firsts[i] for i in live)
 
@@ -221,22 +245,25 @@ class _LayerBackward(torch.autograd.Function):
         seconds: list[Tensor | None] = [None] * len(values)
         for i, second in zip(given, vjp(tuple(grads[i] for i in live))):
             seconds[i] = second
-        return *[None] * 4, *seconds[:fields], *(None for _ in Saved._fields), *seconds[fields:]
+        return *[None] * 5, *seconds[:fields], *(None for _ in Saved._fields), *seconds[fields:]
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-        backend, need_dx, need_dw, count, *values = args
-        of_values, of_dims = _of_backward(values), _of_backward(in_dims[4:])
-        if not samples.share_weights(of_dims[2], info.batch_size):
-            return _loop_over_batch(_LayerBackward, info, in_dims, args)
+        backend, of_members, need_dx, need_dw, count, *values = args
+        of_values, of_dims = _of_backward(values), _of_backward(in_dims[5:])
+        run: Any = functools.partial(_LayerBackward.apply, backend)
+        if of_members or not samples.share_weights(of_dims[2], info.batch_size):
+            if count or not _has_members(backend, of_members, of_dims[2]):
+                return _loop_over_batch(_LayerBackward, info, in_dims, args)
+            grads, saved, inputs = (samples.stack(*pair, info.batch_size) for pair in zip(of_values, of_dims))
+            found = run(True, need_dx, need_dw, 0, *grads, *saved, *inputs.flat())
+            return found, _stacked_dims(found)
         if (most := samples.at_once(of_values[1], of_dims[1])) < info.batch_size:
             return _in_parts(_LayerBackward, info, in_dims, args, most)
         size, packed = info.batch_size, of_values[2].batch_sizes is not None
         grads, saved, inputs = (samples.fold(*pair, size, packed) for pair in zip(of_values, of_dims))
         all_samples = (count or 1) * size if need_dw else 0
-        dx, dh0, dc0, *dweights = _LayerBackward.apply(  # type: ignore[no-untyped-call]
-            backend, need_dx, need_dw, all_samples, *grads, *saved, *Inputs(*inputs).flat()
-        )
+        dx, dh0, dc0, *dweights = run(False, need_dx, need_dw, all_samples, *grads, *saved, *inputs.flat())
         results, dims = samples.unfold(InputGradients._fields, (dx, dh0, dc0), size, packed)
         if count:
             dweights = [grad.unflatten(0, (count, size)) for grad in dweights]
@@ -248,7 +275,7 @@ class _LayerBackward(torch.autograd.Function):
 
 
 def _setup_layer(ctx: Any, inputs: tuple[Any, ...], output: Any, *, backend: str) -> None:
-    _Layer.setup_context(ctx, (backend, True, *Inputs(*inputs[:-2]).flat()), output)
+    _Layer.setup_context(ctx, (backend, True, False, *Inputs(*inputs[:-2]).flat()), output)
 
 
 def _backward_of_layer(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
@@ -289,7 +316,7 @@ def layer(
     elif torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, h0, c0, *weights)):
         recompute = recompute and SAVED_GATES[inputs.mode] > 0 and BACKENDS[backend].saves_gates
         apply: Any = _Layer.apply if torch.compiler.is_compiling() else _apply
-        y, h_n, c_n, c, _ = apply(backend, recompute, *inputs.flat())
+        y, h_n, c_n, c, _ = apply(backend, recompute, False, *inputs.flat())
     else:
         y, h_n, c_n, c, _ = OPERATORS[backend, "forward"](*inputs, keep_c, False)
     return y, h_n, c_n, c
@@ -308,7 +335,7 @@ def _transformed(backend: str, *inputs: Any) -> tuple[Tensor, ...]:
     if torch._C._are_functorch_transforms_active():
         interpreter = retrieve_current_functorch_interpreter()
     if interpreter is None or interpreter.key() != functorch.TransformType.Functionalize:
-        found: tuple[Tensor, ...] = _Layer.apply(backend, False, *inputs)  # type: ignore[no-untyped-call]
+        found: tuple[Tensor, ...] = _Layer.apply(backend, False, False, *inputs)  # type: ignore[no-untyped-call]
         return found
     values = []
     for value in inputs:

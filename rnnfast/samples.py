@@ -55,6 +55,21 @@ def fold(record: Any, dims: Any, count: int, packed: bool) -> Any:
     return record._make(map(folded, record._fields, record, dims))
 
 
+def stack(record: Any, dims: Any, count: int) -> Any:
+    """A record of so many members of an ensemble, with batch dimensions as for :func:`fold`: each tensor but
+    batch_sizes begins with a dimension of them."""
+
+    def stacked(value: Any, dim: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [stacked(*pair) for pair in zip(value, dim)]
+        if not isinstance(value, Tensor):
+            return value
+        return value.expand(count, *value.shape) if dim is None else value.movedim(dim, 0)
+
+    found = record._make(map(stacked, record, dims))
+    return found._replace(batch_sizes=record.batch_sizes) if isinstance(record, Inputs) else found
+
+
 def unfold(names: Sequence[str], tensors: Sequence[Tensor], count: int, packed: bool) -> tuple[Any, ...]:
     """Results over such rows by sample, and the batch dimension of each; None where it is absent."""
     pairs = [_unfolded(name, tensor, count, packed) for name, tensor in zip(names, tensors)]
@@ -165,21 +180,34 @@ def reference_backward(count: int, inputs: Inputs, grads: OutputGradients) -> li
             dims[i] = None
         elif isinstance(value, Tensor):
             values[i], dims[i] = _unfolded(name, value, count, packed)
-    is_there: list[bool] = []
-
-    def of_sample(*tensors: Tensor) -> tuple[Tensor, ...]:
-        at = list(values)
-        for i, tensor in zip(dims, tensors):
-            at[i] = tensor
-        first = len(grads)
-        found = reference.layer_backward(Inputs.of_flat(at[first:]), OutputGradients(*at[:first]))
-        is_there[:] = [grad is not None for grad in found]
-        return tuple(grad for grad in found if grad is not None)
-
-    found = iter(torch.func.vmap(of_sample, tuple(dims.values()))(*(values[i] for i in dims)))
-    results: list[Tensor | None] = [next(found) if there else None for there in is_there]
+    results = _each_backward(values, dims)
     for i, name in enumerate(("dx", "dh0", "dc0")):
         if (result := results[i]) is not None:
             axis = _axis(name, packed)
             results[i] = result.movedim(0, axis + 1).flatten(axis, axis + 1)
     return results
+
+
+def members_backward(inputs: Inputs, grads: OutputGradients) -> list[Tensor | None]:
+    """As :func:`rnnfast.reference.layer_backward`, of records that are stacked, and so are the gradients."""
+    values = [*grads, *inputs.flat()]
+    dims = {i: None if of is inputs.batch_sizes else 0 for i, of in enumerate(values) if isinstance(of, Tensor)}
+    return _each_backward(values, dims)
+
+
+def _each_backward(values: list[Any], dims: dict[int, int | None]) -> list[Tensor | None]:
+    """The reference's backward by vmap, of the fields of OutputGradients and Inputs, flat. Dims: of those that are
+    tensors, by their places."""
+    is_there: list[bool] = []
+
+    def of_one(*tensors: Tensor) -> tuple[Tensor, ...]:
+        at = list(values)
+        for i, tensor in zip(dims, tensors):
+            at[i] = tensor
+        first = len(OutputGradients._fields)
+        found = reference.layer_backward(Inputs.of_flat(at[first:]), OutputGradients(*at[:first]))
+        is_there[:] = [grad is not None for grad in found]
+        return tuple(grad for grad in found if grad is not None)
+
+    found = iter(torch.func.vmap(of_one, tuple(dims.values()))(*(values[i] for i in dims)))
+    return [next(found) if there else None for there in is_there]

@@ -1,4 +1,4 @@
-"""Layers whose steps differ from torch.nn's: recurrent dropout, zoneout, clipped gradients, normalised products.
+"""Layers whose steps differ from torch.nn's: recurrent dropout, zoneout, clipped gradients, normalised products, heads.
 
 Each is said as a cell of ``evaluator.py``: :func:`varied` makes it of another cell, and the random numbers of its masks
 come in as gates of x. What they compute is in the docstring of :class:`rnnfast.LSTM`. Letters as in ``flex.py``.
@@ -45,17 +45,19 @@ class Variant(NamedTuple):
     expected: bool = False  # zoneout by its expectation, as in eval mode
     state_clip: float | None = None
     layer_norm: bool = False
+    heads: int = 1  # of W_hh, which is said by its shape
 
     def differs(self) -> bool:
         numbers = self.recurrent_dropout, self.state_clip, *self.zoneout
-        return self.layer_norm or any(number is not None for number in numbers)
+        return self.layer_norm or self.heads > 1 or any(number is not None for number in numbers)
 
 
 def choose_variant(
     variant: Variant, mode: str, device: torch.device, dtype: torch.dtype, hidden: int
 ) -> tuple[str, str]:
     """As ``choose_backend``: the backend that serves a layer, and why."""
-    return choose(device, dtype, CELLS[mode], hidden, why_not=_OF_WHOLE_ROWS if variant.layer_norm else "")
+    why_not = _OF_WHOLE_ROWS if variant.layer_norm else ""
+    return choose(device, dtype, CELLS[mode], hidden, variant.heads, why_not)
 
 
 _OF_WHOLE_ROWS = "with layer_norm=True a step sees whole rows at once, which only plain torch does"
@@ -165,10 +167,13 @@ def layer(
         ValueError: dtypes are complex.
     """
     if not is_recorded() and not torch.compiler.is_compiling():  # what is no operator has no other check
-        border.check_layer(inputs._replace(lengths=None))  # which were checked, and may be a transform's
+        whole = [border.whole(weight) for weight in inputs.weights]
+        border.check_layer(inputs._replace(lengths=None, weights=whole))  # lengths were checked, or are a transform's
     mode, x, lengths = inputs.mode, inputs.x, inputs.lengths
     if x.is_complex():
-        raise ValueError(f"recurrent_dropout, zoneout, layer_norm and state_clip are for real dtypes, got {x.dtype}")
+        raise ValueError(
+            f"recurrent_dropout, zoneout, layer_norm, state_clip and num_heads are for real dtypes, got {x.dtype}"
+        )
     if inputs.batch_sizes is not None:
         _, pack, padded = reference._padded(inputs, inputs.batch_sizes)
         y, h_n, c_n, c = layer(variant, norms, recompute, padded)
@@ -176,7 +181,7 @@ def layer(
     of = lstm_normalized if variant.layer_norm and mode == "LSTM" else CELLS[mode]
     weights = inputs.directions()
     directions = [_by_name(w, norms[d] if variant.layer_norm else None) for d, w in enumerate(weights)]
-    backend, _ = choose_variant(variant, mode, x.device, x.dtype, weights[0].w_hh.size(1))
+    backend, _ = choose_variant(variant, mode, x.device, x.dtype, weights[0].w_ih.size(0) // GATES[mode])
     serve = functools.partial(run, RUN[backend], variant)
     if variant.layer_norm:
         serve = functools.partial(_run_normalized, variant, mode)

@@ -147,6 +147,8 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
     ],
     "csrc/cpu/recurrence.cpp": [
         ("dx past a row's end", LENGTHS, "table.steps.start[n.T] < n.R", "false"),
+        ("all members write to the first one's place", "test_samples.py -k members", "+ member * bytes", ""),
+        ("members that threads leave over", "test_samples.py -k threads", "body(&calls, alone, calls.size());", ""),
     ],
     "csrc/cpu/plain.cpp": [
         ("c_0 of the first layer", PLAIN, "c0 ? c0 + k * of_c", "c0 ? c0"),
@@ -571,7 +573,7 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         ("explain takes steps for rows", "test_cuda.py -k explain", "0 if module.batch_first else 1", "1"),
     ],
     "rnnfast/recurrence.py": [
-        ("dx if h_0 asks for it", NUMBERS, "needs.x, any(needs.weights), 0, *", "needs.h0, any(needs.weights), 0, *"),
+        ("dx if h_0 asks for it", NUMBERS, "needs.x, any(needs.weights), 0", "needs.h0, any(needs.weights), 0"),
         ("no dW for W_ih alone", "test_recurrence.py -k alone", "any(needs.weights)", "any(needs.weights[1:])"),
         (
             "h_0 and c_0 swapped in backward",
@@ -624,12 +626,23 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         ),
     ],
     "rnnfast/samples.py": [
-        ("vmap along the first dimension", "test_recurrence.py -k vmap", "value.movedim(dim,", "value.movedim(0,"),
+        (
+            "vmap along the first dimension",
+            "test_recurrence.py -k vmap",
+            "value.movedim(dim, axis",
+            "value.movedim(0, axis",
+        ),
         (
             "no state enters a reset step",
             "test_samples.py -k gradients",
             "torch.where(border.unsqueeze(2), 0, before)",
             "before",
+        ),
+        (
+            "second derivatives of the first member",
+            "test_samples.py -k derivatives",
+            "None if of is inputs.batch_sizes else 0",
+            "None",
         ),
         ("beyond a row's end", "test_samples.py -k gradients", "(step == lengths - 1)", "(step == lengths)"),
     ],

@@ -85,7 +85,20 @@ def test_flex(tmp_path):
     ]
     for row in rows:
         assert float(row["ratio_loop"]) == pytest.approx(float(row["loop_ms"]) / float(row["ours_ms"]), rel=2e-3)
-        assert bool(row["ratio_kernels"]) == (row["cell"] == "lstm") and not row["ratio_compiled"]
+        assert bool(row["ratio_kernels"]) == (row["cell"] == "lstm") and not row["ratio_compiled"] + row["ratio_scan"]
+
+
+@pytest.mark.full
+def test_flex_compiled(tmp_path):
+    """The loop and the scan, which torch.compile takes its time for."""
+    sizes = ("--cells", "slstm", "--steps", "2", "--batches", "2", "--hidden", "8", "--heads", "2", "--rounds", "1")
+    _run("flex.py", *sizes, "--compile", "--scan", "--out", tmp_path / "flex.csv")
+    with (tmp_path / "flex.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["mode"] for row in rows] == ["infer", "train"]
+    assert all(
+        float(row[f"{name}_{unit}"]) > 0 for row in rows for name in ("compiled", "scan") for unit in ("ms", "s")
+    )
 
 
 def test_derivatives(tmp_path):

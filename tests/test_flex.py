@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import runpy
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -989,3 +991,16 @@ def test_weights_with_names_of_others() -> None:
     cell = rnnfast.cell(gates="g", weights="hh")(lambda x, a, s, w: x.g * w.hh)
     with pytest.raises(ValueError, match="weights cannot be called"):
         FlexRNN(cell, I, H)
+
+
+def test_the_readmes_cell_learns(tmp_path: Path) -> None:
+    """Its listing as it stands there; one that learns nothing would stay at 10.5."""
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    script = tmp_path / "listing.py"
+    script.write_text(readme.partition("## Cells of your own")[2].partition("```python\n")[2].partition("```")[0])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert runpy.run_path(str(script))["loss"] < 1
+    finally:
+        torch.set_num_threads(threads)

@@ -109,7 +109,7 @@ def test_subclasses_have_the_short_names_for_themselves(name: str, library: obje
 
     class WithMethods(base):
         init = reset_after = forget_bias = weight_dropout = recurrent_dropout = zoneout = lambda self: 1
-        layer_norm = state_clip = hidden_sizes = init
+        layer_norm = state_clip = hidden_sizes = num_heads = init
 
     x, plain = torch.randn(5, 3, I) if name in LAYERS else torch.randn(3, I), base(I, H)
     for module in (WithAttributes(False), WithAttributes(True), WithMethods(I, H)):

@@ -134,7 +134,7 @@ def test_constructors_name_their_parameters(name: str) -> None:
         documented = theirs.__doc__.partition("(")[2].partition(")")[0].replace(" ", "").split(",")
         assert [p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in positional] == documented
     keywords = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
-    of_steps = ["recurrent_dropout", "zoneout", "layer_norm", "state_clip"]
+    of_steps = ["recurrent_dropout", "zoneout", "layer_norm", "state_clip", "num_heads"]
     expected = {
         "RNN": ["recompute", "init", "weight_dropout", *of_steps, "proj_size"],
         "LSTM": ["recompute", "init", "forget_bias", "weight_dropout", *of_steps],

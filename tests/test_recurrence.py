@@ -495,6 +495,12 @@ def test_opcheck(name: str, cell: str, form: str, dtype: torch.dtype) -> None:
         torch.library.opcheck(backward, (*given, *needs), **fakes)
     if name != "reference":
         torch.library.opcheck(getattr(torch.ops.rnnfast, f"{name}_gate_gradients").default, given, **fakes)
+    if name == "cpu":
+        stack = lambda of: torch.stack([of, of]) if isinstance(of, torch.Tensor) and of is not batch_sizes else of
+        members = tuple([*map(stack, of)] if isinstance(of, list) else stack(of) for of in given)
+        of_layer = members[: len(inputs)]
+        torch.library.opcheck(torch.ops.rnnfast.cpu_forward_members.default, (*of_layer, True, True), **fakes)
+        torch.library.opcheck(torch.ops.rnnfast.cpu_backward_members.default, (*members, True, True), **fakes)
 
 
 @pytest.mark.runs(DOUBLE)

@@ -16,7 +16,7 @@ from torch.func import functional_call, grad, jacrev, stack_module_state, vmap
 import rnnfast
 from rnnfast import samples
 from rnnfast.ops import OPERATORS
-from rnnfast.records import names_of
+from rnnfast.records import Inputs, names_of
 
 DOUBLE = torch.float64
 T, N, I, H, B = 5, 2, 3, 4, 3
@@ -153,6 +153,83 @@ def test_members_of_an_ensemble(backend: str, cell: str) -> None:
     assert_near(vmap(run)(weights, x), stacked([run(of, own) for of, own in zip(each, x)]))
 
 
+@pytest.mark.full_on("triton")
+@pytest.mark.few(2, "backend", "cell", "form")
+@pytest.mark.runs(DOUBLE, B * N, H, True)
+@pytest.mark.parametrize("own", [True, False], ids=["own", "shared"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("cell", CELLS)
+def test_forms_of_members(backend: str, cell: str, form: str, own: bool, calls: Counter) -> None:
+    """Gradients of the weights, x and states, with x, states, lengths and resets of each member or of all."""
+    loss, weights, (x, *states), extra = problem(cell, form, own)
+    weights = [torch.stack([weight, weight.flip(0), -weight]) for weight in weights]
+    if not own:
+        x, extra = x[0], None if extra is None else extra[0]
+    at = lambda b: ([w[b] for w in weights], *((x[b], [s[b] for s in states]) if own else (x, [])))
+    extras = [extra[b] if own and extra is not None else extra for b in range(B)]
+    axes = 0, 0 if own else None, 0 if states else None, 0 if own and extra is not None else None
+    derive = grad(loss, (0, 1, 2))
+    each = stacked([derive(*at(b), extras[b]) for b in range(B)])
+    calls.clear()
+    assert_near(tensors_of(vmap(derive, axes)(weights, x, states, extra)), each)
+    if backend.startswith("cpu"):
+        assert calls == {"forward_members": 1, "backward_members": 1}
+    # And by autograd, outside of the vmap; what all share gets the sum.
+    inputs = [t.requires_grad_() for t in (*weights, x, *states)]
+    outside = torch.autograd.grad(vmap(loss, axes)(weights, x, states, extra).sum(), inputs)
+    assert_near(outside, [of if of.shape == leaf.shape else of.sum(0) for of, leaf in zip(each, inputs)])
+
+
+@pytest.mark.few(1, "backend")
+@pytest.mark.runs(DOUBLE, 2 * B * N, H)
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_derivatives_of_members(backend: str, cell: str) -> None:
+    """Jacobians, which are another vmap over the backward, and second derivatives, on both sides of the vmap."""
+    members = [layer(cell, H, I) for _ in range(2)]
+    weights, _ = stack_module_state(members)
+    own, x = [weights_of(member) for member in members], torch.randn(T, N, I, dtype=DOUBLE)
+    run = lambda weights, x: functional_call(members[0], weights, (x,))[0].flatten()[:3]
+    assert_near(vmap(jacrev(run, (0, 1)), (0, None))(weights, x), stacked([jacrev(run, (0, 1))(of, x) for of in own]))
+    loss = loss_of_output(members[0])
+    penalty = lambda weights, x: sum(of.pow(3).sum() for of in tensors_of(grad(loss, (0, 1))(weights, x)))
+    expected = stacked([grad(penalty)(of, x) for of in own])
+    assert_near(vmap(grad(penalty), (0, None))(weights, x), expected)
+    assert_near(grad(lambda of: vmap(penalty, (0, None))(of, x).sum())(weights), expected)
+
+
+@pytest.mark.parametrize("count", [1, 3, 4])
+def test_members_on_threads(count: int) -> None:
+    """As many at a time as there are threads, and what is left by all."""
+    members = [layer("gru", H, I) for _ in range(count)]
+    weights, _ = stack_module_state(members)
+    derive, x = grad(loss_of_output(members[0])), torch.randn(T, N, I, dtype=DOUBLE)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        found = vmap(derive, (0, None))(weights, x)
+    finally:
+        torch.set_num_threads(threads)
+    assert_near(found, stacked([derive(weights_of(member), x) for member in members]))
+
+
+def test_malformed_members() -> None:
+    x, weights = torch.randn(2, T, N, I), [torch.randn(2, H, I), torch.randn(2, H, H)]
+    inputs = Inputs("RNN_TANH", x, None, None, None, None, None, False, "w_ih w_hh", weights)
+    forward, backward = OPERATORS["cpu", "forward_members"], OPERATORS["cpu", "backward_members"]
+    y, *_, c, gates = forward(*inputs, False, True)
+    with pytest.raises(RuntimeError, match="x has to begin with a dimension of members"):
+        forward(*inputs._replace(x=x[:0]), False, True)
+    fewer = [weights[0], weights[1][:1]]
+    with pytest.raises(RuntimeError, match="each tensor but batch_sizes has to begin with a dimension of 2 members"):
+        forward(*inputs._replace(weights=fewer), False, True)
+    with pytest.raises(RuntimeError, match=r"h0 has shape \[2, 4\], expected \[1, 2, 4\]"):
+        forward(*inputs._replace(h0=torch.randn(2, 2, H)), False, True)
+    with pytest.raises(RuntimeError, match="each tensor but batch_sizes has to begin with a dimension of 2 members"):
+        backward(*inputs, y[:1], None, None, None, y, c, gates, True, True)
+    with pytest.raises(RuntimeError, match="lengths have to be between 0 and 5"):
+        forward(*inputs._replace(lengths=torch.tensor([[1, 2], [1, 6]])), False, True)
+
+
 @pytest.mark.few(1, "backend", "order")
 @pytest.mark.runs(DOUBLE, 2 * B * N, H)
 @pytest.mark.parametrize("order", ["samples of members", "members of samples", "samples of samples"])
@@ -171,12 +248,12 @@ def test_nested(backend: str, order: str, calls: Counter) -> None:
     else:
         found = vmap(vmap(derive, (None, 0)), (None, 0))(own[0], x)
         each = [stacked([derive(own[0], sample) for sample in samples]) for samples in x]
-    batched = {name: count for name, count in calls.items() if name != "backward"}
     assert_near(found, stacked(each))
     runs = 1 if order == "samples of samples" else 2
     looped = len(x.flatten(0, 1)) if order == "samples of samples" else 2 * B
-    assert calls["forward"] - looped == runs
-    assert batched.get("gate_gradients", 0) == (0 if backend == "reference" else runs)
+    at_once = backend.startswith("cpu") and order == "samples of members"  # rows of samples, in the forward of members
+    assert calls["forward"] - looped == (0 if at_once else runs) and calls["forward_members"] == at_once
+    assert calls["gate_gradients"] == (0 if backend == "reference" else runs)
 
 
 @pytest.mark.full_on("triton")

@@ -31,7 +31,8 @@ OPTIONS = {
     "zoneout": {"zoneout": 0.3},
     "norm": {"layer_norm": True},
     "clip": {"state_clip": 0.05},
-    "all": {"recurrent_dropout": 0.4, "zoneout": 0.3, "layer_norm": True, "state_clip": 0.05},
+    "heads": {"num_heads": 2},
+    "all": {"recurrent_dropout": 0.4, "zoneout": 0.3, "layer_norm": True, "state_clip": 0.05, "num_heads": 3},
 }
 
 
@@ -48,6 +49,12 @@ def make(name: str, **options: Any) -> nn.Module:
             if key.startswith(("gain", "bias_c")):
                 weight += 0.5 * torch.randn_like(weight)
     return module
+
+
+def dense(w_hh: Tensor) -> Tensor:
+    """Of heads: the whole matrix."""
+    gates = w_hh.unflatten(1, (-1, w_hh.size(2))).unbind(1) if w_hh.dim() == 3 else ()
+    return torch.cat([torch.block_diag(*gate) for gate in gates]) if gates else w_hh
 
 
 class Paper(nn.Module):
@@ -110,7 +117,7 @@ class Paper(nn.Module):
         return found * gain + bias
 
     def step(self, w: dict[str, Tensor], x: Tensor, s: list[Tensor], mask: Any) -> tuple[Tensor, ...]:
-        x, a = w["weight_ih"] @ x, w["weight_hh"] @ (mask * s[0])
+        x, a = w["weight_ih"] @ x, dense(w["weight_hh"]) @ (mask * s[0])
         b_ih, b_hh = w.get("bias_ih", 0), w.get("bias_hh", 0)
         if self.norm:
             x, a = self.normalized(x, w["gain_ih"], b_ih), self.normalized(a, w["gain_hh"], b_hh)
@@ -428,6 +435,7 @@ def test_says_what_serves_it() -> None:
         ({"zoneout": 0.1}, False, "cpu"),
         ({"recurrent_dropout": 0.1}, True, "cpu"),
         ({"state_clip": 1.0}, False, "cpu"),
+        ({"num_heads": 2}, False, "cpu"),
         ({"layer_norm": True, "zoneout": 0.1}, True, "reference"),
     ):
         module = rnnfast.GRU(I, H, **options).train(training)
@@ -444,7 +452,7 @@ def test_says_what_serves_it() -> None:
 
 def test_stream() -> None:
     """By the module, in eval mode."""
-    for options in ({"zoneout": 0.3}, {"layer_norm": True}, {"recurrent_dropout": 0.5}):
+    for options in ({"zoneout": 0.3}, {"layer_norm": True}, {"recurrent_dropout": 0.5}, {"num_heads": 2}):
         module, x = rnnfast.GRU(I, H, **options), torch.randn(T, N, I)
         step = rnnfast.Stream(module, N)
         for of_step, expected in zip(x, module.eval()(x)[0]):
@@ -631,3 +639,59 @@ def test_explains_layers_of_any_cell() -> None:
     found = compiled(x)
     torch.manual_seed(2)
     torch.testing.assert_close(found, net(x))
+
+
+# Heads
+
+
+@layers
+def test_heads_are_those_of_any_cell(name: str) -> None:
+    """With FlexRNN's names, shapes and results."""
+    stack = {"num_layers": 2, "bidirectional": True, "num_heads": 3}
+    module = make(name, **stack)
+    cell = {"RNN": "rnn_tanh", "LSTM": "lstm", "GRU": "gru"}[name]
+    net = rnnfast.FlexRNN(getattr(rnnfast.cells, cell), I, H, **stack, dtype=DOUBLE)
+    net.load_state_dict(module.state_dict())
+    x, hx = torch.randn(T, N, I, dtype=DOUBLE), states_of(module, N)
+    output, states = net(x, hx if name == "LSTM" else (hx,), lengths=LENGTHS)
+    found = module(x, hx, lengths=LENGTHS)
+    torch.testing.assert_close(tensors_of(found), [output, *states], rtol=0, atol=0)
+    bound = 1 / math.sqrt(H)
+    assert 0.9 * bound < torch.cat([weight.flatten() for weight in module.parameters()]).abs().max() <= bound
+    assert repr(module) == f"{name}(4, 6, num_layers=2, bidirectional=True, num_heads=3)"
+    reverted = rnnfast.revert(nn.Sequential(module))
+    assert reverted.rnnfast_report.left_alone == {"0": f"torch.nn.{name} has no num_heads=3"}
+
+
+@layers
+def test_heads_with_other_options(name: str) -> None:
+    """Sizes of layers, orthogonal blocks, and weight_dropout, which here drops all."""
+    module = make(name, init="orthogonal", num_heads=2)
+    for block in module.weight_hh_l0.detach().flatten(0, 1).split(H // 2):
+        torch.testing.assert_close(block.mT @ block, torch.eye(H // 2, dtype=DOUBLE))
+    sized = getattr(rnnfast, name)(I, [4, 8], num_heads=2, weight_dropout=1.0, dtype=DOUBLE)
+    gates = {"RNN": 1, "LSTM": 4, "GRU": 3}[name]
+    assert [list(sized.get_parameter(f"weight_hh_l{k}").shape) for k in (0, 1)] == [
+        [2, 2 * gates, 2],
+        [2, 4 * gates, 4],
+    ]
+    x, without = torch.randn(T, N, I, dtype=DOUBLE), copy.deepcopy(sized).eval()
+    for key, weight in without.named_parameters():
+        weight.data.mul_(not key.startswith("weight_hh"))
+    torch.testing.assert_close(tensors_of(sized(x)), tensors_of(without(x)))
+
+
+@layers
+def test_heads_refused(name: str) -> None:
+    for heads in (4, 0, -2):
+        with pytest.raises(
+            ValueError, match=f"num_heads has to be a divisor of hidden_size, got {heads} heads of 6 units"
+        ):
+            make(name, num_heads=heads)
+    for heads in (True, 2.0, "2", None):
+        with pytest.raises(TypeError, match=f"num_heads should be of type int, got: {type(heads).__name__}"):
+            make(name, num_heads=heads)
+    module = make(name, num_heads=2)
+    module.weight_hh_l0 = nn.Parameter(torch.randn(2, 5, 3, dtype=DOUBLE))
+    with pytest.raises(RuntimeError, match=r"weight_hh has shape \[10, 6\]"):
+        module(torch.randn(T, N, I, dtype=DOUBLE))

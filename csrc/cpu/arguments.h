@@ -1,6 +1,7 @@
 // Between the operators and the kernels: tensors made and read, the time-step table, the weights.
 #pragma once
 
+#include <sys/mman.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
 #include <algorithm>
@@ -27,6 +28,16 @@ inline Storage storage_of(ScalarType dtype) {
   }
 }
 
+// Asks for huge pages, as numpy does: the system hands out fresh small ones, a fault each, in as long as it takes to
+// compute a good part of what is then written there.
+inline void in_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kPage = 4096, kLeast = 4 << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
+  if (bytes >= kLeast) madvise(reinterpret_cast<void*>(begin), bytes - kPage, MADV_HUGEPAGE);
+#endif
+}
+
 inline Tensor empty(const Shape& shape, const Shape& strides, ScalarType dtype) {
   // By Storage.
   static const int32_t types[] = {aoti_torch_dtype_float32(), aoti_torch_dtype_float64(), aoti_torch_dtype_bfloat16(),
@@ -35,7 +46,9 @@ inline Tensor empty(const Shape& shape, const Shape& strides, ScalarType dtype) 
   const int32_t type = types[storage_of(dtype)];
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(shape.size(), shape.data(), strides.data(), type,
                                                   aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
+  const Tensor made(handle);
+  in_huge_pages(made.data_ptr(), made.numel() * made.element_size());
+  return made;
 }
 
 inline Tensor empty(const Shape& shape, ScalarType dtype) {
@@ -104,11 +117,11 @@ class StepTable {
   std::vector<int64_t> numbers_;
 };
 
-// Those of direction d.
-template <class Pointer, class Read>
-Parameters<Pointer> parameters(const Dimensions& n, const Tensor* weights, int64_t d, const Read& read) {
+// Those of direction d, from the weights of all directions, or from what there is of each.
+template <class Pointer, class OfWeight, class Read>
+Parameters<Pointer> parameters(const Dimensions& n, const OfWeight* all, int64_t d, const Read& read) {
   const auto pointer = [&](WeightName name) -> Pointer {
-    const Tensor* weight = n.weight(weights, d, name);
+    const OfWeight* weight = n.weight(all, d, name);
     return weight ? read(*weight) : nullptr;
   };
   return {pointer(kInputWeight), pointer(kHiddenWeight), pointer(kInputBias),
