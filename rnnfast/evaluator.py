@@ -35,6 +35,7 @@ from .reference import _Sequence, _stack, valid_steps
 OPERATIONS = (
     "add", "subtract", "multiply", "divide", "negate", "sigmoid", "tanh", "relu", "exp", "log", "log1p", "sqrt", "abs",
     "minimum", "maximum", "where", "less", "less_equal", "where_positive",
+    "mean",
 )  # fmt: skip
 
 
@@ -96,9 +97,8 @@ def without_matrix(cell: Cell, recurrent: str, bias: bool) -> Cell:
 
 
 def in_plain_torch(plan: Plan, x_gates: Tensor, w_hh: Tensor | None, b_hh: Tensor | None, lengths: Tensor | None,
-                   resets: Tensor | None, *others: Tensor, of_product: Callable[[Tensor], Tensor] = lambda a: a,
-                   ) -> tuple[Tensor, ...]:  # fmt: skip
-    """The loop: any device, dtype and derivative. The gates see of_product(W_hh h + b_hh)."""
+                   resets: Tensor | None, *others: Tensor) -> tuple[Tensor, ...]:  # fmt: skip
+    """The loop: any device, dtype and derivative."""
     cell = plan.cell
     steps, count = x_gates.size(0), len(cell.states)
     sequence = _Sequence(None if lengths is None else valid_steps(steps, lengths), resets, plan.reverse)
@@ -117,7 +117,7 @@ def in_plain_torch(plan: Plan, x_gates: Tensor, w_hh: Tensor | None, b_hh: Tenso
         for gate, values in zip(cell.gates_of_x, x_gates[t].split(hidden, 1)):
             of_x[gate] = values
         if w_hh is not None:
-            for gate, values in zip(cell.gates_of_a, of_product(_recurrent(states[0], w_hh, b_hh)).split(hidden, 1)):
+            for gate, values in zip(cell.gates_of_a, _recurrent(states[0], w_hh, b_hh).split(hidden, 1)):
                 of_a[gate] = values
         found = cell.program.run([*of_x, *of_a, *states, *units, *scalars], numbers)
         after = [new.to(old.dtype).expand_as(old) for new, old in zip(found, states)]
@@ -293,10 +293,8 @@ RUN: dict[str, Callable[..., tuple[Tensor, ...]]]  # by backend
 RUN = {"reference": in_plain_torch, "cpu": on_cpu, "triton": _by_triton}
 
 
-def choose(
-    device: torch.device, dtype: torch.dtype, cell: Cell, hidden: int, heads: int = 1, why_not: str = ""
-) -> tuple[str, str]:
-    """As ``choose_backend``: which of RUN serves a call, and why; why_not is why it can be plain torch alone."""
+def choose(device: torch.device, dtype: torch.dtype, cell: Cell, hidden: int, heads: int = 1) -> tuple[str, str]:
+    """As ``choose_backend``: which of RUN serves a call, and why."""
     made = circumstances()
     # The CUDA library has torch's cells and the peephole LSTM: of others those who ask for it get Triton's kernels.
     asked = "triton" if made.forced == "cuda" else made.forced
@@ -305,8 +303,8 @@ def choose(
         return name, "asked for by use_backend" if asked else f"no kernels for device {device.type!r}"
     if name not in RUN:
         why_not = "its kernels are of torch's cells"
-    elif why_not:
-        pass
+    elif name == "triton" and cell.sees_rows:
+        why_not = "a step sees whole rows of units, which Triton's kernels have in pieces"
     elif made._replace(forced=None) != USUAL:  # first: torch.compile cannot trace what asks for a GPU
         why_not = "derivatives, graphs and transforms of torch's go through plain torch"
     elif not (found := BACKENDS[name].probe(device)).available:

@@ -17,18 +17,16 @@ from torch.nn import functional as F
 
 from . import border, reference
 from .backends import is_recorded
-from .cells import CELLS, GATES, PRIMITIVES, Cell, Primitive, _not_derived, _primitive, cell, sigmoid, tanh, where
-from .evaluator import RUN, Plan, choose, clip_gradient, in_plain_torch, no_autocast, recomputed
+from .cells import CELLS, GATES, Cell, Named, cell, mean, normalize, sigmoid, sqrt, tanh, where
+from .evaluator import RUN, Plan, choose, clip_gradient, no_autocast, recomputed
 from .evaluator import layer as layer_of_any_cell
 from .records import Inputs, Weights
 
-# It sees a row of units at once, which no kernel does that takes strips of them: plain torch alone runs it.
-PRIMITIVES["normalize"] = Primitive(lambda c: F.layer_norm(c, c.shape[-1:]), _not_derived)
-normalize = functools.partial(_primitive, "normalize")
+EPS = 1e-5  # of torch's layer_norm
 
 
 @cell(gates="i f g o", states="h c", weights="gain shift")
-def lstm_normalized(x: Any, a: Any, s: Any, w: Any) -> Any:
+def lstm_of_normalized_c(x: Any, a: Any, s: Any, w: Any) -> Any:
     i = sigmoid(x.i + a.i)
     f = sigmoid(x.f + a.f)
     g = tanh(x.g + a.g)
@@ -55,10 +53,13 @@ def choose_variant(
     variant: Variant, mode: str, device: torch.device, dtype: torch.dtype, hidden: int
 ) -> tuple[str, str]:
     """As ``choose_backend``: the backend that serves a layer, and why."""
-    return choose(device, dtype, CELLS[mode], hidden, why_not=_OF_WHOLE_ROWS if variant.layer_norm else "")
+    return choose(device, dtype, _cell_of(variant, mode), hidden)
 
 
-_OF_WHOLE_ROWS = "with layer_norm=True a step sees whole rows at once, which only plain torch does"
+def _cell_of(variant: Variant, mode: str) -> Cell:
+    if not variant.layer_norm:
+        return CELLS[mode]
+    return normalized(lstm_of_normalized_c if mode == "LSTM" else CELLS[mode])
 
 
 def run(serve: Callable[..., tuple[Tensor, ...]], variant: Variant, plan: Plan, x_gates: Tensor,
@@ -126,30 +127,61 @@ def _varied(of: Cell, drops: bool, zoned: tuple[int, ...], expected: bool, clips
     return made
 
 
+def normalized(of: Cell) -> Cell:
+    """Another cell whose gates of W_hh h are normalised: all together, but for those whose x and a it reads apart, each
+    of which is by itself. They have a gain; and the latter a shift too, where the others have theirs in x.
+
+    The rows of W_hh that are normalised together have to add up to zero (:func:`_with_norms`), for then so do their
+    products with any h, and what is left of the normalisation is a division.
+    """
+    return _normalized(of)
+
+
+normalized._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _normalized(of: Cell) -> Cell:
+    gains, shifts = [f"gain of {gate}" for gate in of.gates], [f"shift of {of.gates[gate]}" for gate in of.apart]
+
+    def function(x: Any, a: Any, s: Any, w: Any) -> Any:
+        found: list[Any] = [None] * len(of.gates)
+        for together in _together(of):
+            values = [getattr(a, of.gates[gate]) for gate in together]
+            scale = 1 / sqrt(mean(sum(value * value for value in values)) / len(values) + EPS)
+            for gate, value in zip(together, values):
+                found[gate] = getattr(w, gains[gate]) * (value * scale)
+        for gate, shift in zip(of.apart, shifts):
+            found[gate] = found[gate] + getattr(w, shift)
+        return of.function(x, Named("a", of.gates, found), s, *[w] * bool(of.weights))
+
+    assert isinstance(function, FunctionType)
+    made = Cell(function, of.gates, of.states, [*gains, *shifts, *of.weights], {}, {})
+    made.check()
+    made.origin = normalized, (of,)
+    return made
+
+
+def _together(cell: Cell) -> list[list[int]]:
+    """The gates that are normalised together; the cells have those that they read apart behind the others."""
+    joined = [gate for gate in range(len(cell.gates)) if gate not in cell.apart]
+    return [joined, *([gate] for gate in cell.apart)]
+
+
+def _by_group(tensor: Tensor, cell: Cell, dim: int) -> list[Tensor]:
+    """A tensor's parts of the gates that are normalised together."""
+    hidden = tensor.size(dim) // len(cell.gates)
+    return list(tensor.split([hidden * len(group) for group in _together(cell)], dim))
+
+
+def _joined(parts: list[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
 def norm_sizes(mode: str, hidden: int, bias: bool) -> dict[str, int]:
     """The weights that layer_norm=True adds in each direction."""
     sizes = dict.fromkeys(("gain_ih", "gain_hh"), GATES[mode] * hidden)
     return sizes | (dict.fromkeys(("gain_c", "bias_c")[: 1 + bias], hidden) if mode == "LSTM" else {})
-
-
-def _normalized(sums: Tensor, gain: Tensor, shift: Tensor, mode: str) -> Tensor:
-    """Over all gates together, but for the candidate of a GRU."""
-    hidden = gain.size(0) // GATES[mode]
-    sizes = [2 * hidden, hidden] if mode == "GRU" else [GATES[mode] * hidden]
-    parts = zip(sums.split(sizes, -1), gain.split(sizes), shift.split(sizes))
-    found = [F.layer_norm(part, part.shape[-1:], *of_part) for part, *of_part in parts]
-    return found[0] if len(found) == 1 else torch.cat(found, -1)
-
-
-def _run_normalized(variant: Variant, mode: str, plan: Plan, x_gates: Tensor, w_hh: Tensor, _: None,
-                    lengths: Tensor | None, resets: Tensor | None, *others: Tensor) -> tuple[Tensor, ...]:  # fmt: skip
-    """As :func:`run` in plain torch, where before the cell's own weights there are gain and shift of both products."""
-    count = len(plan.cell.states)
-    gain_ih, shift_ih, gain_hh, shift_hh = others[count : count + 4]
-    of_product = functools.partial(_normalized, gain=gain_hh, shift=shift_hh, mode=mode)
-    serve = functools.partial(in_plain_torch, of_product=of_product)
-    x_gates = _normalized(x_gates, gain_ih, shift_ih, mode)
-    return run(serve, variant, plan, x_gates, w_hh, None, lengths, resets, *others[:count], *others[count + 4 :])
 
 
 def layer(
@@ -173,13 +205,16 @@ def layer(
         _, pack, padded = reference._padded(inputs, inputs.batch_sizes)
         y, h_n, c_n, c = layer(variant, norms, recompute, padded)
         return pack(y), h_n, c_n, pack(c) if mode == "LSTM" else c
-    of = lstm_normalized if variant.layer_norm and mode == "LSTM" else CELLS[mode]
     weights = inputs.directions()
-    directions = [_by_name(w, norms[d] if variant.layer_norm else None) for d, w in enumerate(weights)]
-    backend, _ = choose_variant(variant, mode, x.device, x.dtype, weights[0].w_hh.size(1))
+    hidden, of = weights[0].w_hh.size(1), CELLS[mode]
+    backend, _ = choose_variant(variant, mode, x.device, x.dtype, hidden)
     serve = functools.partial(run, RUN[backend], variant)
     if variant.layer_norm:
-        serve = functools.partial(_run_normalized, variant, mode)
+        directions = [_with_norms(w, norm, of) for w, norm in zip(weights, norms)]
+        serve = functools.partial(_run_normalized, serve, of)
+    else:
+        directions = [_by_name(w) for w in weights]
+    of = _cell_of(variant, mode)
     x = reference.without_padding(inputs).x
     plans = [Plan(of, (), reverse) for reverse in (False, True)[: len(directions)]]
     states = None if inputs.h0 is None else [inputs.h0] if inputs.c0 is None else [inputs.h0, inputs.c0]
@@ -190,14 +225,36 @@ def layer(
     return every[0], final[0], *((final[1], every[1]) if mode == "LSTM" else (absent, absent))
 
 
-def _by_name(w: Weights, norms: dict[str, Tensor] | None) -> dict[str, Tensor]:
-    """As ``evaluator.layer`` takes them; with norms as :func:`_run_normalized` does, biases after the normalisation."""
+def _by_name(w: Weights) -> dict[str, Tensor]:
+    """As ``evaluator.layer`` takes them."""
     found = {"weight_ih": w.w_ih, "weight_hh": w.w_hh}
-    if norms is None:
-        return found if w.b_ih is None or w.b_hh is None else found | {"bias_ih": w.b_ih, "bias_hh": w.b_hh}
-    for of, bias in (("ih", w.b_ih), ("hh", w.b_hh)):
-        gain = norms[f"gain_{of}"]
-        found |= {f"gain_{of}": gain, f"shift_{of}": torch.zeros_like(gain) if bias is None else bias}
+    return found if w.b_ih is None or w.b_hh is None else found | {"bias_ih": w.b_ih, "bias_hh": w.b_hh}
+
+
+def _with_norms(w: Weights, norms: dict[str, Tensor], cell: Cell) -> dict[str, Tensor]:
+    """Likewise, for a cell that :func:`normalized` has made of this one, behind :func:`_run_normalized`."""
+    acc = torch.promote_types(w.w_hh.dtype, torch.float32)
+    none = norms["gain_hh"].new_zeros(norms["gain_hh"].shape)
+    b_ih, b_hh = (none if bias is None else bias for bias in (w.b_ih, w.b_hh))
+    joined, *apart = _by_group(b_hh, cell, 0)
+    of_x, *rest = _by_group(b_ih, cell, 0)
+    centred = [part - part.mean(0, keepdim=True) for part in _by_group(w.w_hh.to(acc), cell, 0)]
+    found = {"weight_ih": w.w_ih, "weight_hh": _joined(centred, 0)}
+    found |= {"gain of x": norms["gain_ih"], "shift of x": _joined([of_x.to(acc) + joined.to(acc), *rest], 0)}
+    found |= zip(cell.gates, norms["gain_hh"].chunk(len(cell.gates)))
+    found |= zip((f"shift of {cell.gates[gate]}" for gate in cell.apart), apart)
     if (gain_c := norms.get("gain_c")) is not None:
-        found |= {"gain": gain_c, "shift": norms.get("bias_c", torch.zeros_like(gain_c))}
+        found |= {"gain of c": gain_c, "shift of c": norms.get("bias_c", torch.zeros_like(gain_c))}
     return found
+
+
+def _run_normalized(serve: Callable[..., tuple[Tensor, ...]], cell: Cell, plan: Plan, x_gates: Tensor, w_hh: Tensor,
+                    b_hh: None, lengths: Tensor | None, resets: Tensor | None, *others: Tensor,
+                    ) -> tuple[Tensor, ...]:  # fmt: skip
+    """As ``serve``, of gates of x that are still to be normalised, as those of :func:`normalized` are, by the first two
+    of the units' weights."""
+    count = len(plan.cell.states)
+    states, (gain, shift), units = others[:count], others[count : count + 2], others[count + 2 :]
+    parts = zip(_by_group(x_gates, cell, 2), _by_group(gain, cell, 0), _by_group(shift, cell, 0))
+    x_gates = _joined([F.layer_norm(part, part.shape[-1:], *of_part, eps=EPS) for part, *of_part in parts], 2)
+    return serve(plan, x_gates, w_hh, b_hh, lengths, resets, *states, *units)

@@ -28,6 +28,7 @@ enum Op {
   kLess,
   kLessEqual,
   kWherePositive,
+  kMean,  // over the units of a row: a program is cut before what reads one
   kOps
 };
 
