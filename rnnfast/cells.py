@@ -808,13 +808,12 @@ class Program(NamedTuple):
         # By their text: 0.0 and -0.0 are equal.
         texts = dict.fromkeys(repr(float(arg)) for v in values for arg in v.args if not isinstance(arg, Value))
         places |= {of: place for place, of in enumerate(texts, len(places))}
-        place = lambda arg: places[arg if isinstance(arg, Value) else repr(float(arg))]
+        place: Callable[[Any], int] = lambda arg: places[arg if isinstance(arg, Value) else repr(float(arg))]
         first, operations = len(places), dict[tuple[str, tuple[int, ...]], int]()  # each once, by place
         before = _means_before(values)
-        for value in sorted(values, key=before.__getitem__):
-            args = tuple([place(arg) for arg in value.args])
-            made = (value.op, args)
-            places[value] = args[0] if value.op == "held" else operations.setdefault(made, first + len(operations))
+        for of in sorted(values, key=before.__getitem__):
+            made = of.op, tuple(map(place, of.args))
+            places[of] = made[1][0] if of.op == "held" else operations.setdefault(made, first + len(operations))
         return cls(tuple(map(float, texts)), tuple(operations), tuple(map(place, results)))
 
     def tensors(self, like: Any) -> list[Any]:

@@ -303,10 +303,10 @@ def choose(device: torch.device, dtype: torch.dtype, cell: Cell, hidden: int, he
         return name, "asked for by use_backend" if asked else f"no kernels for device {device.type!r}"
     if name not in RUN:
         why_not = "its kernels are of torch's cells"
-    elif name == "triton" and cell.sees_rows:
-        why_not = "a step sees whole rows of units, which Triton's kernels have in pieces"
     elif made._replace(forced=None) != USUAL:  # first: torch.compile cannot trace what asks for a GPU
         why_not = "derivatives, graphs and transforms of torch's go through plain torch"
+    elif name == "triton" and cell.sees_rows:
+        why_not = "a step sees whole rows of units, which Triton's kernels have in pieces"
     elif not (found := BACKENDS[name].probe(device)).available:
         why_not = found.detail
     elif dtype not in DTYPES:

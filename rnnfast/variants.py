@@ -22,7 +22,7 @@ from .evaluator import RUN, Plan, choose, clip_gradient, no_autocast, recomputed
 from .evaluator import layer as layer_of_any_cell
 from .records import Inputs, Weights
 
-EPS = 1e-5  # of torch's layer_norm
+EPS = 1e-5  # as torch's layer_norm has it
 
 
 @cell(gates="i f g o", states="h c", weights="gain shift")
@@ -53,13 +53,11 @@ def choose_variant(
     variant: Variant, mode: str, device: torch.device, dtype: torch.dtype, hidden: int
 ) -> tuple[str, str]:
     """As ``choose_backend``: the backend that serves a layer, and why."""
-    return choose(device, dtype, _cell_of(variant, mode), hidden)
+    return choose(device, dtype, varied(_cell_of(variant, mode), variant.layer_norm), hidden)
 
 
 def _cell_of(variant: Variant, mode: str) -> Cell:
-    if not variant.layer_norm:
-        return CELLS[mode]
-    return normalized(lstm_of_normalized_c if mode == "LSTM" else CELLS[mode])
+    return lstm_of_normalized_c if variant.layer_norm and mode == "LSTM" else CELLS[mode]
 
 
 def run(serve: Callable[..., tuple[Tensor, ...]], variant: Variant, plan: Plan, x_gates: Tensor,
@@ -68,7 +66,7 @@ def run(serve: Callable[..., tuple[Tensor, ...]], variant: Variant, plan: Plan, 
     """As ``serve``, one of ``evaluator.RUN``, but of a variant of the plan's cell."""
     p, count = variant.recurrent_dropout, len(plan.cell.states)
     zoned = tuple(k for k, chance in enumerate(variant.zoneout) if chance is not None)
-    made = varied(plan.cell, p is not None, zoned, variant.expected, variant.state_clip is not None)
+    made = varied(plan.cell, variant.layer_norm, p is not None, zoned, variant.expected, variant.state_clip is not None)
     scalars = [*plan.scalars, *(chance for chance in variant.zoneout if chance is not None)]
     like = x_gates[..., : others[0].size(1)]
     random = [] if variant.expected else [torch.rand_like(like) for _ in zoned]
@@ -84,17 +82,19 @@ def run(serve: Callable[..., tuple[Tensor, ...]], variant: Variant, plan: Plan, 
     return (*found[1 : 1 + count], *found[2 + count :]) if p is not None else found
 
 
-def varied(of: Cell, drops: bool, zoned: tuple[int, ...], expected: bool, clips: bool) -> Cell:
-    """Another cell with dropout of what W_hh multiplies, which then is a state of its own before the others, with
-    zoneout of the states ``zoned``, and with clipped gradients."""
-    return _varied(of, drops, zoned, expected, clips) if drops or zoned or clips else of
+def varied(of: Cell, normalizes: bool, drops: bool = False, zoned: tuple[int, ...] = (), expected: bool = False,
+           clips: bool = False) -> Cell:  # fmt: skip
+    """Another cell with normalised gates (:func:`_normalized`), with dropout of what W_hh multiplies, which then is a
+    state of its own before the others, with zoneout of the states ``zoned``, and with clipped gradients."""
+    return _varied(of, normalizes, drops, zoned, expected, clips) if normalizes or drops or zoned or clips else of
 
 
 varied._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compile cannot trace the tracing of a cell
 
 
 @functools.cache
-def _varied(of: Cell, drops: bool, zoned: tuple[int, ...], expected: bool, clips: bool) -> Cell:
+def _varied(plain: Cell, normalizes: bool, drops: bool, zoned: tuple[int, ...], expected: bool, clips: bool) -> Cell:
+    of = _normalized(plain) if normalizes else plain
     zones = [(k, of.states[k], f"zoneout of {of.states[k]}") for k in zoned]
     drop, scale, clip, reads_w = "dropout of h", "scale of h", "clip of state", bool(of.weights or of.scalars)
 
@@ -123,25 +123,17 @@ def _varied(of: Cell, drops: bool, zoned: tuple[int, ...], expected: bool, clips
         dict(zip(of.states, of.initial)),
     )
     made.check()
-    made.origin = varied, (of, drops, zoned, expected, clips)
+    made.origin = varied, (plain, normalizes, drops, zoned, expected, clips)
     return made
 
 
-def normalized(of: Cell) -> Cell:
+def _normalized(of: Cell) -> Cell:
     """Another cell whose gates of W_hh h are normalised: all together, but for those whose x and a it reads apart, each
     of which is by itself. They have a gain; and the latter a shift too, where the others have theirs in x.
 
     The rows of W_hh that are normalised together have to add up to zero (:func:`_with_norms`), for then so do their
     products with any h, and what is left of the normalisation is a division.
     """
-    return _normalized(of)
-
-
-normalized._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-@functools.cache
-def _normalized(of: Cell) -> Cell:
     gains, shifts = [f"gain of {gate}" for gate in of.gates], [f"shift of {of.gates[gate]}" for gate in of.apart]
 
     def function(x: Any, a: Any, s: Any, w: Any) -> Any:
@@ -156,10 +148,7 @@ def _normalized(of: Cell) -> Cell:
         return of.function(x, Named("a", of.gates, found), s, *[w] * bool(of.weights))
 
     assert isinstance(function, FunctionType)
-    made = Cell(function, of.gates, of.states, [*gains, *shifts, *of.weights], {}, {})
-    made.check()
-    made.origin = normalized, (of,)
-    return made
+    return Cell(function, of.gates, of.states, [*gains, *shifts, *of.weights], {}, {})
 
 
 def _together(cell: Cell) -> list[list[int]]:
@@ -232,7 +221,7 @@ def _by_name(w: Weights) -> dict[str, Tensor]:
 
 
 def _with_norms(w: Weights, norms: dict[str, Tensor], cell: Cell) -> dict[str, Tensor]:
-    """Likewise, for a cell that :func:`normalized` has made of this one, behind :func:`_run_normalized`."""
+    """Likewise, for a cell that :func:`_normalized` has made of this one, behind :func:`_run_normalized`."""
     acc = torch.promote_types(w.w_hh.dtype, torch.float32)
     none = norms["gain_hh"].new_zeros(norms["gain_hh"].shape)
     b_ih, b_hh = (none if bias is None else bias for bias in (w.b_ih, w.b_hh))
@@ -251,10 +240,9 @@ def _with_norms(w: Weights, norms: dict[str, Tensor], cell: Cell) -> dict[str, T
 def _run_normalized(serve: Callable[..., tuple[Tensor, ...]], cell: Cell, plan: Plan, x_gates: Tensor, w_hh: Tensor,
                     b_hh: None, lengths: Tensor | None, resets: Tensor | None, *others: Tensor,
                     ) -> tuple[Tensor, ...]:  # fmt: skip
-    """As ``serve``, of gates of x that are still to be normalised, as those of :func:`normalized` are, by the first two
-    of the units' weights."""
+    """As ``serve``, where first the gates of x are to be normalised likewise, by the first two of the units' weights."""
     count = len(plan.cell.states)
     states, (gain, shift), units = others[:count], others[count : count + 2], others[count + 2 :]
     parts = zip(_by_group(x_gates, cell, 2), _by_group(gain, cell, 0), _by_group(shift, cell, 0))
-    x_gates = _joined([F.layer_norm(part, part.shape[-1:], *of_part, eps=EPS) for part, *of_part in parts], 2)
+    x_gates = _joined([F.layer_norm(part, part.shape[-1:], *of_part) for part, *of_part in parts], 2)
     return serve(plan, x_gates, w_hh, b_hh, lengths, resets, *states, *units)
