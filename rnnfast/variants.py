@@ -240,9 +240,9 @@ def _with_norms(w: Weights, norms: dict[str, Tensor], cell: Cell) -> dict[str, T
 def _run_normalized(serve: Callable[..., tuple[Tensor, ...]], cell: Cell, plan: Plan, x_gates: Tensor, w_hh: Tensor,
                     b_hh: None, lengths: Tensor | None, resets: Tensor | None, *others: Tensor,
                     ) -> tuple[Tensor, ...]:  # fmt: skip
-    """As ``serve``, where first the gates of x are to be normalised likewise, by the first two of the units' weights."""
+    """As ``serve``, with gates of x that are to be normalised likewise, by the first two of the units' weights."""
     count = len(plan.cell.states)
     states, (gain, shift), units = others[:count], others[count : count + 2], others[count + 2 :]
     parts = zip(_by_group(x_gates, cell, 2), _by_group(gain, cell, 0), _by_group(shift, cell, 0))
-    x_gates = _joined([F.layer_norm(part, part.shape[-1:], *of_part) for part, *of_part in parts], 2)
+    x_gates = _joined([F.layer_norm(part, part.shape[-1:], of_gain, of_shift) for part, of_gain, of_shift in parts], 2)
     return serve(plan, x_gates, w_hh, b_hh, lengths, resets, *states, *units)

@@ -198,7 +198,10 @@ class Schedule {
     const int64_t first = p.inputs + p.numbers;
     Buffer<int64_t> from(p.places()), last_segment(p.places()), last(p.places()), free_slots(p.operations);
     Buffer<bool> of_row(p.places());
-    for (int64_t place = 0; place < first; place++) from[place] = 0, of_row[place] = place >= p.inputs;
+    for (int64_t place = 0; place < first; place++) {
+      from[place] = 0;
+      of_row[place] = place >= p.inputs || (place >= p.row_inputs[0] && place < p.row_inputs[1]);
+    }
     for (int64_t place = 0; place < p.places(); place++) last_segment[place] = 0;
     const auto each_arg = [&](int64_t k, const auto& of) {
       for (int64_t i = 0; i < arity(p.operation[k].op); i++) of(p.operation[k].args[i]);
@@ -328,6 +331,13 @@ class Evaluator {
     read(k, {end, U, U});
   }
 
+  // Numbers of rows, so far apart.
+  void read_of_rows(int64_t k, const Number* from, int64_t stride, const Strip& strip) {
+    Number* to = ends_ + k * kStrip * U;
+    for (int64_t i = 0; i < strip.rows; i++) store(to + i * U, Vec<Number>(from[i * stride]));
+    read(k, {to, U, 0});
+  }
+
   void run(const Strip& strip) {
     const int64_t first = p_.inputs + p_.numbers;
     const Range operations = schedule_.operations(segment_);
@@ -359,6 +369,24 @@ class Evaluator {
     for (int64_t i = 0; i < strip.rows; i++, to += stride, from.data += from.row) {
       if (!valid(strip.row + i)) continue;
       for (int64_t j = 0; j < strip.blocks; j++) store(to + j * U, load(from.data + j * from.block), lanes);
+    }
+  }
+  template <class Valid>
+  void write_of_rows(int64_t k, Number* to, int64_t stride, const Strip& strip, const Valid& valid) const {
+    const Operand<Number> from = places_[p_.result[k]];
+    for (int64_t i = 0; i < strip.rows; i++) {
+      if (valid(strip.row + i)) to[i * stride] = from.data[i * from.row];
+    }
+  }
+  // As write, but adds it to what is there.
+  template <class Valid>
+  void add(int64_t k, Number* to, int64_t stride, const Strip& strip, const Valid& valid) const {
+    Operand<Number> from = places_[p_.result[k]];
+    for (int64_t i = 0; i < strip.rows; i++, to += stride, from.data += from.row) {
+      if (!valid(strip.row + i)) continue;
+      for (int64_t j = 0; j < strip.blocks; j++) {
+        store(to + j * U, load(to + j * U, strip.lanes) + load(from.data + j * from.block), strip.lanes);
+      }
     }
   }
 
@@ -505,7 +533,8 @@ void forward(const FlexForward& f) {
   const Rows<Number> rows{f};
   const Gates<Number> gates(f, rows);
   const Units<Number> units(f, rows);
-  const int64_t H = f.H, P = rows.padded, of_part = kBlockRows * min(kStrip, rows.blocks) * f.A * U;
+  const int64_t H = f.H, P = rows.padded, of_saved = f.Y * H + f.R,
+                of_part = kBlockRows * min(kStrip, rows.blocks) * f.A * U;
   for_rows(f, [&](Range ns) {
     const int64_t of_state = (ns.end - ns.begin) * P;
     Evaluator<Number> evaluator(f.program, rows);
@@ -555,9 +584,12 @@ void forward(const FlexForward& f) {
             units.read(evaluator, k, strip);
             evaluator.run(strip);
             if (!is_last) return;
+            Number* saved = row_at<Number>(f.saved, row, of_saved);
             for (int64_t y = 0; y < f.Y; y++) {
-              evaluator.write(f.S + y, row_at<Number>(f.saved, row, f.Y * H) + y * H + strip.unit, f.Y * H, strip,
-                              strip.lanes, valid);
+              evaluator.write(f.S + y, saved + y * H + strip.unit, of_saved, strip, strip.lanes, valid);
+            }
+            for (int64_t r = 0; r < f.R; r++) {
+              evaluator.write_of_rows(f.S + f.Y + r, saved + f.Y * H + r, of_saved, strip, valid);
             }
             for (int64_t s = 0; s < f.S; s++) {
               Number* to = s ? state(s, strip.row) : new_h + (strip.row - ns.begin) * P;
@@ -581,7 +613,8 @@ void backward(const FlexBackward& b) {
   constexpr int U = kLanes<Number>;
   const Rows<Number> rows{b};
   const Units<Number> units(b, rows);
-  const int64_t H = b.H, P = rows.padded, width = rows.width, columns = b.A * width, parts = b.K * rows.parts;
+  const int64_t H = b.H, P = rows.padded, width = rows.width, columns = b.A * width, parts = b.K * rows.parts,
+                of_saved = b.Y * H + b.R;
   const Panels<Number> panels(width);
   const int64_t panel_width = panels.width();
   Buffer<Number> packed(b.K * panel_width * columns);
@@ -608,7 +641,6 @@ void backward(const FlexBackward& b) {
         if (valid(n)) continue;
         clear(row_at<Number>(b.dx_gates, first + n, b.X * H), b.X * H * sizeof(Number));
         if (b.da_gates) clear(row_at<Number>(b.da_gates, first + n, b.A * H), b.A * H * sizeof(Number));
-        clear(row_at<Number>(b.d_units, first + n, b.U * H), b.U * H * sizeof(Number));
       }
       for (int64_t s = 0; s < b.S; s++) {
         for (int64_t n = live.begin; b.d_every[s] && n < live.end; n++) {
@@ -624,9 +656,9 @@ void backward(const FlexBackward& b) {
         evaluator.passes({part, part + at_once}, live, [&](const Strip& strip, int64_t part, bool is_last) {
           const int64_t row = first + strip.row;
           int64_t k = 0;
-          for (int64_t y = 0; y < b.Y; y++) {
-            evaluator.read(k++, row_at<Number>(b.saved, row, b.Y * H) + y * H, b.Y * H, strip);
-          }
+          const Number* saved = row_at<Number>(b.saved, row, of_saved);
+          for (int64_t y = 0; y < b.Y; y++) evaluator.read(k++, saved + y * H, of_saved, strip);
+          for (int64_t r = 0; r < b.R; r++) evaluator.read_of_rows(k++, saved + b.Y * H + r, of_saved, strip);
           for (int64_t s = 0; s < b.S; s++) evaluator.read(k++, row_at<Number>(b.before[s], row, H), H, strip);
           for (int64_t s = 0; s < b.S; s++) evaluator.read(k++, row_at<Number>(b.every[s], row, H), H, strip);
           units.read(evaluator, k, strip);
@@ -639,7 +671,7 @@ void backward(const FlexBackward& b) {
             evaluator.write(result++, to, stride, strip, strip.lanes, valid);
           };
           Number *dx = row_at<Number>(b.dx_gates, row, b.X * H) + strip.unit,
-                 *du = row_at<Number>(b.d_units, row, b.U * H) + strip.unit;
+                 *du = row_at<Number>(b.d_units, t / kStretch * b.N + strip.row, b.U * H) + strip.unit;
           for (int64_t g = 0; g < b.X; g++) write(dx + g * H, b.X * H);
           for (int64_t g = 0; b.da_gates && g < b.A; g++) {
             Number* da = row_at<Number>(b.da_gates, row, b.A * H) + rows.head(part) * columns + strip.block * U;
@@ -648,7 +680,7 @@ void backward(const FlexBackward& b) {
           for (int64_t s = 0; s < b.S; s++) {
             evaluator.write(result++, d_state(s, strip.row) + strip.place, P, strip, U, valid);
           }
-          for (int64_t j = 0; j < b.U; j++) write(du + j * H, b.U * H);
+          for (int64_t j = 0; j < b.U; j++) evaluator.add(result++, du + j * H, b.U * H, strip, valid);
         });
       }
       const void* da = b.da_gates ? b.da_gates : b.dx_gates;
