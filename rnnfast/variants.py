@@ -227,7 +227,8 @@ def _with_norms(w: Weights, norms: dict[str, Tensor], cell: Cell) -> dict[str, T
     b_ih, b_hh = (none if bias is None else bias for bias in (w.b_ih, w.b_hh))
     joined, *apart = _by_group(b_hh, cell, 0)
     of_x, *rest = _by_group(b_ih, cell, 0)
-    centred = [part - part.mean(0, keepdim=True) for part in _by_group(w.w_hh.to(acc), cell, 0)]
+    # Added a sum of its own, which is scaled first: so autograd makes no matrix but the gradient.
+    centred = [part + part.sum(0) * (-1 / part.size(0)) for part in _by_group(w.w_hh.to(acc), cell, 0)]
     found = {"weight_ih": w.w_ih, "weight_hh": _joined(centred, 0)}
     found |= {"gain of x": norms["gain_ih"], "shift of x": _joined([of_x.to(acc) + joined.to(acc), *rest], 0)}
     found |= zip(cell.gates, norms["gain_hh"].chunk(len(cell.gates)))
