@@ -161,7 +161,7 @@ class Value:
 
 
 _BRING_IN = "bring it in with the input, or declare it in weights or scalars"
-_BY_ITSELF = "it is a step of each unit of each row by itself"
+_BY_ITSELF = "it is a step of each unit of each row by itself"  # but for means, which are in the list of functions
 _COMPARISONS = ("less", "less_equal")
 _NO_NUMBER = "a cell cannot compute with what a comparison gives: use where(condition, 1.0, 0.0)"
 _numbers = itertools.count()
@@ -406,6 +406,10 @@ def _known(name: str) -> Callable[..., Any]:
         raise TypeError(f"a cell cannot draw random numbers, as torch's {name} does: bring them in with the input")
     if name.endswith("_"):
         raise TypeError(f"a cell cannot change a value in place, as torch's {name} does: make a new one")
+    if name == "layer_norm":
+        raise TypeError(
+            "a cell cannot use torch's layer_norm: rnnfast.cells.normalize takes whole rows, whatever their size"
+        )
     function = _OF_TORCH.get(_ALIASES.get(name, name))
     if function is None:
         raise TypeError(f"a cell cannot use torch's {name}: {_BY_ITSELF}, made of {', '.join(_OF_TORCH)}")
@@ -866,7 +870,9 @@ def cell(
     after the step, as a tuple if there are several. Of gate i, ``x.i`` is its part of ``W_ih x + b_ih`` and ``a.i``
     that of ``W_hh h + b_hh``; ``s.h`` is a state before the step. All are values of a unit in a row: the function
     computes with operators, Python's numbers and torch's elementwise functions (or those of this module), and branches
-    by ``torch.where``. It runs once, here; what it did is then done at every step.
+    by ``torch.where``. Over the units of a row, all heads together, it may take means, as ``value.mean(-1,
+    keepdim=True)`` or ``cells.mean(value)``, and so ``cells.normalize``. It runs once, here; what it did is then done
+    at every step.
 
     Args:
         gates, states, weights: names, in their order, as a sequence or in one string with spaces between. The first
@@ -877,9 +883,9 @@ def cell(
 
     Raises:
         TypeError: the function does what no cell can (draw random numbers, branch on a value, change one in place,
-            print, look across rows or units, use a tensor from outside, ...), reads a name that is not declared, or
-            returns another number of states: the message names the cell and the line. Or names are in no string, list
-            or tuple, or values of scalars and initial are no numbers.
+            print, look across rows, or across units but for means, use a tensor from outside, ...), reads a name that
+            is not declared, or returns another number of states: the message names the cell and the line. Or names are
+            in no string, list or tuple, or values of scalars and initial are no numbers.
         ValueError: names are no identifiers, or not distinct, or initial has one that is no state.
     """
     for what, names in {"gates": gates, "states": states, "weights": weights}.items():
