@@ -10,7 +10,7 @@ import pytest
 import torch
 from backends import use
 from helpers import LAYERS, assert_same, leaves, states_of, tensors_of, values_and_grads
-from test_flex import OF_FORM, Loop, N, T, assert_same_or_zero, on_each
+from test_flex import KERNELS, OF_FORM, Loop, N, T, assert_same_or_zero
 from test_flex import states_of as states_of_cell
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -20,6 +20,7 @@ from rnnfast import FlexRNN, cells
 from rnnfast.cells import Cell, cell
 
 DOUBLE, I = torch.float64, 3
+on_each = pytest.mark.parametrize("kernels", [name for name in KERNELS if name != "triton"])  # which refuses them
 # Of one unit, less than a vector, vectors and a rest of all lanes, and several strips with a rest.
 HIDDEN = (1, 6, 37, 300)
 
@@ -75,7 +76,7 @@ def test_is_the_loop(kernels: str, hidden: int, heads: int, form: str, name: str
     inputs = torch.randn(T, N, I, dtype=DOUBLE), states_of_cell(of, hidden)
     loop = values_and_grads(Loop(net, step), *inputs, **OF_FORM[form])
     expected = {key.replace("net.", ""): value for key, value in loop.items()}
-    with use("reference" if kernels == "triton" else kernels):
+    with use(kernels):
         assert_same_or_zero(values_and_grads(net, *inputs, **OF_FORM[form]), expected)
 
 
@@ -143,7 +144,7 @@ def test_large_means(kernels: str, hidden: int) -> None:
     for name, dtype in (("torch", torch.float32), ("exact", DOUBLE), ("ours", torch.float32)):
         weight = net.weight_ih_l0.detach().to(dtype).requires_grad_()
         if name == "ours":
-            with use("reference" if kernels == "triton" else kernels):
+            with use(kernels):
                 y = torch.func.functional_call(net, {"weight_ih_l0": weight}, torch.ones(1, 1, 1))[0]
         else:
             y = F.layer_norm(weight[:, 0], (hidden,)).view(1, 1, -1)
@@ -218,7 +219,7 @@ def test_layer_norm(name: str, hidden: int, kernels: str) -> None:
     steps = 70 if hidden == 6 else 3  # with 70 more than are added up at once
     inputs = torch.randn(steps, 2, I, dtype=DOUBLE), states_of(module, 2)
     expected = values_and_grads(Normalized(module), *inputs)
-    with use("reference" if kernels == "triton" else kernels):
+    with use(kernels):
         assert_same(values_and_grads(module, *inputs), expected)
 
 
@@ -236,7 +237,7 @@ def test_layer_norm_of_large_products(name: str, kernels: str) -> None:
     double = [value.double() if isinstance(value, Tensor) else tuple(of.double() for of in value) for value in single]
     expected = Normalized(exact)(*double)[0]
     torchs = Normalized(copy.deepcopy(exact).float())(*single)[0]
-    with use("reference" if kernels == "triton" else kernels):
+    with use(kernels):
         ours = copy.deepcopy(exact).float()(*single)[0]
     assert error(ours, expected) <= 2 * error(torchs, expected) + 1e-6
 
