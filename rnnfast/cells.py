@@ -31,8 +31,9 @@ from typing import Any, NamedTuple, TypeVar
 class Value:
     """What an operation makes of others; or, with no operation, an input of a step. In order of ``number``."""
 
-    __slots__ = ("args", "name", "number", "op")
+    __slots__ = ("args", "name", "number", "of_row", "op")
     op: str
+    of_row: bool  # one number for all units of a row, for it is made of means
 
     def __init__(self, op: str, *args: Any, name: str = "") -> None:
         for place, arg in enumerate(args):
@@ -48,6 +49,8 @@ class Value:
                 float(arg)  # of an int beyond all floats an error, which names the line
         self.op, self.args, self.name = op, args, name
         self.number = next(_numbers)
+        by_unit = [arg for arg in args if isinstance(arg, Value) and not arg.of_row]
+        self.of_row = op == "mean" or (not by_unit and any(isinstance(arg, Value) for arg in args))
 
     def __add__(self, other: Any) -> Value:
         return Value("add", self, other)
@@ -158,7 +161,7 @@ class Value:
 
 
 _BRING_IN = "bring it in with the input, or declare it in weights or scalars"
-_BY_ITSELF = "it is a step of each unit of each row by itself"
+_BY_ITSELF = "it is a step of each unit of each row by itself"  # but for means, which are in the list of functions
 _COMPARISONS = ("less", "less_equal")
 _NO_NUMBER = "a cell cannot compute with what a comparison gives: use where(condition, 1.0, 0.0)"
 _numbers = itertools.count()
@@ -198,6 +201,10 @@ PRIMITIVES = {
     "less_equal": Primitive(lambda a, b: a <= b, lambda *_: (None, None)),
     # y and d -> d where y is positive or a NaN, and 0 elsewhere: relu's gradient
     "where_positive": Primitive(lambda y, d: _where(y <= 0, 0.0, d), _not_derived),
+    # over the units of a row, for each of them
+    "mean": Primitive(lambda a: a.mean(-1, keepdim=True).expand_as(a), lambda d, y, a: (mean(d),)),
+    # a value whose gradient is known to add up to nothing; a program has the value itself
+    "held": Primitive(lambda a: a, lambda *_: (None,)),
 }
 
 
@@ -246,6 +253,44 @@ absolute = functools.partial(_primitive, "abs")
 minimum = functools.partial(_primitive, "minimum")
 maximum = functools.partial(_primitive, "maximum")
 where: Callable[..., Any] = functools.partial(_primitive, "where")
+
+
+def mean(value: Any) -> Any:
+    """The mean of a value over all units of a row, for each of them: ``value.mean(-1, keepdim=True)`` of torch's."""
+    if not isinstance(value, Value):
+        return _primitive("mean", value)
+    if value.of_row:
+        return value
+    # Linear as it is: what is one number for the whole row is a factor of one number then.
+    if value.op == "negate":
+        return -mean(*value.args)
+    if value.op in ("multiply", "divide"):
+        a, b = value.args
+        if not isinstance(b, Value) or b.of_row:
+            return Value(value.op, mean(a), b)
+        if value.op == "multiply" and (not isinstance(a, Value) or a.of_row):
+            return a * mean(b)
+    return Value("mean", value)
+
+
+def normalize(value: Any, eps: float = 1e-5) -> Any:
+    """A value less its mean over all units of a row, divided by its standard deviation there; as
+    ``torch.nn.functional.layer_norm`` of whole rows (Ba et al., "Layer Normalization", 2016), without gain and bias.
+    """
+    middle = mean(value)
+    # A mean is where the squares' sum is least, so nothing comes to it from them.
+    variance = mean(_square(value - _primitive("held", middle)))
+    return (value - middle) * (1 / sqrt(variance + eps))
+
+
+def _square(value: Any) -> Any:
+    return value * value
+
+
+def _torchs_mean(value: Any, dim: Any, keepdim: bool = False) -> Any:
+    if dim != -1 or keepdim is not True:
+        raise TypeError("a cell has torch's mean over the units of a row alone: mean(-1, keepdim=True)")
+    return mean(value)
 
 
 def logsigmoid(value: Any) -> Any:
@@ -322,7 +367,8 @@ _OF_TORCH: dict[str, Callable[..., Any]] = {
     "greater_equal": lambda a, b: _primitive("less_equal", b, a),
     "where": lambda condition, a, b: where(condition, a, b),
     "rsqrt": lambda a: 1 / sqrt(a),
-    "square": lambda a: a * a,
+    "square": _square,
+    "mean": _torchs_mean,
     "reciprocal": lambda a: 1 / a,
     "pow": lambda a, b: _power(a, b),
     "lerp": lambda a, b, weight: a + weight * (b - a),
@@ -360,6 +406,10 @@ def _known(name: str) -> Callable[..., Any]:
         raise TypeError(f"a cell cannot draw random numbers, as torch's {name} does: bring them in with the input")
     if name.endswith("_"):
         raise TypeError(f"a cell cannot change a value in place, as torch's {name} does: make a new one")
+    if name == "layer_norm":
+        raise TypeError(
+            "a cell cannot use torch's layer_norm: rnnfast.cells.normalize takes whole rows, whatever their size"
+        )
     function = _OF_TORCH.get(_ALIASES.get(name, name))
     if function is None:
         raise TypeError(f"a cell cannot use torch's {name}: {_BY_ITSELF}, made of {', '.join(_OF_TORCH)}")
@@ -587,6 +637,11 @@ class Cell:
     def _form(self) -> tuple[Any, ...]:
         return len(self.gates), len(self.states), len(self.weights), self.scalars, self.initial, self.program
 
+    @property
+    def sees_rows(self) -> bool:
+        """Whether a step makes means over the units of a row."""
+        return any(op == "mean" for op, _ in self.program.operations)
+
     @functools.cached_property
     def program(self) -> Program:
         """A step, from x and a by gate, the states before it, the units' weights and the scalars."""
@@ -651,13 +706,18 @@ class Cell:
     def saved(self) -> list[Value]:
         """What the gradients need of the forward and cannot make of the states before and after the step."""
         known = {*self.after, *self.inputs["s"], *self.inputs["w"], *self.incoming}
-        needed = self._read(set(reachable(self.after)))
+        reached = set(reachable(self.after))
+        needed = self._read(reached)
+        of_rows = {value for value in reached if value.of_row and value.op != "held"}
         # As they are computed; an input, which is there before them, last: the gates keep their places.
         kept = sorted(needed, key=lambda value: (value.op == "", value.number))
         for value in kept[::-1]:
             others = known | {other for other in kept if other is not value}
-            if value in known or is_made_of(value, others):
+            given = others if value.of_row else others | of_rows  # of which there are few numbers
+            if value in known or is_made_of(value, given):
                 kept.remove(value)
+                read = {arg for of in reachable([value], given) for arg in of.args if isinstance(arg, Value)}
+                kept += sorted((read & of_rows) - {*kept}, key=lambda of: of.number)
         for j, value in enumerate(kept):
             value.name = value.name or f"saved_{j}"
         return kept
@@ -751,10 +811,14 @@ class Program(NamedTuple):
                 values[waiting.pop()] = None
         # By their text: 0.0 and -0.0 are equal.
         texts = dict.fromkeys(repr(float(arg)) for v in values for arg in v.args if not isinstance(arg, Value))
-        places |= {of: place for place, of in enumerate([*texts, *values], len(places))}
-        place = lambda arg: places[arg if isinstance(arg, Value) else repr(float(arg))]
-        operations = tuple((value.op, tuple(map(place, value.args))) for value in values)
-        return cls(tuple(map(float, texts)), operations, tuple(map(place, results)))
+        places |= {of: place for place, of in enumerate(texts, len(places))}
+        place: Callable[[Any], int] = lambda arg: places[arg if isinstance(arg, Value) else repr(float(arg))]
+        first, operations = len(places), dict[tuple[str, tuple[int, ...]], int]()  # each once, by place
+        before = _means_before(values)
+        for of in sorted(values, key=before.__getitem__):
+            made = of.op, tuple(map(place, of.args))
+            places[of] = made[1][0] if of.op == "held" else operations.setdefault(made, first + len(operations))
+        return cls(tuple(map(float, texts)), tuple(operations), tuple(map(place, results)))
 
     def tensors(self, like: Any) -> list[Any]:
         """The numbers, of a tensor's dtype and device."""
@@ -766,6 +830,15 @@ class Program(NamedTuple):
         for op, places in self.operations:
             made.append(PRIMITIVES[op].on_tensors(*[made[place] for place in places]))
         return [made[place] for place in self.results]
+
+
+def _means_before(values: Iterable[Value]) -> dict[Value, int]:
+    """How many means have to be made one after the other before each of some values, which are in order."""
+    found: dict[Value, int] = {}
+    for value in values:
+        of_args = [found[arg] + (arg.op == "mean") for arg in value.args if isinstance(arg, Value) and arg in found]
+        found[value] = max(of_args, default=0)
+    return found
 
 
 def _refuse_to_print(*_: Any, **__: Any) -> None:
@@ -797,7 +870,9 @@ def cell(
     after the step, as a tuple if there are several. Of gate i, ``x.i`` is its part of ``W_ih x + b_ih`` and ``a.i``
     that of ``W_hh h + b_hh``; ``s.h`` is a state before the step. All are values of a unit in a row: the function
     computes with operators, Python's numbers and torch's elementwise functions (or those of this module), and branches
-    by ``torch.where``. It runs once, here; what it did is then done at every step.
+    by ``torch.where``. Over the units of a row, all heads together, it may take means, as ``value.mean(-1,
+    keepdim=True)`` or ``cells.mean(value)``, and so ``cells.normalize``. It runs once, here; what it did is then done
+    at every step.
 
     Args:
         gates, states, weights: names, in their order, as a sequence or in one string with spaces between. The first
@@ -808,9 +883,9 @@ def cell(
 
     Raises:
         TypeError: the function does what no cell can (draw random numbers, branch on a value, change one in place,
-            print, look across rows or units, use a tensor from outside, ...), reads a name that is not declared, or
-            returns another number of states: the message names the cell and the line. Or names are in no string, list
-            or tuple, or values of scalars and initial are no numbers.
+            print, look across rows, or across units but for means, use a tensor from outside, ...), reads a name that
+            is not declared, or returns another number of states: the message names the cell and the line. Or names are
+            in no string, list or tuple, or values of scalars and initial are no numbers.
         ValueError: names are no identifiers, or not distinct, or initial has one that is no state.
     """
     for what, names in {"gates": gates, "states": states, "weights": weights}.items():
@@ -851,8 +926,8 @@ def reachable(values: Iterable[Any], known: Container[Value] = ()) -> list[Value
 
 
 def is_made_of(value: Any, given: set[Value]) -> bool:
-    """Whether a value is one of these, or can be computed from them alone."""
-    return all(of.op != "" for of in reachable([value], given))
+    """Whether a value is one of these, or can be computed from them alone, unit by unit."""
+    return all(of.op not in ("", "mean") for of in reachable([value], given))
 
 
 def adjoints(of: Mapping[Value, Value]) -> dict[Value, Value]:

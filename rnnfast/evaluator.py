@@ -35,6 +35,7 @@ from .reference import _Sequence, _stack, valid_steps
 OPERATIONS = (
     "add", "subtract", "multiply", "divide", "negate", "sigmoid", "tanh", "relu", "exp", "log", "log1p", "sqrt", "abs",
     "minimum", "maximum", "where", "less", "less_equal", "where_positive",
+    "mean",
 )  # fmt: skip
 
 
@@ -96,9 +97,8 @@ def without_matrix(cell: Cell, recurrent: str, bias: bool) -> Cell:
 
 
 def in_plain_torch(plan: Plan, x_gates: Tensor, w_hh: Tensor | None, b_hh: Tensor | None, lengths: Tensor | None,
-                   resets: Tensor | None, *others: Tensor, of_product: Callable[[Tensor], Tensor] = lambda a: a,
-                   ) -> tuple[Tensor, ...]:  # fmt: skip
-    """The loop: any device, dtype and derivative. The gates see of_product(W_hh h + b_hh)."""
+                   resets: Tensor | None, *others: Tensor) -> tuple[Tensor, ...]:  # fmt: skip
+    """The loop: any device, dtype and derivative."""
     cell = plan.cell
     steps, count = x_gates.size(0), len(cell.states)
     sequence = _Sequence(None if lengths is None else valid_steps(steps, lengths), resets, plan.reverse)
@@ -117,7 +117,7 @@ def in_plain_torch(plan: Plan, x_gates: Tensor, w_hh: Tensor | None, b_hh: Tenso
         for gate, values in zip(cell.gates_of_x, x_gates[t].split(hidden, 1)):
             of_x[gate] = values
         if w_hh is not None:
-            for gate, values in zip(cell.gates_of_a, of_product(_recurrent(states[0], w_hh, b_hh)).split(hidden, 1)):
+            for gate, values in zip(cell.gates_of_a, _recurrent(states[0], w_hh, b_hh).split(hidden, 1)):
                 of_a[gate] = values
         found = cell.program.run([*of_x, *of_a, *states, *units, *scalars], numbers)
         after = [new.to(old.dtype).expand_as(old) for new, old in zip(found, states)]
@@ -148,8 +148,8 @@ class Kernels(NamedTuple):
     # and what else it wants; or nothing
     forward: Callable[[Plan, Sequence[Any], bool], tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]]
     # plan, inputs, that, gradients of every (or None) and of the states after -> those of x_gates, of a_gates (empty
-    # where they are those of x_gates), of the states, and what each step and row adds to those of the units' weights,
-    # [T or 1, N, U*H]
+    # where they are those of x_gates), of the states, and what stretches of steps add to those of the units' weights,
+    # [stretches, N, U*H]
     backward: Callable[[Plan, Sequence[Any], Sequence[Tensor], Sequence[Any], Sequence[Tensor]], Any]
 
 
@@ -169,6 +169,7 @@ class _Programs(NamedTuple):
     keeping: tuple[Tensor, Tensor, Tensor]  # what the backward needs of it, beside the states, too
     backward: tuple[Tensor, Tensor, Tensor]
     initial: Tensor
+    of_rows: int  # of what is kept beside the states how many are a number for all units of a row, which are last
 
 
 @functools.lru_cache(maxsize=1024)
@@ -176,7 +177,7 @@ def programs(cell: Cell, scalars: tuple[float, ...], heads: int) -> _Programs:
     of = cell.inputs
     x, a = [of["x"][gate] for gate in cell.gates_of_x], [of["a"][gate] for gate in cell.gates_of_a]
     inputs = [*x, *a, *of["s"], *of["w"]]
-    saved = [value for value in cell.saved if value not in of["scalars"]]
+    saved = sorted((value for value in cell.saved if value not in of["scalars"]), key=lambda value: value.of_row)
     gradients = [cell.adjoints.get(value, 0.0) for value in inputs]
     # Of gates that are read in sums of x and a alone there is one gradient.
     if heads == 1 and cell.gates_of_x == cell.gates_of_a and gradients[: len(x)] == gradients[len(x) : 2 * len(x)]:
@@ -199,6 +200,7 @@ def programs(cell: Cell, scalars: tuple[float, ...], heads: int) -> _Programs:
         encoded(Program.of([*cell.after, *saved], [*inputs, *of["scalars"]])),
         encoded(Program.of(results, [*saved, *of["s"], *cell.after, *of["w"], *cell.incoming, *of["scalars"]])),
         torch.tensor(cell.initial, dtype=torch.float64),
+        sum(value.of_row for value in saved),
     )
 
 
@@ -212,8 +214,9 @@ def _forward(plan: Plan, inputs: Sequence[Any], keep: bool) -> Any:
     made = _programs(plan, w_hh)
     program = made.keeping if keep else made.forward
     after, every, before, saved = torch.ops.rnnfast.cpu_flex_forward(
-        *program, x_gates, w_hh, b_hh, states, units, made.initial, lengths, resets, plan.reverse, keep
-    )
+        *program, x_gates, w_hh, b_hh, states, units, made.initial, lengths, resets, plan.reverse, keep,
+        made.of_rows if keep else 0,
+    )  # fmt: skip
     return after, every, (*before, *every, saved) if keep else ()
 
 
@@ -225,9 +228,10 @@ def _backward(
     count = len(d_after)
     before, every, units = kept[:count], kept[count : 2 * count], others[count:]
     given = [x_gates.new_empty(0) if grad is None else grad for grad in d_every]
+    made = _programs(plan, w_hh)
     return torch.ops.rnnfast.cpu_flex_backward(
-        *_programs(plan, w_hh).backward, w_hh, before, every, units, kept[-1], lengths, resets, given, d_after,
-        len(plan.cell.gates_of_x), plan.reverse,
+        *made.backward, w_hh, before, every, units, kept[-1], lengths, resets, given, d_after,
+        len(plan.cell.gates_of_x), plan.reverse, made.of_rows,
     )  # fmt: skip
 
 
@@ -293,10 +297,8 @@ RUN: dict[str, Callable[..., tuple[Tensor, ...]]]  # by backend
 RUN = {"reference": in_plain_torch, "cpu": on_cpu, "triton": _by_triton}
 
 
-def choose(
-    device: torch.device, dtype: torch.dtype, cell: Cell, hidden: int, heads: int = 1, why_not: str = ""
-) -> tuple[str, str]:
-    """As ``choose_backend``: which of RUN serves a call, and why; why_not is why it can be plain torch alone."""
+def choose(device: torch.device, dtype: torch.dtype, cell: Cell, hidden: int, heads: int = 1) -> tuple[str, str]:
+    """As ``choose_backend``: which of RUN serves a call, and why."""
     made = circumstances()
     # The CUDA library has torch's cells and the peephole LSTM: of others those who ask for it get Triton's kernels.
     asked = "triton" if made.forced == "cuda" else made.forced
@@ -305,10 +307,10 @@ def choose(
         return name, "asked for by use_backend" if asked else f"no kernels for device {device.type!r}"
     if name not in RUN:
         why_not = "its kernels are of torch's cells"
-    elif why_not:
-        pass
     elif made._replace(forced=None) != USUAL:  # first: torch.compile cannot trace what asks for a GPU
         why_not = "derivatives, graphs and transforms of torch's go through plain torch"
+    elif name == "triton" and cell.sees_rows:
+        why_not = "a step sees whole rows of units, which Triton's kernels have in pieces"
     elif not (found := BACKENDS[name].probe(device)).available:
         why_not = found.detail
     elif dtype not in DTYPES:

@@ -728,7 +728,7 @@ class LSTM(_Recurrent[Sequence[Tensor], tuple[Tensor, Tensor]]):
             to 22). With ``LN(z; a, b) = a * (z - mean z) / sqrt(var z + 1e-5) + b``, over all four gates together, the
             gates are ``LN(W_ih x; gain_ih, bias_ih) + LN(W_hh h; gain_hh, bias_hh)``, and
             ``h_t = o * tanh(LN(c_t; gain_c, bias_c))``. The gains begin with 1, bias_c with 0; the paper's bias b
-            is in bias_ih and bias_hh. That is plain torch, step by step, on every device.
+            is in bias_ih and bias_hh.
         state_clip: the bound of the gradients of h_t and c_t as they leave a step, h_t's with the output's and that
             from the next step: in the backward they are clamped to [-state_clip, state_clip] before they go into the
             step (as Graves does with the gates', "Generating Sequences With Recurrent Neural Networks", 2013). What a
@@ -740,9 +740,10 @@ class LSTM(_Recurrent[Sequence[Tensor], tuple[Tensor, Tensor]]):
     With a list ``hidden_size`` has a size for each layer, and h_0, h_n, c_0 and c_n are ``[D, N, sum(hidden_size)]``,
     layer beside layer; so are the states of every step, ``[1, T, N, D * sum(hidden_size)]``.
 
-    Where a step is another one than torch.nn's (``recurrent_dropout`` in training, ``zoneout``, ``state_clip`` where a
-    gradient is asked for, ``num_heads``), the layers run as those of :class:`rnnfast.FlexRNN` do: on a CPU by the
-    native library's evaluator, on a GPU by Triton's kernels. Random numbers are of torch's generators. Dtypes are real.
+    Where a step is another one than torch.nn's (``recurrent_dropout`` in training, ``zoneout``, ``layer_norm``,
+    ``num_heads``, ``state_clip`` where a gradient is asked for), the layers run as those of :class:`rnnfast.FlexRNN`
+    do: on a CPU by the native library's evaluator, on a GPU by Triton's kernels, but with ``layer_norm`` as plain torch
+    there. Random numbers are of torch's generators. Dtypes are real.
 
     Raises:
         ValueError: an option is none of these; there is a forget_bias and no bias; num_heads is no divisor of

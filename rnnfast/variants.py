@@ -17,18 +17,16 @@ from torch.nn import functional as F
 
 from . import border, reference
 from .backends import is_recorded
-from .cells import CELLS, GATES, PRIMITIVES, Cell, Primitive, _not_derived, _primitive, cell, sigmoid, tanh, where
-from .evaluator import RUN, Plan, choose, clip_gradient, in_plain_torch, no_autocast, recomputed
+from .cells import CELLS, GATES, Cell, Named, cell, mean, normalize, sigmoid, sqrt, tanh, where
+from .evaluator import RUN, Plan, choose, clip_gradient, no_autocast, recomputed
 from .evaluator import layer as layer_of_any_cell
 from .records import Inputs, Weights
 
-# It sees a row of units at once, which no kernel does that takes strips of them: plain torch alone runs it.
-PRIMITIVES["normalize"] = Primitive(lambda c: F.layer_norm(c, c.shape[-1:]), _not_derived)
-normalize = functools.partial(_primitive, "normalize")
+EPS = 1e-5  # as torch's layer_norm has it
 
 
 @cell(gates="i f g o", states="h c", weights="gain shift")
-def lstm_normalized(x: Any, a: Any, s: Any, w: Any) -> Any:
+def lstm_of_normalized_c(x: Any, a: Any, s: Any, w: Any) -> Any:
     i = sigmoid(x.i + a.i)
     f = sigmoid(x.f + a.f)
     g = tanh(x.g + a.g)
@@ -56,11 +54,12 @@ def choose_variant(
     variant: Variant, mode: str, device: torch.device, dtype: torch.dtype, hidden: int
 ) -> tuple[str, str]:
     """As ``choose_backend``: the backend that serves a layer, and why."""
-    why_not = _OF_WHOLE_ROWS if variant.layer_norm else ""
-    return choose(device, dtype, CELLS[mode], hidden, variant.heads, why_not)
+    of = varied(_cell_of(variant, mode), variant.layer_norm, variant.heads > 1)
+    return choose(device, dtype, of, hidden, variant.heads)
 
 
-_OF_WHOLE_ROWS = "with layer_norm=True a step sees whole rows at once, which only plain torch does"
+def _cell_of(variant: Variant, mode: str) -> Cell:
+    return lstm_of_normalized_c if variant.layer_norm and mode == "LSTM" else CELLS[mode]
 
 
 def run(serve: Callable[..., tuple[Tensor, ...]], variant: Variant, plan: Plan, x_gates: Tensor,
@@ -69,7 +68,8 @@ def run(serve: Callable[..., tuple[Tensor, ...]], variant: Variant, plan: Plan, 
     """As ``serve``, one of ``evaluator.RUN``, but of a variant of the plan's cell."""
     p, count = variant.recurrent_dropout, len(plan.cell.states)
     zoned = tuple(k for k, chance in enumerate(variant.zoneout) if chance is not None)
-    made = varied(plan.cell, p is not None, zoned, variant.expected, variant.state_clip is not None)
+    form = p is not None, zoned, variant.expected, variant.state_clip is not None
+    made = varied(plan.cell, variant.layer_norm, variant.heads > 1, *form)
     scalars = [*plan.scalars, *(chance for chance in variant.zoneout if chance is not None)]
     like = x_gates[..., : others[0].size(1)]
     random = [] if variant.expected else [torch.rand_like(like) for _ in zoned]
@@ -85,17 +85,21 @@ def run(serve: Callable[..., tuple[Tensor, ...]], variant: Variant, plan: Plan, 
     return (*found[1 : 1 + count], *found[2 + count :]) if p is not None else found
 
 
-def varied(of: Cell, drops: bool, zoned: tuple[int, ...], expected: bool, clips: bool) -> Cell:
-    """Another cell with dropout of what W_hh multiplies, which then is a state of its own before the others, with
-    zoneout of the states ``zoned``, and with clipped gradients."""
-    return _varied(of, drops, zoned, expected, clips) if drops or zoned or clips else of
+def varied(of: Cell, normalizes: bool, in_heads: bool, drops: bool = False, zoned: tuple[int, ...] = (),
+           expected: bool = False, clips: bool = False) -> Cell:  # fmt: skip
+    """Another cell with normalised gates (:func:`_normalized`), with dropout of what W_hh multiplies, which then is a
+    state of its own before the others, with zoneout of the states ``zoned``, and with clipped gradients."""
+    changes = normalizes or drops or zoned or clips
+    return _varied(of, normalizes, normalizes and in_heads, drops, zoned, expected, clips) if changes else of
 
 
 varied._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compile cannot trace the tracing of a cell
 
 
 @functools.cache
-def _varied(of: Cell, drops: bool, zoned: tuple[int, ...], expected: bool, clips: bool) -> Cell:
+def _varied(plain: Cell, normalizes: bool, in_heads: bool, drops: bool, zoned: tuple[int, ...], expected: bool,
+            clips: bool) -> Cell:  # fmt: skip
+    of = _normalized(plain, in_heads) if normalizes else plain
     zones = [(k, of.states[k], f"zoneout of {of.states[k]}") for k in zoned]
     drop, scale, clip, reads_w = "dropout of h", "scale of h", "clip of state", bool(of.weights or of.scalars)
 
@@ -124,34 +128,58 @@ def _varied(of: Cell, drops: bool, zoned: tuple[int, ...], expected: bool, clips
         dict(zip(of.states, of.initial)),
     )
     made.check()
-    made.origin = varied, (of, drops, zoned, expected, clips)
+    made.origin = varied, (plain, normalizes, in_heads, drops, zoned, expected, clips)
     return made
+
+
+def _normalized(of: Cell, in_heads: bool) -> Cell:
+    """Another cell whose gates of W_hh h are normalised: all together, but for those whose x and a it reads apart, each
+    of which is by itself. They have a gain; and the latter a shift too, where the others have theirs in x.
+
+    The rows of W_hh that are normalised together have to add up to zero (:func:`_with_norms`), for then so do their
+    products with any h, and what is left of the normalisation is a division. Those of heads, which see a part of h
+    each, cannot be had so: there the mean is taken off the products.
+    """
+    gains, shifts = [f"gain of {gate}" for gate in of.gates], [f"shift of {of.gates[gate]}" for gate in of.apart]
+
+    def function(x: Any, a: Any, s: Any, w: Any) -> Any:
+        found: list[Any] = [None] * len(of.gates)
+        for together in _together(of):
+            values = [getattr(a, of.gates[gate]) for gate in together]
+            if in_heads:
+                middle = mean(sum(values)) / len(values)
+                values = [value - middle for value in values]
+            scale = 1 / sqrt(mean(sum(value * value for value in values)) / len(values) + EPS)
+            for gate, value in zip(together, values):
+                found[gate] = getattr(w, gains[gate]) * (value * scale)
+        for gate, shift in zip(of.apart, shifts):
+            found[gate] = found[gate] + getattr(w, shift)
+        return of.function(x, Named("a", of.gates, found), s, *[w] * bool(of.weights))
+
+    assert isinstance(function, FunctionType)
+    return Cell(function, of.gates, of.states, [*gains, *shifts, *of.weights], {}, {})
+
+
+def _together(cell: Cell) -> list[list[int]]:
+    """The gates that are normalised together; the cells have those that they read apart behind the others."""
+    joined = [gate for gate in range(len(cell.gates)) if gate not in cell.apart]
+    return [joined, *([gate] for gate in cell.apart)]
+
+
+def _by_group(tensor: Tensor, cell: Cell, dim: int) -> list[Tensor]:
+    """A tensor's parts of the gates that are normalised together."""
+    hidden = tensor.size(dim) // len(cell.gates)
+    return list(tensor.split([hidden * len(group) for group in _together(cell)], dim))
+
+
+def _joined(parts: list[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 def norm_sizes(mode: str, hidden: int, bias: bool) -> dict[str, int]:
     """The weights that layer_norm=True adds in each direction."""
     sizes = dict.fromkeys(("gain_ih", "gain_hh"), GATES[mode] * hidden)
     return sizes | (dict.fromkeys(("gain_c", "bias_c")[: 1 + bias], hidden) if mode == "LSTM" else {})
-
-
-def _normalized(sums: Tensor, gain: Tensor, shift: Tensor, mode: str) -> Tensor:
-    """Over all gates together, but for the candidate of a GRU."""
-    hidden = gain.size(0) // GATES[mode]
-    sizes = [2 * hidden, hidden] if mode == "GRU" else [GATES[mode] * hidden]
-    parts = zip(sums.split(sizes, -1), gain.split(sizes), shift.split(sizes))
-    found = [F.layer_norm(part, part.shape[-1:], *of_part) for part, *of_part in parts]
-    return found[0] if len(found) == 1 else torch.cat(found, -1)
-
-
-def _run_normalized(variant: Variant, mode: str, plan: Plan, x_gates: Tensor, w_hh: Tensor, _: None,
-                    lengths: Tensor | None, resets: Tensor | None, *others: Tensor) -> tuple[Tensor, ...]:  # fmt: skip
-    """As :func:`run` in plain torch, where before the cell's own weights there are gain and shift of both products."""
-    count = len(plan.cell.states)
-    gain_ih, shift_ih, gain_hh, shift_hh = others[count : count + 4]
-    of_product = functools.partial(_normalized, gain=gain_hh, shift=shift_hh, mode=mode)
-    serve = functools.partial(in_plain_torch, of_product=of_product)
-    x_gates = _normalized(x_gates, gain_ih, shift_ih, mode)
-    return run(serve, variant, plan, x_gates, w_hh, None, lengths, resets, *others[:count], *others[count + 4 :])
 
 
 def layer(
@@ -178,13 +206,16 @@ def layer(
         _, pack, padded = reference._padded(inputs, inputs.batch_sizes)
         y, h_n, c_n, c = layer(variant, norms, recompute, padded)
         return pack(y), h_n, c_n, pack(c) if mode == "LSTM" else c
-    of = lstm_normalized if variant.layer_norm and mode == "LSTM" else CELLS[mode]
     weights = inputs.directions()
-    directions = [_by_name(w, norms[d] if variant.layer_norm else None) for d, w in enumerate(weights)]
-    backend, _ = choose_variant(variant, mode, x.device, x.dtype, weights[0].w_ih.size(0) // GATES[mode])
+    hidden, of = weights[0].w_ih.size(0) // GATES[mode], CELLS[mode]
+    backend, _ = choose_variant(variant, mode, x.device, x.dtype, hidden)
     serve = functools.partial(run, RUN[backend], variant)
     if variant.layer_norm:
-        serve = functools.partial(_run_normalized, variant, mode)
+        directions = [_with_norms(w, norm, of) for w, norm in zip(weights, norms)]
+        serve = functools.partial(_run_normalized, serve, of)
+    else:
+        directions = [_by_name(w) for w in weights]
+    of = _cell_of(variant, mode)
     x = reference.without_padding(inputs).x
     plans = [Plan(of, (), reverse) for reverse in (False, True)[: len(directions)]]
     states = None if inputs.h0 is None else [inputs.h0] if inputs.c0 is None else [inputs.h0, inputs.c0]
@@ -195,14 +226,38 @@ def layer(
     return every[0], final[0], *((final[1], every[1]) if mode == "LSTM" else (absent, absent))
 
 
-def _by_name(w: Weights, norms: dict[str, Tensor] | None) -> dict[str, Tensor]:
-    """As ``evaluator.layer`` takes them; with norms as :func:`_run_normalized` does, biases after the normalisation."""
+def _by_name(w: Weights) -> dict[str, Tensor]:
+    """As ``evaluator.layer`` takes them."""
     found = {"weight_ih": w.w_ih, "weight_hh": w.w_hh}
-    if norms is None:
-        return found if w.b_ih is None or w.b_hh is None else found | {"bias_ih": w.b_ih, "bias_hh": w.b_hh}
-    for of, bias in (("ih", w.b_ih), ("hh", w.b_hh)):
-        gain = norms[f"gain_{of}"]
-        found |= {f"gain_{of}": gain, f"shift_{of}": torch.zeros_like(gain) if bias is None else bias}
+    return found if w.b_ih is None or w.b_hh is None else found | {"bias_ih": w.b_ih, "bias_hh": w.b_hh}
+
+
+def _with_norms(w: Weights, norms: dict[str, Tensor], cell: Cell) -> dict[str, Tensor]:
+    """Likewise, for a cell that :func:`_normalized` has made of this one, behind :func:`_run_normalized`."""
+    acc = torch.promote_types(w.w_hh.dtype, torch.float32)
+    none = norms["gain_hh"].new_zeros(norms["gain_hh"].shape)
+    b_ih, b_hh = (none if bias is None else bias for bias in (w.b_ih, w.b_hh))
+    joined, *apart = _by_group(b_hh, cell, 0)
+    of_x, *rest = _by_group(b_ih, cell, 0)
+    w_hh = w.w_hh
+    if w_hh.dim() == 2:
+        # Added a sum of its own, which is scaled first: so autograd makes no matrix but the gradient.
+        w_hh = _joined([part + part.sum(0) * (-1 / part.size(0)) for part in _by_group(w_hh.to(acc), cell, 0)], 0)
+    found = {"weight_ih": w.w_ih, "weight_hh": w_hh}
+    found |= {"gain of x": norms["gain_ih"], "shift of x": _joined([of_x.to(acc) + joined.to(acc), *rest], 0)}
+    found |= zip(cell.gates, norms["gain_hh"].chunk(len(cell.gates)))
+    found |= zip((f"shift of {cell.gates[gate]}" for gate in cell.apart), apart)
     if (gain_c := norms.get("gain_c")) is not None:
-        found |= {"gain": gain_c, "shift": norms.get("bias_c", torch.zeros_like(gain_c))}
+        found |= {"gain of c": gain_c, "shift of c": norms.get("bias_c", torch.zeros_like(gain_c))}
     return found
+
+
+def _run_normalized(serve: Callable[..., tuple[Tensor, ...]], cell: Cell, plan: Plan, x_gates: Tensor, w_hh: Tensor,
+                    b_hh: None, lengths: Tensor | None, resets: Tensor | None, *others: Tensor,
+                    ) -> tuple[Tensor, ...]:  # fmt: skip
+    """As ``serve``, with gates of x that are to be normalised likewise, by the first two of the units' weights."""
+    count = len(plan.cell.states)
+    states, (gain, shift), units = others[:count], others[count : count + 2], others[count + 2 :]
+    parts = zip(_by_group(x_gates, cell, 2), _by_group(gain, cell, 0), _by_group(shift, cell, 0))
+    x_gates = _joined([F.layer_norm(part, part.shape[-1:], of_gain, of_shift) for part, of_gain, of_shift in parts], 2)
+    return serve(plan, x_gates, w_hh, b_hh, lengths, resets, *states, *units)

@@ -51,6 +51,7 @@ FINITE = "test_cuda.py test_errors.py -k 'finite and {}'"
 CELL = "test_cells.py"
 FLEX = "test_flex.py"
 FLEX_TRITON = "test_flex_triton.py"
+MEANS = "test_means.py"
 PLAIN = "test_plain.py"
 VARIANTS = "test_variants.py"
 UNITS = "test_peephole.py -k {}"
@@ -292,7 +293,7 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
     ],
     "rnnfast/evaluator.py": [
         ("initial values of zero", FLEX, "sequence.cut(t, state, value)", "sequence.cut(t, state)"),
-        ("gates where they are read", FLEX, "zip(cell.gates_of_a, of_product", "zip(cell.gates_of_x, of_product"),
+        ("gates where they are read", FLEX, "zip(cell.gates_of_a, _recurrent", "zip(cell.gates_of_x, _recurrent"),
         ("a projection of heads", FLEX, "w_hh = w_hh.unsqueeze(0)", "w_hh = w_hh.T.unsqueeze(0)"),
         ("clipped on one side", VARIANTS, "minimum(maximum(d, -bound), bound)", "minimum(d, bound)"),
         ("a clip that is not derived", VARIANTS, "return grad.clamp(-bound, bound), None", "return grad, None"),
@@ -311,7 +312,21 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         ("the first head's h", FLEX, "state(0, n) + head * rows.blocks * U", "state(0, n)"),
         ("the first head's gradient", FLEX, "b.A * H) + head * columns, b.A * H", "b.A * H), b.A * H"),
         ("a head's end of another row", FLEX, "load(from + i * stride, strip.lanes)", "load(from, strip.lanes)"),
-        ("memory that is in use still", FLEX, "last[place] != k", "false"),
+        ("memory that is in use still", FLEX, "last[arg] != k", "false"),
+        (
+            "a mean of what lies beyond a head",
+            MEANS,
+            "from.block, strip.lanes);\n      store(total",
+            "from.block);\n      store(total",
+        ),
+        ("means of the pass before, too", MEANS, ", totals_[at + lane] = 0", ""),
+        (
+            "a mean of the first row",
+            MEANS,
+            "means_ + (schedule_[k].slot * pass_rows_ + strip.pass_row) * U",
+            "means_ + (schedule_[k].slot * pass_rows_) * U",
+        ),
+        ("a number of a row where units are written", VARIANTS, " && !steps_[k].of_row", ""),
         ("relu of NaN", FLEX, "zero_where_not_positive(a, arg(1))", "select(a.v > 0, arg(1), zero)"),
         ("log1p without its rest", FLEX, "log(u) + (x - (u - Vec<Number>(1))) / u", "log(u)"),
     ],
@@ -416,7 +431,8 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
             "random.append(of_rows.expand_as(like))",
             "random.append(torch.rand_like(like))",
         ),
-        ("a GRU normalised in one", VARIANTS, 'if mode == "GRU" else', "if False else"),
+        ("a GRU normalised in one", VARIANTS, "if gate not in cell.apart]", "]"),
+        ("W_hh as it is", VARIANTS, "part + part.sum(0) * (-1 / part.size(0))", "part"),
         ("c that is not normalised", VARIANTS, "w.gain * normalize(c)", "w.gain * c"),
         (
             "the mask of another direction",

@@ -70,12 +70,13 @@ def test_gradients(mode: str) -> None:
     assert_gradients_are_autograds(CELLS[mode])
 
 
-@pytest.mark.parametrize("name", sorted(PRIMITIVES.keys() - {"where_positive", "less", "normalize", "clip_gradient"}))
+@pytest.mark.parametrize("name", sorted(PRIMITIVES.keys() - {"where_positive", "less", "held", "clip_gradient"}))
 def test_gradients_of_primitives(name: str) -> None:
     if name in BINARY:
         function = lambda x, a, s: BINARY[name](cells.tanh(x.g + a.g), s.h)
     else:
-        function = lambda x, a, s: (SMOOTH | KINKED)[name](cells.tanh(x.g + a.g)) * s.h
+        unary = SMOOTH | KINKED | {"mean": cells.mean}
+        function = lambda x, a, s: unary[name](cells.tanh(x.g + a.g)) * s.h
     function.__name__ = name
     assert_gradients_are_autograds(cell(gates="g")(function))
 
@@ -196,6 +197,15 @@ REFUSED = {  # what a step makes of x, a and s, on its last line, and what is sa
     "condition-as-a-state": (lambda x, a, s: x.g > 0, r"use where\(condition, 1.0, 0.0\)"),
     "no-condition": (lambda x, a, s: torch.where(x.g, a.g, 0.0), "needs a comparison"),
     "attribute": (lambda x, a, s: x.g if x.g.requires_grad else a.g, "cannot use torch's requires_grad"),
+    "mean-of-all": (lambda x, a, s: x.g.mean(), "cannot call torch's mean so"),
+    "mean-of-rows": (
+        lambda x, a, s: x.g.mean(0, keepdim=True),
+        r"over the units of a row alone: mean\(-1, keepdim=True",
+    ),
+    "mean-of-less": (lambda x, a, s: torch.mean(x.g, -1), "over the units of a row alone"),
+    "mean-of-a-number": (lambda x, a, s: cells.mean(1.0) * x.g, "mean takes a value"),
+    "layer-norm": (lambda x, a, s: torch.layer_norm(x.g, (6,)), r"torch's layer_norm: rnnfast\.cells\.normalize"),
+    "variance": (lambda x, a, s: x.g.var(-1, keepdim=True), "cannot use torch's var"),
     "shape": (lambda x, a, s: x.g / x.g.shape[0], "cannot use torch's shape"),
     "normalize": (lambda x, a, s: torch.nn.functional.normalize(x.g), "cannot use torch's norm"),
     "zero": (lambda x, a, s: x.g * (1 / 0), "ZeroDivisionError: division by zero"),
@@ -313,6 +323,18 @@ OF_TORCH = {  # functions of torch that cells may use, beside PRIMITIVES by the 
     "two": lambda v: torch.max(v, 0.5 * v) + torch.minimum(v, 3 * v),
     "method": lambda v: v.sigmoid().tanh().exp().log1p().sqrt().log().relu(),
 }
+
+
+def test_normalize_is_torchs() -> None:
+    """On tensors as traced, and by its own gradients."""
+    v = 5 + torch.randn(4, 7, dtype=torch.float64)
+    traced = cell(gates="g")(lambda x, a, s: cells.normalize(x.g, 0.1))
+    for found in (run(traced, [v, v, v])[0], cells.normalize(v, 0.1)):
+        torch.testing.assert_close(found, torch.nn.functional.layer_norm(v, (7,), eps=0.1))
+    assert_gradients_are_autograds(cell(gates="g")(lambda x, a, s: cells.normalize(x.g * a.g) * s.h))
+    # The gradient needs two means, of which neither waits for the other.
+    ops = [op for op, _ in cells.Program.of([traced.gradients[0].value], [*traced.saved, *traced.incoming]).operations]
+    assert ops.count("mean") == 2
 
 
 @pytest.mark.parametrize("name", OF_TORCH)

@@ -54,15 +54,17 @@ class Arguments {
                  numbers.size(0),
                  operations.size(0),
                  results.size(0),
+                 {0, 0},
                  static_cast<const double*>(read(numbers)),
                  static_cast<const Operation*>(read(operations)),
                  static_cast<const int64_t*>(read(results))};
   }
 
-  // How many times H the columns of rows are.
-  int64_t columns(const char* name, const Tensor& rows) const {
-    RNNFAST_CHECK(rows.size(2) % l.H == 0, name, " has to have columns for every unit");
-    return rows.size(2) / l.H;
+  // How many times H the columns of rows are, beside others.
+  int64_t columns(const char* name, const Tensor& rows, int64_t others = 0) const {
+    const int64_t count = rows.size(2) - others;
+    RNNFAST_CHECK(count >= 0 && count % l.H == 0, name, " has to have columns for every unit");
+    return count / l.H;
   }
 
   // Whether a program reads only what is there before. Its first results have to be made: inputs might be written over
@@ -136,21 +138,23 @@ void flex_forward(StableIValue* values, uint64_t arguments, uint64_t results_) {
   const Tensor initial = stack.tensor();
   const OptionalTensor lengths = stack.optional_tensor(), resets = stack.optional_tensor();
   const bool reverse = stack.flag(), keep = stack.flag();
+  const int64_t R = stack.number();
 
   RNNFAST_CHECK(!states.empty() && states[0].defined() && states[0].dim() == 2, "states have to be [N, H]");
   Arguments given(operations, numbers, results, "x_gates", x_gates, w_hh, units, lengths, resets, reverse,
                   states[0].size(1), states.size());
   FlexLayer& l = given.l;
-  l.X = given.columns("x_gates", x_gates), l.Y = given.l.program.results - l.S;
+  RNNFAST_CHECK(R >= 0 && R <= l.program.results, "the program cannot have ", R, " results of rows");
+  l.X = given.columns("x_gates", x_gates), l.Y = l.program.results - l.S - R, l.R = R;
   RNNFAST_CHECK(l.X > 0, "x_gates has no gate");
-  RNNFAST_CHECK(keep ? l.Y >= 0 : l.Y == 0, "the program has ", l.program.results, " results, of ", l.S, " states");
-  given.check_program(l.X + l.A + l.S + l.U, l.S + l.Y, l.S);
+  RNNFAST_CHECK(keep ? l.Y >= 0 : l.Y + R == 0, "the program has ", l.program.results, " results, of ", l.S, " states");
+  given.check_program(l.X + l.A + l.S + l.U, l.S + l.Y + R, l.S);
   check_tensor("b_hh", b_hh, {l.A * l.H}, given.dtype);
   check_tensor("initial", initial, {l.S}, ScalarType::Double);
   const Shape of_state{l.N, l.H}, of_steps{l.T, l.N, l.H};
   const std::vector<Tensor> after = copied(given, given.pointers("states", states, of_state), of_state);
   const std::vector<Tensor> every = given.make(l.S, of_steps), before = given.make(keep ? l.S : 0, of_steps);
-  const Tensor saved = empty_if(keep, {l.T, l.N, l.Y * l.H}, given.dtype);
+  const Tensor saved = empty_if(keep, {l.T, l.N, l.Y * l.H + R}, given.dtype);
   const auto to_states = data(after), to_every = data(every), to_before = data(before);
 
   FlexForward f{l};
@@ -172,17 +176,20 @@ void flex_backward(StableIValue* values, uint64_t arguments, uint64_t results_) 
   const std::vector<Tensor> d_every = stack.tensors(), d_final = stack.tensors();
   const int64_t X = stack.number();
   const bool reverse = stack.flag();
+  const int64_t R = stack.number();
 
   RNNFAST_CHECK(!before.empty() && before[0].defined() && before[0].dim() == 3, "before has to be [T, N, H]");
   Arguments given(operations, numbers, results, "saved", saved, w_hh, units, lengths, resets, reverse,
                   before[0].size(2), before.size());
   FlexLayer& l = given.l;
   RNNFAST_CHECK(X > 0 && X < kMost / l.H, "x cannot have ", X, " gates");
-  l.X = X, l.Y = given.columns("saved", saved);
+  RNNFAST_CHECK(R >= 0 && R <= saved.size(2), "saved cannot have ", R, " numbers of rows");
+  l.X = X, l.R = R, l.Y = given.columns("saved", saved, R);
+  l.program.row_inputs[0] = l.Y, l.program.row_inputs[1] = l.Y + R;
   // Where the gradients of x's gates are those of a's, too, the program has them once.
   const bool is_both = l.A == X && l.K == 1 && l.program.results == X + l.S + l.U;
   const int64_t of_a = is_both ? 0 : l.A;
-  given.check_program(l.Y + 3 * l.S + l.U, X + of_a + l.S + l.U, X + of_a + l.S + l.U);
+  given.check_program(l.Y + R + 3 * l.S + l.U, X + of_a + l.S + l.U, X + of_a + l.S + l.U);
   const Shape of_state{l.N, l.H}, of_steps{l.T, l.N, l.H};
   const auto from_before = given.pointers("before", before, of_steps);
   const auto from_after = given.pointers("every", every, of_steps);
@@ -190,7 +197,9 @@ void flex_backward(StableIValue* values, uint64_t arguments, uint64_t results_) 
   const std::vector<Tensor> d_states = copied(given, given.pointers("d_final", d_final, of_state), of_state);
   const auto to_states = data(d_states);
   const auto rows = [&](int64_t columns) { return empty({l.T, l.N, columns * l.H}, given.dtype); };
-  const Tensor dx_gates = rows(X), da_gates = rows(of_a), d_units = rows(l.U);
+  const Tensor dx_gates = rows(X), da_gates = rows(of_a);
+  const Tensor d_units = empty({(l.T + kStretch - 1) / kStretch, l.N, l.U * l.H}, given.dtype);
+  if (d_units.numel()) std::memset(d_units.data_ptr(), 0, d_units.numel() * d_units.element_size());
 
   FlexBackward b{l};
   b.before = from_before.data(), b.every = from_after.data(), b.saved = given.read(saved);
@@ -207,12 +216,13 @@ void flex_backward(StableIValue* values, uint64_t arguments, uint64_t results_) 
 STABLE_TORCH_LIBRARY_FRAGMENT(rnnfast, m) {
   m.def(
       "cpu_flex_forward(Tensor operations, Tensor numbers, Tensor results, Tensor x_gates, Tensor? w_hh, Tensor? b_hh, "
-      "Tensor[] states, Tensor[] units, Tensor initial, Tensor? lengths, Tensor? resets, bool reverse, bool keep) -> "
+      "Tensor[] states, Tensor[] units, Tensor initial, Tensor? lengths, Tensor? resets, bool reverse, bool keep, "
+      "int R=0) -> "
       "(Tensor[] states_after, Tensor[] every, Tensor[] before, Tensor saved)");
   m.def(
       "cpu_flex_backward(Tensor operations, Tensor numbers, Tensor results, Tensor? w_hh, Tensor[] before, "
       "Tensor[] every, Tensor[] units, Tensor saved, Tensor? lengths, Tensor? resets, Tensor[] d_every, "
-      "Tensor[] d_final, int X, bool reverse) -> (Tensor dx_gates, Tensor da_gates, Tensor[] d_states, Tensor "
+      "Tensor[] d_final, int X, bool reverse, int R=0) -> (Tensor dx_gates, Tensor da_gates, Tensor[] d_states, Tensor "
       "d_units)");
 }
 

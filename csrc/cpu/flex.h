@@ -28,6 +28,7 @@ enum Op {
   kLess,
   kLessEqual,
   kWherePositive,
+  kMean,  // over the units of a row: a program is cut before what reads one
   kOps
 };
 
@@ -38,16 +39,20 @@ struct Operation {
 // Values by place: the inputs, the numbers, then what each operation makes.
 struct Program {
   int64_t inputs, numbers, operations, results;
+  int64_t row_inputs[2];       // the inputs from one to before the other are a number a row
   const double* number;        // [numbers]
   const Operation* operation;  // [operations]
   const int64_t* result;       // [results]
   int64_t places() const { return inputs + numbers + operations; }
 };
 
+// Steps whose gradients of the units' weights are added up as they are made; a stretch by itself, for accuracy.
+constexpr int64_t kStretch = 64;
+
 struct FlexLayer {
   Program program;
   int64_t T, N, H, X, A, S, U, K;
-  int64_t Y;  // values that the forward saves for the backward
+  int64_t Y, R;  // values that the forward saves for the backward: of each unit, and of each row
   bool reverse;
   int threads;
   const int64_t* lengths;    // [N]    or null
@@ -65,7 +70,7 @@ struct FlexForward : FlexLayer {
   void* const* states;    // S of [N,H]: before all steps on entry, after them on return
   void* const* every;     // S of [T,N,H]: after every step
   void* const* before;    // S of [T,N,H]: before every step; or null
-  void* saved;            // [T,N,Y*H]
+  void* saved;            // [T,N,Y*H+R]
 };
 
 // The inputs of the program are what the forward saved, the states before the step and after it, the units' weights,
@@ -79,7 +84,7 @@ struct FlexBackward : FlexLayer {
   void* const* d_states;       // S of [N,H]: of the final states on entry, of the initial ones on return
   void* dx_gates;              // [T,N,X*H]
   void* da_gates;              // [T,N,A*H]  null where they are dx_gates, which needs K = 1
-  void* d_units;               // [T,N,U*H]: what each step of a row adds
+  void* d_units;               // [stretches of T,N,U*H], 0 on entry: what the steps of a row add
 };
 
 struct FlexKernels {

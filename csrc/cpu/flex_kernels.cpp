@@ -1,7 +1,8 @@
 // The evaluator of a traced cell: compiled once per instruction set, each time into a namespace of its own.
 //
 // An operation works on a strip of vectors, which with all that the program makes stays in L1. A step takes some blocks
-// of units at a time, right from the product with W_hh through the program.
+// of units at a time, right from the product with W_hh through the program. A program with means over the units of a
+// row runs in segments, each on all units of some rows before the next.
 #include "flex.h"
 #include "sweep.h"
 
@@ -66,6 +67,7 @@ RNNFAST_INLINE Vec<Number> root(Vec<Number> x) {
 // Vectors of units that a program runs on at once: some blocks of U units of some rows.
 struct Strip {
   int64_t row, rows, block, blocks;
+  int64_t pass_row;     // its first row among those of the pass
   int64_t unit, place;  // its first unit in a row of a tensor, and in one of a buffer
   int lanes;            // of a block that a head ends in there may be fewer than U; it is a strip's only one
 };
@@ -77,27 +79,28 @@ struct Operand {
   int64_t row, block;
 };
 
-// to[row][block] = of(a, b, c)
+// to[row][block] = of(a, b, c), with rows so far apart
 template <class Number, class Of>
-RNNFAST_INLINE void each(Number* to, const Operand<Number>* given, int64_t rows, int64_t blocks, const Of& of) {
+RNNFAST_INLINE void each(Number* to, int64_t stride, const Operand<Number>* given, int64_t rows, int64_t blocks,
+                         const Of& of) {
   Operand<Number> args[] = {given[0], given[1], given[2]};
-  for (int64_t i = 0; i < rows; i++) {
-    for (int64_t j = 0; j < blocks; j++, to += kLanes<Number>) {
-      store(to, of([&](int k) { return load(args[k].data + j * args[k].block); }));
+  for (int64_t i = 0; i < rows; i++, to += stride) {
+    for (int64_t j = 0; j < blocks; j++) {
+      store(to + j * kLanes<Number>, of([&](int k) { return load(args[k].data + j * args[k].block); }));
     }
     for (auto& arg : args) arg.data += arg.row;
   }
 }
 
 template <class Number>
-void apply(int64_t op, Number* to, const Operand<Number>* args, int64_t rows, int64_t blocks) {
+void apply(int64_t op, Number* to, int64_t stride, const Operand<Number>* args, int64_t rows, int64_t blocks) {
   using V = Vec<Number>;
   const V one(1), zero(0);
-#define RNNFAST_CASE(Op, expression)                    \
-  case Op:                                              \
-    return each(to, args, rows, blocks, [&](auto arg) { \
-      [[maybe_unused]] const V a = arg(0);              \
-      return V(expression);                             \
+#define RNNFAST_CASE(Op, expression)                            \
+  case Op:                                                      \
+    return each(to, stride, args, rows, blocks, [&](auto arg) { \
+      [[maybe_unused]] const V a = arg(0);                      \
+      return V(expression);                                     \
     })
   switch (op) {
     RNNFAST_CASE(kAdd, a + arg(1));
@@ -123,84 +126,6 @@ void apply(int64_t op, Number* to, const Operand<Number>* args, int64_t rows, in
 #undef RNNFAST_CASE
 }
 
-// Runs a program on strips: of a thread, with memory for all that the program makes.
-template <class Number>
-class Evaluator {
-  static constexpr int U = kLanes<Number>;
-
- public:
-  explicit Evaluator(const Program& p)
-      : p_(p),
-        slots_(p.operations),
-        numbers_(p.numbers * U),
-        ends_(p.inputs * kStrip * U),
-        made_(assign_slots() * kStrip * U),
-        places_(p.places()) {
-    for (int64_t k = 0; k < p.numbers; k++) {
-      store(numbers_ + k * U, Vec<Number>(Number(p.number[k])));
-      places_[p.inputs + k] = {numbers_ + k * U, 0, 0};
-    }
-  }
-
-  // Where input k lies: in rows of a buffer, or the same for all rows.
-  void read(int64_t k, Operand<Number> operand) { places_[k] = operand; }
-  // In rows of a tensor, of which `rows` is the strip's first. The end of a head is copied: behind it there may be
-  // nothing.
-  void read(int64_t k, const void* rows, int64_t stride, const Strip& strip) {
-    const Number* from = static_cast<const Number*>(rows) + strip.unit;
-    if (strip.lanes == U) return read(k, {from, stride, U});
-    Number* end = ends_ + k * kStrip * U;
-    for (int64_t i = 0; i < strip.rows; i++) store(end + i * U, load(from + i * stride, strip.lanes));
-    read(k, {end, U, U});
-  }
-
-  void run(const Strip& strip) {
-    for (int64_t k = 0; k < p_.operations; k++) {
-      const Operation& o = p_.operation[k];
-      const Operand<Number> args[] = {places_[o.args[0]], places_[o.args[1]], places_[o.args[2]]};
-      Number* to = made_ + slots_[k] * kStrip * U;
-      apply(o.op, to, args, strip.rows, strip.blocks);
-      places_[p_.inputs + p_.numbers + k] = {to, strip.blocks * U, U};
-    }
-  }
-
-  // Writes result k to a place in the strip's first row, of those rows of the strip that are valid.
-  template <class Valid>
-  void write(int64_t k, Number* to, int64_t stride, const Strip& strip, int lanes, const Valid& valid) const {
-    Operand<Number> from = places_[p_.result[k]];
-    for (int64_t i = 0; i < strip.rows; i++, to += stride, from.data += from.row) {
-      if (!valid(strip.row + i)) continue;
-      for (int64_t j = 0; j < strip.blocks; j++) store(to + j * U, load(from.data + j * from.block), lanes);
-    }
-  }
-
- private:
-  // Deals memory to what the operations make, anew after its last use, and returns how much of it there is.
-  int64_t assign_slots() {
-    const int64_t first = p_.inputs + p_.numbers;
-    int64_t slots = 0, free = 0;
-    Buffer<int64_t> last(p_.places()), free_slots(p_.operations);
-    for (int64_t k = 0; k < p_.operations; k++) {
-      for (int64_t place : p_.operation[k].args) last[place] = k;
-    }
-    for (int64_t k = 0; k < p_.results; k++) last[p_.result[k]] = p_.operations;
-    for (int64_t k = 0; k < p_.operations; k++) {
-      for (int64_t place : p_.operation[k].args) {
-        if (place < first || last[place] != k) continue;
-        free_slots[free++] = slots_[place - first];
-        last[place] = -1;
-      }
-      slots_[k] = free ? free_slots[--free] : slots++;
-    }
-    return slots;
-  }
-
-  const Program& p_;
-  Buffer<int64_t> slots_;
-  Buffer<Number> numbers_, ends_, made_;
-  Buffer<Operand<Number>> places_;
-};
-
 // How rows of units lie, [K][H/K] in tensors, and in buffers with each head padded to whole blocks; and which rows and
 // units belong to a step.
 template <class Number>
@@ -208,6 +133,10 @@ struct Rows {
   static constexpr int U = kLanes<Number>;
   const FlexLayer& l;
   int64_t width = l.H / l.K, blocks = ceil_div(width, U), padded = l.K * blocks * U;
+  int64_t parts = ceil_div(blocks, kStrip);  // of a head, which are at most a strip's blocks each
+
+  int64_t head(int64_t part) const { return part / parts; }
+  Range blocks_of(int64_t part) const { return {part % parts * kStrip, min(blocks, (part % parts + 1) * kStrip)}; }
 
   int64_t time(int64_t step) const { return l.reverse ? l.T - 1 - step : step; }
   bool valid(int64_t t, int64_t n) const { return !l.lengths || t < l.lengths[n]; }
@@ -247,13 +176,261 @@ struct Rows {
       const int64_t count = bs.end - bs.begin, at_once = count ? kStrip / count : 0;
       const int lanes = min(U, width - bs.begin * U);
       for (int64_t n = ns.begin; count && n < ns.end; n += at_once) {
-        of(Strip{n, min(at_once, ns.end - n), bs.begin, count, head * width + bs.begin * U,
+        of(Strip{n, min(at_once, ns.end - n), bs.begin, count, n - ns.begin, head * width + bs.begin * U,
                  (head * blocks + bs.begin) * U, lanes});
       }
     };
     some({bs.begin, max(bs.begin, whole)});
     some({max(bs.begin, whole), bs.end});
   }
+};
+
+// When the operations of a program run, and where what they make lies.
+class Schedule {
+ public:
+  struct Step {
+    int64_t slot;  // among those of its kind
+    bool of_row;   // one number for all units of a row
+    bool is_kept;  // beyond its segment, for the whole row
+  };
+
+  explicit Schedule(const Program& p) : steps_(p.operations), ends_(p.operations + 1) {
+    const int64_t first = p.inputs + p.numbers;
+    Buffer<int64_t> from(p.places()), last_segment(p.places()), last(p.places()), free_slots(p.operations);
+    Buffer<bool> of_row(p.places());
+    for (int64_t place = 0; place < first; place++) {
+      from[place] = 0;
+      of_row[place] = place >= p.inputs || (place >= p.row_inputs[0] && place < p.row_inputs[1]);
+    }
+    for (int64_t place = 0; place < p.places(); place++) last_segment[place] = 0;
+    const auto each_arg = [&](int64_t k, const auto& of) {
+      for (int64_t i = 0; i < arity(p.operation[k].op); i++) of(p.operation[k].args[i]);
+    };
+    // A segment ends before the first operation that reads a mean of it.
+    int64_t segment = 0;
+    for (int64_t k = 0; k < p.operations; k++) {
+      const bool is_mean = p.operation[k].op == kMean;
+      int64_t needs = segment;
+      bool is_of_row = true;
+      each_arg(k, [&](int64_t place) { needs = max(needs, from[place]), is_of_row &= of_row[place]; });
+      for (; segment < needs; segment++) ends_[segment] = k;
+      each_arg(k, [&](int64_t place) { last_segment[place] = segment, last[place] = k; });
+      from[first + k] = segment + is_mean, of_row[first + k] = is_mean || is_of_row;
+      segments = max(segments, from[first + k] + 1);
+    }
+    for (; segment < segments; segment++) ends_[segment] = p.operations;
+    for (int64_t k = 0; k < p.results; k++) last_segment[p.result[k]] = segments - 1, last[p.result[k]] = p.operations;
+    // Memory of a strip is dealt anew after the last use of what was there; but not of a number for a row, for what
+    // reads it last may be written to more than that.
+    int64_t free = 0;
+    for (int64_t k = 0; k < p.operations; k++) {
+      const int64_t place = first + k;
+      each_arg(k, [&](int64_t arg) {
+        if (arg < first || last[arg] != k) return;
+        last[arg] = -1;
+        if (is_dealt_anew(p, arg - first)) free_slots[free++] = steps_[arg - first].slot;
+      });
+      Step& step = steps_[k];
+      step.of_row = of_row[place], step.is_kept = last_segment[place] > from[place];
+      if (p.operation[k].op == kMean) {
+        step.slot = means++;
+      } else if (step.is_kept) {
+        step.slot = kept++;
+      } else {
+        step.slot = free ? free_slots[--free] : slots++;
+      }
+    }
+  }
+
+  const Step& operator[](int64_t k) const { return steps_[k]; }
+  Range operations(int64_t segment) const { return {segment ? ends_[segment - 1] : 0, ends_[segment]}; }
+
+  int64_t segments = 1, slots = 0, kept = 0, means = 0;
+
+  static int arity(int64_t op) {
+    switch (op) {
+      case kWhere:
+        return 3;
+      case kAdd:
+      case kSubtract:
+      case kMultiply:
+      case kDivide:
+      case kMinimum:
+      case kMaximum:
+      case kLess:
+      case kLessEqual:
+      case kWherePositive:
+        return 2;
+      default:
+        return 1;
+    }
+  }
+
+ private:
+  bool is_dealt_anew(const Program& p, int64_t k) const {
+    return p.operation[k].op != kMean && !steps_[k].is_kept && !steps_[k].of_row;
+  }
+
+  Buffer<Step> steps_;
+  Buffer<int64_t> ends_;  // by segment
+};
+
+// Runs a program on strips: of a thread, with memory for all that the program makes.
+template <class Number>
+class Evaluator {
+  static constexpr int U = kLanes<Number>;
+
+ public:
+  Evaluator(const Program& p, const Rows<Number>& rows)
+      : p_(p),
+        rows_(rows),
+        schedule_(p),
+        pass_rows_(max(1, kStrip / min(kStrip, rows.blocks))),
+        numbers_(p.numbers * U),
+        ends_(p.inputs * kStrip * U),
+        made_(schedule_.slots * kStrip * U),
+        kept_(schedule_.kept * pass_rows_ * rows.padded),
+        totals_(schedule_.means * pass_rows_ * U),
+        means_(schedule_.means * pass_rows_ * U),
+        places_(p.places()) {
+    for (int64_t k = 0; k < p.numbers; k++) {
+      store(numbers_ + k * U, Vec<Number>(Number(p.number[k])));
+      places_[p.inputs + k] = {numbers_ + k * U, 0, 0};
+    }
+    clear(totals_, schedule_.means * pass_rows_ * U * sizeof(Number));
+  }
+
+  bool sees_rows() const { return schedule_.segments > 1; }
+
+  // Calls of(strip, head, is_last) for strips of all of these parts in these rows, segment by segment: it has the
+  // inputs read and the segment run, and in the last one the results written.
+  template <class Of>
+  void passes(Range parts, Range ns, const Of& of) {
+    const int64_t at_once = sees_rows() ? pass_rows_ : ns.end - ns.begin;
+    for (int64_t n = ns.begin; n < ns.end; n += at_once) {
+      const Range of_pass{n, min(ns.end, n + at_once)};
+      for (segment_ = 0; segment_ < schedule_.segments; segment_++) {
+        for (int64_t k = parts.begin; k < parts.end; k++) {
+          rows_.strips(rows_.head(k), rows_.blocks_of(k), of_pass,
+                       [&](const Strip& strip) { of(strip, k, segment_ == schedule_.segments - 1); });
+        }
+        finish_means(of_pass.end - of_pass.begin);
+      }
+    }
+  }
+
+  // Where input k lies: in rows of a buffer, or the same for all rows.
+  void read(int64_t k, Operand<Number> operand) { places_[k] = operand; }
+  // In rows of a tensor, of which `rows` is the strip's first. The end of a head is copied: behind it there may be
+  // nothing.
+  void read(int64_t k, const void* rows, int64_t stride, const Strip& strip) {
+    const Number* from = static_cast<const Number*>(rows) + strip.unit;
+    if (strip.lanes == U) return read(k, {from, stride, U});
+    Number* end = ends_ + k * kStrip * U;
+    for (int64_t i = 0; i < strip.rows; i++) store(end + i * U, load(from + i * stride, strip.lanes));
+    read(k, {end, U, U});
+  }
+
+  // Numbers of rows, so far apart.
+  void read_of_rows(int64_t k, const Number* from, int64_t stride, const Strip& strip) {
+    Number* to = ends_ + k * kStrip * U;
+    for (int64_t i = 0; i < strip.rows; i++) store(to + i * U, Vec<Number>(from[i * stride]));
+    read(k, {to, U, 0});
+  }
+
+  void run(const Strip& strip) {
+    const int64_t first = p_.inputs + p_.numbers;
+    const Range operations = schedule_.operations(segment_);
+    for (int64_t k = 0; k < operations.begin; k++) {
+      const bool is_mean = p_.operation[k].op == kMean;
+      if (is_mean || schedule_[k].is_kept) places_[first + k] = is_mean ? mean(k, strip) : kept(k, strip);
+    }
+    for (int64_t k = operations.begin; k < operations.end; k++) {
+      const Operation& o = p_.operation[k];
+      const Operand<Number> args[] = {places_[o.args[0]], places_[o.args[1]], places_[o.args[2]]};
+      if (o.op == kMean) {
+        add_up(k, args[0], strip);
+        continue;
+      }
+      const auto step = schedule_[k];
+      const int64_t blocks = step.of_row ? 1 : strip.blocks;
+      Number* to = made_ + step.slot * kStrip * U;
+      int64_t stride = blocks * U;
+      if (step.is_kept) to = kept_at(k, strip), stride = rows_.padded;
+      apply(o.op, to, stride, args, strip.rows, blocks);
+      places_[first + k] = {to, stride, step.of_row ? 0 : U};
+    }
+  }
+
+  // Writes result k to a place in the strip's first row, of those rows of the strip that are valid.
+  template <class Valid>
+  void write(int64_t k, Number* to, int64_t stride, const Strip& strip, int lanes, const Valid& valid) const {
+    Operand<Number> from = places_[p_.result[k]];
+    for (int64_t i = 0; i < strip.rows; i++, to += stride, from.data += from.row) {
+      if (!valid(strip.row + i)) continue;
+      for (int64_t j = 0; j < strip.blocks; j++) store(to + j * U, load(from.data + j * from.block), lanes);
+    }
+  }
+  template <class Valid>
+  void write_of_rows(int64_t k, Number* to, int64_t stride, const Strip& strip, const Valid& valid) const {
+    const Operand<Number> from = places_[p_.result[k]];
+    for (int64_t i = 0; i < strip.rows; i++) {
+      if (valid(strip.row + i)) to[i * stride] = from.data[i * from.row];
+    }
+  }
+  // As write, but adds it to what is there.
+  template <class Valid>
+  void add(int64_t k, Number* to, int64_t stride, const Strip& strip, const Valid& valid) const {
+    Operand<Number> from = places_[p_.result[k]];
+    for (int64_t i = 0; i < strip.rows; i++, to += stride, from.data += from.row) {
+      if (!valid(strip.row + i)) continue;
+      for (int64_t j = 0; j < strip.blocks; j++) {
+        store(to + j * U, load(to + j * U, strip.lanes) + load(from.data + j * from.block), strip.lanes);
+      }
+    }
+  }
+
+ private:
+  // What stays beyond its segment lies in a pass's rows as in a buffer's.
+  Number* kept_at(int64_t k, const Strip& strip) const {
+    const auto& step = schedule_[k];
+    return kept_ + (step.slot * pass_rows_ + strip.pass_row) * rows_.padded + (step.of_row ? 0 : strip.place);
+  }
+  Operand<Number> kept(int64_t k, const Strip& strip) const {
+    return {kept_at(k, strip), rows_.padded, schedule_[k].of_row ? 0 : U};
+  }
+  Operand<Number> mean(int64_t k, const Strip& strip) const {
+    return {means_ + (schedule_[k].slot * pass_rows_ + strip.pass_row) * U, U, 0};
+  }
+  // A strip by itself first, for accuracy; and no lane behind the end of a head.
+  void add_up(int64_t k, Operand<Number> from, const Strip& strip) {
+    Number* total = totals_ + (schedule_[k].slot * pass_rows_ + strip.pass_row) * U;
+    for (int64_t i = 0; i < strip.rows; i++, total += U, from.data += from.row) {
+      Vec<Number> sum(0);
+      for (int64_t j = 0; j < strip.blocks; j++) sum = sum + load(from.data + j * from.block, strip.lanes);
+      store(total, load(total) + sum);
+    }
+  }
+  void finish_means(int64_t rows) {
+    const Range operations = schedule_.operations(segment_);
+    for (int64_t k = operations.begin; k < operations.end; k++) {
+      if (p_.operation[k].op != kMean) continue;
+      for (int64_t i = 0; i < rows; i++) {
+        const int64_t at = (schedule_[k].slot * pass_rows_ + i) * U;
+        double sum = 0;
+        for (int64_t lane = 0; lane < U; lane++) sum += totals_[at + lane], totals_[at + lane] = 0;
+        store(means_ + at, Vec<Number>(Number(sum / rows_.l.H)));
+      }
+    }
+  }
+
+  const Program& p_;
+  const Rows<Number>& rows_;
+  const Schedule schedule_;
+  const int64_t pass_rows_;  // as many as make a strip
+  int64_t segment_ = 0;
+  Buffer<Number> numbers_, ends_, made_, kept_, totals_, means_;
+  Buffer<Operand<Number>> places_;
 };
 
 // W_hh and its bias, packed for products that make all gates of some blocks. A panel has all gates of one block, in
@@ -356,11 +533,13 @@ void forward(const FlexForward& f) {
   const Rows<Number> rows{f};
   const Gates<Number> gates(f, rows);
   const Units<Number> units(f, rows);
-  const int64_t H = f.H, P = rows.padded, parts = ceil_div(rows.blocks, kStrip);
+  const int64_t H = f.H, P = rows.padded, of_saved = f.Y * H + f.R,
+                of_part = kBlockRows * min(kStrip, rows.blocks) * f.A * U;
   for_rows(f, [&](Range ns) {
     const int64_t of_state = (ns.end - ns.begin) * P;
-    Evaluator<Number> evaluator(f.program);
-    Buffer<Number> states((f.S + 1) * of_state), sums(kBlockRows * min(kStrip, rows.blocks) * f.A * U);
+    Evaluator<Number> evaluator(f.program, rows);
+    const int64_t all = f.K * rows.parts, at_once = evaluator.sees_rows() ? all : 1;  // parts
+    Buffer<Number> states((f.S + 1) * of_state), sums(at_once * of_part);
     // While a step lasts h is read by other units, so a new one goes elsewhere.
     Number *h = states, *new_h = states + f.S * of_state;
     const auto state = [&](int64_t s, int64_t n) { return (s ? states + s * of_state : h) + (n - ns.begin) * P; };
@@ -379,13 +558,18 @@ void forward(const FlexForward& f) {
       }
       const Range live = rows.valid(t, ns);
       const auto valid = [&](int64_t n) { return rows.valid(t, n); };
-      to_and_fro({0, f.K * parts}, step, [&](int64_t k) {
-        const int64_t head = k / parts;
-        const Range bs{k % parts * kStrip, min(rows.blocks, (k % parts + 1) * kStrip)};
+      to_and_fro({0, all / at_once}, step, [&](int64_t group) {
+        const Range parts{group * at_once, (group + 1) * at_once};
+        const auto sums_of = [&](int64_t part) { return sums + (part - parts.begin) * of_part; };
         for (int64_t n = live.begin; n < live.end; n += kBlockRows) {
           const Range of_block{n, min(live.end, n + kBlockRows)};
-          gates.multiply(state(0, n) + head * rows.blocks * U, P, of_block.end - n, head, bs, sums);
-          rows.strips(head, bs, of_block, [&](const Strip& strip) {
+          to_and_fro(parts, step, [&](int64_t part) {
+            const int64_t head = rows.head(part);
+            gates.multiply(state(0, n) + head * rows.blocks * U, P, of_block.end - n, head, rows.blocks_of(part),
+                           sums_of(part));
+          });
+          evaluator.passes(parts, of_block, [&](const Strip& strip, int64_t part, bool is_last) {
+            const Range bs = rows.blocks_of(part);
             const int64_t row = first + strip.row;
             int64_t k = 0;
             for (int64_t g = 0; g < f.X; g++) {
@@ -393,15 +577,19 @@ void forward(const FlexForward& f) {
             }
             for (int64_t g = 0; g < f.A; g++) {
               const int64_t of_row = (bs.end - bs.begin) * f.A * U;
-              const Number* a = sums + (strip.row - n) * of_row + ((strip.block - bs.begin) * f.A + g) * U;
+              const Number* a = sums_of(part) + (strip.row - n) * of_row + ((strip.block - bs.begin) * f.A + g) * U;
               evaluator.read(k++, {a, of_row, f.A * U});
             }
             for (int64_t s = 0; s < f.S; s++) evaluator.read(k++, {state(s, strip.row) + strip.place, P, U});
             units.read(evaluator, k, strip);
             evaluator.run(strip);
+            if (!is_last) return;
+            Number* saved = row_at<Number>(f.saved, row, of_saved);
             for (int64_t y = 0; y < f.Y; y++) {
-              evaluator.write(f.S + y, row_at<Number>(f.saved, row, f.Y * H) + y * H + strip.unit, f.Y * H, strip,
-                              strip.lanes, valid);
+              evaluator.write(f.S + y, saved + y * H + strip.unit, of_saved, strip, strip.lanes, valid);
+            }
+            for (int64_t r = 0; r < f.R; r++) {
+              evaluator.write_of_rows(f.S + f.Y + r, saved + f.Y * H + r, of_saved, strip, valid);
             }
             for (int64_t s = 0; s < f.S; s++) {
               Number* to = s ? state(s, strip.row) : new_h + (strip.row - ns.begin) * P;
@@ -425,8 +613,8 @@ void backward(const FlexBackward& b) {
   constexpr int U = kLanes<Number>;
   const Rows<Number> rows{b};
   const Units<Number> units(b, rows);
-  const int64_t H = b.H, P = rows.padded, width = rows.width, columns = b.A * width,
-                parts = ceil_div(rows.blocks, kStrip);
+  const int64_t H = b.H, P = rows.padded, width = rows.width, columns = b.A * width, parts = b.K * rows.parts,
+                of_saved = b.Y * H + b.R;
   const Panels<Number> panels(width);
   const int64_t panel_width = panels.width();
   Buffer<Number> packed(b.K * panel_width * columns);
@@ -438,7 +626,8 @@ void backward(const FlexBackward& b) {
   }
   for_rows(b, [&](Range ns) {
     const int64_t of_state = (ns.end - ns.begin) * P;
-    Evaluator<Number> evaluator(b.program);
+    Evaluator<Number> evaluator(b.program, rows);
+    const int64_t at_once = evaluator.sees_rows() ? parts : 1;
     Buffer<Number> d_states(b.S * of_state);
     const auto d_state = [&](int64_t s, int64_t n) { return d_states + s * of_state + (n - ns.begin) * P; };
     for (int64_t n = ns.begin; n < ns.end; n++) {
@@ -452,7 +641,6 @@ void backward(const FlexBackward& b) {
         if (valid(n)) continue;
         clear(row_at<Number>(b.dx_gates, first + n, b.X * H), b.X * H * sizeof(Number));
         if (b.da_gates) clear(row_at<Number>(b.da_gates, first + n, b.A * H), b.A * H * sizeof(Number));
-        clear(row_at<Number>(b.d_units, first + n, b.U * H), b.U * H * sizeof(Number));
       }
       for (int64_t s = 0; s < b.S; s++) {
         for (int64_t n = live.begin; b.d_every[s] && n < live.end; n++) {
@@ -464,36 +652,35 @@ void backward(const FlexBackward& b) {
           });
         }
       }
-      for (int64_t k = 0; k < b.K * parts; k++) {
-        const int64_t head = k / parts;
-        const Range bs{k % parts * kStrip, min(rows.blocks, (k % parts + 1) * kStrip)};
-        rows.strips(head, bs, live, [&](const Strip& strip) {
+      for (int64_t part = 0; part < parts; part += at_once) {
+        evaluator.passes({part, part + at_once}, live, [&](const Strip& strip, int64_t part, bool is_last) {
           const int64_t row = first + strip.row;
           int64_t k = 0;
-          for (int64_t y = 0; y < b.Y; y++) {
-            evaluator.read(k++, row_at<Number>(b.saved, row, b.Y * H) + y * H, b.Y * H, strip);
-          }
+          const Number* saved = row_at<Number>(b.saved, row, of_saved);
+          for (int64_t y = 0; y < b.Y; y++) evaluator.read(k++, saved + y * H, of_saved, strip);
+          for (int64_t r = 0; r < b.R; r++) evaluator.read_of_rows(k++, saved + b.Y * H + r, of_saved, strip);
           for (int64_t s = 0; s < b.S; s++) evaluator.read(k++, row_at<Number>(b.before[s], row, H), H, strip);
           for (int64_t s = 0; s < b.S; s++) evaluator.read(k++, row_at<Number>(b.every[s], row, H), H, strip);
           units.read(evaluator, k, strip);
           k += b.U;
           for (int64_t s = 0; s < b.S; s++) evaluator.read(k++, {d_state(s, strip.row) + strip.place, P, U});
           evaluator.run(strip);
+          if (!is_last) return;
           int64_t result = 0;
           const auto write = [&](Number* to, int64_t stride) {
             evaluator.write(result++, to, stride, strip, strip.lanes, valid);
           };
           Number *dx = row_at<Number>(b.dx_gates, row, b.X * H) + strip.unit,
-                 *du = row_at<Number>(b.d_units, row, b.U * H) + strip.unit;
+                 *du = row_at<Number>(b.d_units, t / kStretch * b.N + strip.row, b.U * H) + strip.unit;
           for (int64_t g = 0; g < b.X; g++) write(dx + g * H, b.X * H);
           for (int64_t g = 0; b.da_gates && g < b.A; g++) {
-            Number* da = row_at<Number>(b.da_gates, row, b.A * H) + head * columns + strip.block * U;
+            Number* da = row_at<Number>(b.da_gates, row, b.A * H) + rows.head(part) * columns + strip.block * U;
             write(da + g * width, b.A * H);
           }
           for (int64_t s = 0; s < b.S; s++) {
             evaluator.write(result++, d_state(s, strip.row) + strip.place, P, strip, U, valid);
           }
-          for (int64_t j = 0; j < b.U; j++) write(du + j * H, b.U * H);
+          for (int64_t j = 0; j < b.U; j++) evaluator.add(result++, du + j * H, b.U * H, strip, valid);
         });
       }
       const void* da = b.da_gates ? b.da_gates : b.dx_gates;
