@@ -14,7 +14,8 @@ import torch
 import rnnfast
 from rnnfast.backends import INSTRUCTION_SETS
 
-REGIMES = ("by the table", "multiprocessor", "cluster", "chip", "stepwise", "joint")  # as rnnfast::cuda_regime numbers them
+# As rnnfast::cuda_regime numbers them.
+REGIMES = ("by the table", "multiprocessor", "cluster", "chip", "stepwise", "joint")
 PERSISTENT = REGIMES[1:4]  # in one launch
 MODES = {"tanh": "RNN_TANH", "relu": "RNN_RELU", "lstm": "LSTM", "projection": "LSTM", "gru": "GRU"}
 MODES |= {"RNN": "RNN_TANH", "LSTM": "LSTM", "GRU": "GRU"}
