@@ -664,7 +664,7 @@ def check_numbers(call: Arguments, operator: str) -> None:
 
 
 def is_cut(use: int) -> bool:
-    return 0 <= use < 1024 and use % 16 < 5
+    return 0 <= use < 1024 and use % 16 < 6
 
 
 def is_valid(call: Arguments, operator: str) -> bool:
