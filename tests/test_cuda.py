@@ -160,9 +160,10 @@ def test_every_regime_has_its_tests() -> None:
         ("cluster: W_hh stays on 3 multiprocessors, 8 rows on each, ", "LSTM", torch.float32, 9, 40, False),
         ("cluster: W_hh stays on ", "GRU", torch.bfloat16, 9, 256, False),
         ("chip: W_hh stays on 32 multiprocessors, ", "GRU", torch.float32, 9, 512, False),
-        ("stepwise: the chip does not hold W_hh, or not so quickly", "GRU", torch.float16, 5000, 64, False),
+        ("joint: the chip does not hold W_hh, or not so quickly; one launch", "GRU", torch.float16, 5000, 64, False),
         ("stepwise: the chip does not hold W_hh", "LSTM", torch.float32, 9, 2048, False),
-        ("stepwise: float64 ", "LSTM", torch.float64, 9, 40, False),
+        ("stepwise: float64 has no fast products; a product and ", "LSTM", torch.float64, 500, 512, False),
+        ("joint: float64 has no fast products; one launch a step, 8 rows ", "LSTM", torch.float64, 9, 40, False),
         ("stepwise: a projection ", "LSTM", torch.float32, 9, 40, True),
     ],
 )
@@ -173,6 +174,19 @@ def test_plan(
     """Of the emulated chip, a small one."""
     reason = torch.ops.rnnfast.cuda_plan(mode, dtype, batch, hidden, False, projected, False, backward, 0)
     assert reason.startswith(expected)
+
+
+@emulated
+def test_few_steps_are_not_worth_arranging() -> None:
+    """Which kernels have run is told by the last bits."""
+    module, x = layer("lstm", 40, dtype=torch.float64), torch.randn(4, 9, 4, dtype=torch.float64)
+    for steps, name in ((3, "stepwise"), (4, "joint")):
+        found = {}
+        for of in ("by the table", "stepwise", "joint"):
+            with regime(of):
+                found[of] = computed(module, x[:steps])
+        same = [of for of in found if all(torch.equal(a, b) for a, b in zip(found[of], found["by the table"]))]
+        assert same == ["by the table", name]
 
 
 @emulated
