@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from backends import BACKENDS, WITH_PRODUCTS, Size, serves, use
+from backends import BACKENDS, PERSISTENT, Size, serves, use
 from covering import covering
 from helpers import chooser
 from poison import fill_memory
@@ -63,7 +63,7 @@ def _why_left_out(item: pytest.Item) -> str | None:
         return "too large for Triton's interpreter"
     regime = backend.partition("-")[2]
     cell = parameters.get("cell") or parameters.get("name", "lstm")
-    if regime in WITH_PRODUCTS and not serves(regime, cell, size):
+    if regime in PERSISTENT and not serves(regime, cell, size):
         return f"the CUDA regime {regime} has no kernels for the layer of their marker"
     return None
 

@@ -105,8 +105,7 @@ def test_values_and_gradients(backend: str, dtype: torch.dtype, form: str) -> No
 
 @pytest.mark.runs(DOUBLE)
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("cell", ["projection"])  # which not all kernels have
-def test_with_a_projection(backend: str, cell: str, form: str) -> None:
+def test_with_a_projection(backend: str, form: str) -> None:
     assert_as_the_paper(form, DOUBLE, proj=3)
 
 

@@ -19,9 +19,9 @@ class JointBlock {
   RNNFAST_DEVICE explicit JointBlock(const JointProduct& p)
       : p_(p),
         thread_(thread_of_block()),
-        tile_(blockIdx.x % p.tiles),
-        group_(blockIdx.x / p.tiles % p.groups),
-        direction_(blockIdx.x / p.tiles / p.groups) {}
+        tile_(int(blockIdx.x) % int(p.tiles)),
+        group_(int(blockIdx.x) / int(p.tiles) % int(p.groups)),
+        direction_(int(blockIdx.x) / int(p.tiles) / int(p.groups)) {}
 
   // The thread's r-th element: half of them have none in blocks of 8 rows.
   RNNFAST_DEVICE Element element(const StepArguments& p, int r) const {

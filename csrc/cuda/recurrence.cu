@@ -79,7 +79,8 @@ Plan plan_of(Layer layer, bool projected, int64_t steps) {
   const int64_t asked_for = forced_regime;
   const Regime forced = Regime(asked_for % kCuts);
   Plan plan;
-  if (!projected && layer.H > 0 && forced != kStepwise) {
+  const bool only_stepwise = projected || layer.H == 0;
+  if (!only_stepwise && forced != kStepwise) {
     using Key = std::array<int64_t, 7>;
     static std::map<Key, Plan> plans;
     static std::mutex mutex;
@@ -93,13 +94,14 @@ Plan plan_of(Layer layer, bool projected, int64_t steps) {
     plan = found->second;
   }
   if (plan.regime == kJoint && forced == kByTable && steps < kFewestJointSteps) plan = {};
-  RNNFAST_CHECK(forced == kByTable || forced == plan.regime, "the regime asked for cannot serve this call");
+  RNNFAST_CHECK(forced == kByTable || forced == plan.regime || (forced == kJoint && only_stepwise),
+                "the regime asked for cannot serve this call");
   if (plan.regime == kStepwise || plan.regime == kJoint) {
     std::string why = "the chip does not hold W_hh, or not so quickly";
     if (layer.arithmetic == kOfDouble) why = "float64 has no fast products";
     if (layer.H == 0) why = "there are no units";
     if (projected) why = "a projection makes another product a step";
-    if (forced != kByTable) why = "asked for";
+    if (forced == plan.regime) why = "asked for";
     explain_steps(plan, why);
   }
   return plan;
