@@ -39,13 +39,13 @@ struct Element {
   RNNFAST_DEVICE int64_t row(const StepArguments& p) const { return p.sequence.row(t, n); }
   RNNFAST_DEVICE bool keeps(const StepArguments& p) const { return p.sequence.keeps(t, n, length, int(d)); }
 
-  // Where the element lies in outputs [R, D*units]: of a step, and of the step before, or -1 if the row begins here.
-  RNNFAST_DEVICE int64_t output(const StepArguments& p, int64_t units, int64_t step) const {
-    return (p.sequence.row(step, n) * p.D + d) * units + unit;
+  // Where the element lies in a row of outputs [R, D*units], and in that of the step before, or -1 if it has none.
+  RNNFAST_DEVICE int64_t output(const StepArguments& p, int64_t units, int64_t row) const {
+    return (row * p.D + d) * units + unit;
   }
   RNNFAST_DEVICE int64_t output_before(const StepArguments& p, int64_t units) const {
     const int64_t before = t - 1 + 2 * d;
-    return before >= 0 && before < length ? output(p, units, before) : -1;
+    return before >= 0 && before < length ? output(p, units, p.sequence.row(before, n)) : -1;
   }
 };
 
@@ -59,20 +59,21 @@ struct ForwardElement {
 
   Element at;
   bool keeps;
+  int64_t row;  // of x
   Number x[G], h, c;
   Sum b[G];
 
   RNNFAST_DEVICE void load(const ForwardStep& p, const Element& element) {
     at = element;
     if (!at.valid) return;
-    keeps = at.keeps(p);
+    keeps = at.keeps(p), row = at.row(p);
+    const int64_t first = (at.d * p.sequence.R + row) * G * p.H + at.unit;
     h = keeps && p.y ? Sum(read<Stored>(p.h, at.index)) : 0;
     c = Cell::kHasCell && keeps ? read<Sum>(p.c, at.index) : 0;
 #pragma unroll
     for (int gate = 0; gate < G; gate++) {
-      const int64_t of = gate * p.H + at.unit;
-      x[gate] = Sum(read<Stored>(p.x, row(p) * G * p.H + of));
-      b[gate] = p.b[at.d] ? Sum(read<Stored>(p.b[at.d], of)) : 0;
+      x[gate] = Sum(read<Stored>(p.x, first + gate * p.H));
+      b[gate] = p.b[at.d] ? Sum(read<Stored>(p.b[at.d], gate * p.H + at.unit)) : 0;
     }
   }
 
@@ -84,20 +85,17 @@ struct ForwardElement {
     for (int gate = 0; gate < G; gate++) a[gate] = (keeps ? Sum(of_h(gate)) : 0) + b[gate];
     const UnitWeights<Cell, Number, 1> own(static_cast<const Stored*>(p.w_units[at.d]), at.unit, p.H);
     Cell::forward(x, a, own[0], h, c, saved);
-    const int64_t out = at.output(p, p.H, at.t);
+    const int64_t out = at.output(p, p.H, row), first = (at.d * p.sequence.R + row) * S * p.H + at.unit;
     write(p.h, at.index, Stored(h.value));
     if (p.y) write(p.y, out, Stored(h.value));
     if (Cell::kHasCell) write(p.c, at.index, c.value);
     if (Cell::kHasCell && p.cs) write(p.cs, out, c.value);
     if (S && p.gates) {
 #pragma unroll
-      for (int k = 0; k < S; k++) write(p.gates, row(p) * S * p.H + k * p.H + at.unit, Stored(saved[k].value));
+      for (int k = 0; k < S; k++) write(p.gates, first + k * p.H, Stored(saved[k].value));
     }
     return Stored(h.value);
   }
-
- private:
-  RNNFAST_DEVICE int64_t row(const ForwardStep& p) const { return at.d * p.sequence.R + at.row(p); }
 };
 
 template <class Cell, class Stored>
@@ -108,6 +106,7 @@ struct BackwardElement {
 
   Element at;
   bool keeps;
+  int64_t row;  // of all directions'
   Number saved[S ? S : 1], h, old_h, c, old_c, dc;
   Sum dh, dy;
 
@@ -116,11 +115,13 @@ struct BackwardElement {
     keeps = at.valid && at.keeps(p);
     dh = at.exists && p.dh ? read<Sum>(p.dh, at.index) : 0;
     if (!at.valid) return;
-    const int64_t out = at.output(p, p.H, at.t), before = at.output_before(p, p.H);
+    row = at.row(p);
+    const int64_t out = at.output(p, p.H, row), before = at.output_before(p, p.H);
+    row += at.d * p.sequence.R;
     dy = p.dy ? Sum(read<Stored>(p.dy, out)) : 0;
     h = old_h = c = old_c = dc = 0;
 #pragma unroll
-    for (int k = 0; k < S; k++) saved[k] = Sum(read<Stored>(p.gates, row(p) * S * p.H + k * p.H + at.unit));
+    for (int k = 0; k < S; k++) saved[k] = Sum(read<Stored>(p.gates, row * S * p.H + k * p.H + at.unit));
     if (Cell::kNeedsH) h = Sum(read<Stored>(p.y, out));
     if (Cell::kNeedsOldH && keeps) {
       if (before >= 0) {
@@ -152,7 +153,7 @@ struct BackwardElement {
       direct = Cell::backward(saved, own[0], h, old_h, c, old_c, Number(dh + dy), dc, grads).value;
       if (!keeps) direct = 0;
       if (Cell::kHasCell) write(p.dc, at.index, keeps ? dc.value : Sum(0));
-      const int64_t first = row(p) * kColumns * p.H + at.unit;
+      const int64_t first = row * kColumns * p.H + at.unit;
 #pragma unroll
       for (int k = 0; k < kColumns; k++) write(p.dgates, first + k * p.H, Stored(grads[k].value));
     }
@@ -160,9 +161,6 @@ struct BackwardElement {
 #pragma unroll
     for (int gate = 0; gate < G; gate++) give(gate, keeps ? Stored(grads[Cell::hidden(gate)].value) : Stored(0));
   }
-
- private:
-  RNNFAST_DEVICE int64_t row(const BackwardStep& p) const { return at.d * p.sequence.R + at.row(p); }
 };
 
 }  // namespace rnnfast

@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(kStepThreads) project_forward(const __grid_con
   if (!e.valid) return;
   const Stored h = read<Stored>(p.projected, e.index);
   write(p.h, e.index, h);
-  write(p.y, e.output(p, p.P, e.t), h);
+  write(p.y, e.output(p, p.P, e.row(p)), h);
 }
 
 template <class Stored>
@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(kStepThreads) project_backward(const __grid_co
   if (!e.exists) return;
   Sum dh = read<Sum>(p.dh, e.index) + Sum(read<Stored>(p.through, e.index));
   write(p.dh, e.index, e.valid ? Sum(0) : dh);
-  if (e.valid && p.dy) dh += Sum(read<Stored>(p.dy, e.output(p, p.P, e.t)));
+  if (e.valid && p.dy) dh += Sum(read<Stored>(p.dy, e.output(p, p.P, e.row(p))));
   const Stored d = e.valid ? Stored(dh) : Stored(0);
   write(p.dprojected, e.index, d);
   if (e.valid) write(p.dprojections, (e.d * p.sequence.R + e.row(p)) * p.P + e.unit, d);
