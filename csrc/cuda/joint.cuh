@@ -30,8 +30,6 @@ struct JointProduct {
   const void* matrix;     // [D][tiles][pairs][M][2][32 lanes] of 16 bytes
   void* vectors;          // [D][groups][row blocks][pairs][8 rows][64 bytes]
   void* next;             // those of the step that comes after this one
-
-  int64_t blocks(int64_t directions) const { return directions * groups * tiles; }
 };
 
 struct JointForward : ForwardStep {
