@@ -45,7 +45,7 @@ def _cells():
     return [cell.cpp_name for cell in cells.CELLS.values()]
 
 
-CELLS = _cells()  # of the persistent kernels an object each
+CELLS = _cells()  # of the kernels with products an object each
 
 # Of all GPUs since Ampere: code for one runs on later ones of its generation. PTX is for generations to come: their
 # driver compiles it, which takes it a minute.
