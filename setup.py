@@ -45,7 +45,7 @@ def _cells():
     return [cell.cpp_name for cell in cells.CELLS.values()]
 
 
-CELLS = _cells()  # of the persistent kernels an object each
+CELLS = _cells()  # of the kernels with products an object each
 
 # Of all GPUs since Ampere: code for one runs on later ones of its generation. PTX is for generations to come: their
 # driver compiles it, which takes it a minute.
@@ -123,8 +123,9 @@ def ninja_file(cpu=None, cuda=None):
         lines.insert(0, f"nvcc = {shlex.quote(find_nvcc())} {NVCC_FLAGS} {names} {archs}")
         objects = [ops, compile("cuda/stepwise.cu"), compile("cuda/recurrence.cu", "-DRNNFAST_DEVICE_KEY=CUDA")]
         for cell in CELLS:
-            defines = f"-DRNNFAST_CELL={cell} -DRNNFAST_KERNELS={cell}_kernels"
-            objects.append(compile("cuda/persistent.cu", defines, f"_{cell}"))
+            for name in ("persistent", "joint"):
+                defines = f"-DRNNFAST_CELL={cell} -DRNNFAST_TABLE={cell}_{name}"
+                objects.append(compile(f"cuda/{name}.cu", defines, f"_{cell}"))
         # nvcc links CUDA's runtime statically. It is not exported: torch has its own.
         link("$nvcc -nodlink -Wl,--exclude-libs,ALL", cuda, objects)
     if cpu:

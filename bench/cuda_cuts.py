@@ -18,10 +18,11 @@ from torch import Tensor
 from rnnfast import gpu
 from rnnfast.cells import GATES
 
-REGIMES = ("multiprocessor", "cluster", "chip", "stepwise")  # as rnnfast::cuda_regime numbers them, from 1
+REGIMES = ("multiprocessor", "cluster", "chip", "stepwise", "joint")  # as rnnfast::cuda_regime numbers them, from 1
 CUTS = 16  # that is what it adds to a regime for its first cut, and again for each further one
 PASSES = ("forward", "backward")
 PLAN = re.compile(r"(\w+): W_hh stays on (\w+) multiproc\w+, (\d+) rows on each, with (\d+) threads and (\d+) KB(.*)")
+ROWS = re.compile(r", (\d+) rows in each block")
 
 
 @contextlib.contextmanager
@@ -38,7 +39,8 @@ def fields(plan: str) -> dict[str, Any]:
     """Of the reason that a plan gives."""
     found = PLAN.fullmatch(plan)
     if not found:
-        return {"regime": plan.split(":")[0]}
+        rows = {"rows": int(of[1])} if (of := ROWS.search(plan)) else {}
+        return {"regime": plan.split(":")[0], **rows}
     regime, members, rows, threads, kb, flags = found.groups()
     found = {"members": 1 if members == "one" else int(members), "rows": int(rows), "threads": int(threads)}
     return {"regime": regime, **found, "kb": int(kb), "flags": bool(flags)}

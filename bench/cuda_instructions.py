@@ -1,11 +1,12 @@
-"""Machine instructions in the loop over the steps of every persistent CUDA kernel, by what they do.
+"""Machine instructions of a step of every CUDA kernel, by what they do.
 
     python bench/cuda_instructions.py                 # of an H100's kernels, which it builds first
     python bench/cuda_instructions.py -k Lstm         # of one cell
 
-It needs nvcc, and cuobjdump and nvdisasm, which Triton brings along where CUDA's are not on PATH. Loops within a step
-are counted once, however often they run, and so are paths that few steps take: the numbers are for comparing a kernel
-with what it was before a change, not for predicting microseconds.
+Of a persistent kernel a step is its loop over the steps, of the others all they have. It needs nvcc, and cuobjdump and
+nvdisasm, which Triton brings along where CUDA's are not on PATH. Loops within a step are counted once, however often
+they run, and so are paths that few steps take: the numbers are for comparing a kernel with what it was before a change,
+not for predicting microseconds.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import cuda_resources
 
 # What an instruction begins with, for each column; all others are arithmetic, addresses and predicates.
 COLUMNS = {
-    "products": ("HMMA", "HGMMA", "UTCHMMA"),
+    "products": ("HMMA", "HGMMA", "UTCHMMA", "DMMA"),
     "shared": ("LDS", "STS"),
     "memory": ("LD", "ST", "LDG", "STG", "LDL", "STL", "LDGSTS", "STAS", "ATOM", "RED"),
     "constants": ("LDC", "ULDC", "LDCU"),
@@ -60,18 +61,29 @@ def largest_loop(code: str) -> list[str]:
     return [opcode for at, opcode, _ in instructions if begin <= at <= end and end and opcode != "NOP"]
 
 
+def whole(code: str) -> list[str]:
+    """All opcodes, without padding: an endless loop behind the end, and what follows it."""
+    found = [opcode for _, opcode, _ in INSTRUCTION.findall(code) if opcode != "NOP"]
+    return found[:-1] if found[-1:] == ["BRA"] else found
+
+
+CODE_OF_A_STEP = {"persistent": largest_loop, "joint": whole, "stepwise": whole}  # by source
+
+
 def kernels(folder: Path, arch: str) -> Iterator[tuple[str, str, Counter[str]]]:
-    """Of each persistent kernel its name, its template arguments and its loop's instructions by columns."""
+    """Of each kernel of a recurrence its name, its template arguments and a step's instructions by columns."""
     environment = os.environ | {"NVDISASM_PATH": tool("nvdisasm")}
     for log in cuda_resources.logs(folder):
-        if not log.name.startswith("persistent"):
+        name = log.name.partition("_")[0].partition(".")[0]
+        if name not in CODE_OF_A_STEP:
             continue
         command = [tool("cuobjdump"), "-sass", "-arch", f"sm_{arch}", log.with_suffix("")]
         text = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
         functions = [part.partition("\n") for part in text.split("Function : ")[1:]]
         names = cuda_resources.demangle([name for name, _, _ in functions])
         for (kernel, arguments), (_, _, code) in zip(names, functions):
-            yield kernel, arguments, Counter(COLUMN_OF.get(opcode, "other") for opcode in largest_loop(code))
+            step = CODE_OF_A_STEP[name](code)
+            yield kernel, arguments, Counter(COLUMN_OF.get(opcode, "other") for opcode in step)
 
 
 def main() -> None:
@@ -81,10 +93,10 @@ def main() -> None:
     args = parser.parse_args()
     os.environ["RNNFAST_CUDA_ARCHS"] = args.arch
     columns = [*COLUMNS, "other"]
-    print(f"{'kernel':<10}{'template arguments':<46}{'instructions':>13}", *(f"{column:>10}" for column in columns))
+    print(f"{'kernel':<18}{'template arguments':<46}{'instructions':>13}", *(f"{column:>10}" for column in columns))
     for kernel, arguments, counts in sorted(kernels(cuda_resources.compile(), args.arch), key=lambda of: of[:2]):
         if args.k in f"{kernel} {arguments}":
-            print(f"{kernel:<10}{arguments:<46}{counts.total():>13}", *(f"{counts[column]:>10}" for column in columns))
+            print(f"{kernel:<18}{arguments:<46}{counts.total():>13}", *(f"{counts[column]:>10}" for column in columns))
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
     python bench/cuda_resources.py --arch 90 -k Lstm     # for one, and one cell
 
 Shared memory is the plan's to give: a second table shows, for an H200, where layers of several sizes run and what their
-blocks have of it. The exit code is 1 if a persistent kernel spills more than a dozen registers: with fewer of them for
-the matrix, which would then be read from shared memory at each step, the kernels are slower. What was compiled stays in
+blocks have of it. The exit code is 1 if a kernel spills more than a dozen registers: with fewer of them for the matrix,
+which would then be read from shared memory at each step, persistent kernels are slower. What was compiled stays in
 build/cuda-ARCH, with the library of it.
 """
 
@@ -125,9 +125,10 @@ def main() -> int:
     print(f"{row(*header)}registers  stack  spilled")
     for kernel in found:
         print(f"{row(*kernel[:3])}{kernel.registers:9}{kernel.stack:7}{kernel.spilled:9}")
-    spilling = [kernel.spilled for kernel in found if kernel.persistent and kernel.spilled]
-    most = max(spilling, default=0)
-    print(f"{len(found)} kernels, of the persistent ones {len(spilling)} spill, {most} bytes at most")
+    spilling = [kernel for kernel in found if kernel.spilled]
+    persistent, most = sum(kernel.persistent for kernel in spilling), max((k.spilled for k in spilling), default=0)
+    others = len(spilling) - persistent
+    print(f"{len(found)} kernels, {persistent} persistent ones spill and {others} others, {most} bytes at most")
     print(*warnings(folder), sep="\n")
     print(*(row for row in plans(folder) if args.k.lower() in row.lower()), sep="\n")
     return most > TOLERATED

@@ -86,13 +86,13 @@ def stages(rehearsed: bool) -> list[Stage]:
         return Stage(name, *args, command, (0, 1, 2, 5))  # 1: some failed; 2: too many; 5: none is left
 
     return [
-        work("versions", 50, 200, 40, max, "largest error"),
-        tests("smoke", 80, 240, 30, workers=8),
+        work("versions", 56, 200, 40, max, "largest error"),
+        tests("smoke", 100, 240, 30, workers=8),
         tests("triton", 60, 120, 90, workers=14),
         work("cudnn", 65, 160, 60, min, "least ratio"),
         work("costs", 60, 120, 30, max, "largest error"),
         tests("forms", 250, 400, 60, workers=8),
-        tests("sanitizer", 120, 240, 200, workers=8),
+        tests("sanitizer", 150, 300, 200, workers=8),
         tests("deep", 320, 480, 120, workers=12),
         work("more", 120, 300, 60, min, "least ratio"),
     ]

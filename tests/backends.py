@@ -14,8 +14,10 @@ import torch
 import rnnfast
 from rnnfast.backends import INSTRUCTION_SETS
 
-REGIMES = ("by the table", "multiprocessor", "cluster", "chip", "stepwise")  # as rnnfast::cuda_regime numbers them
+# As rnnfast::cuda_regime numbers them.
+REGIMES = ("by the table", "multiprocessor", "cluster", "chip", "stepwise", "joint")
 PERSISTENT = REGIMES[1:4]  # in one launch
+WITH_PRODUCTS = (*PERSISTENT, "joint")  # of their own
 MODES = {"tanh": "RNN_TANH", "relu": "RNN_RELU", "lstm": "LSTM", "projection": "LSTM", "gru": "GRU"}
 MODES |= {"RNN": "RNN_TANH", "LSTM": "LSTM", "GRU": "GRU"}
 MODES |= {"RNNCell": "RNN_TANH", "LSTMCell": "LSTM", "GRUCell": "GRU"}

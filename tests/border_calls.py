@@ -577,7 +577,7 @@ def check_numbers(call: Arguments, operator: str) -> None:
 
 
 def is_cut(use: int) -> bool:
-    return 0 <= use < 1024 and use % 16 < 5
+    return 0 <= use < 1024 and use % 16 < 6
 
 
 def is_valid(call: Arguments, operator: str) -> bool:
@@ -689,7 +689,7 @@ def check_call(operator: str, seed: int, number: int, changes: dict[str, Callabl
     if valid and operator in LAYERS and way != "forward" and any(is_malformed(n, operator) is not False for n in done):
         call |= saved_by_forward(backend, call)  # it has to be that of the arguments as they are now
     if operator in BORDERS["cuda"][:-2]:
-        torch.ops.rnnfast.cuda_regime(rng.choice((0, 4)))
+        torch.ops.rnnfast.cuda_regime(rng.choice((0, 4, 5)))
 
     tensors = list(tensors_of(call))
     before = [t.detach().clone() for _, t in tensors]

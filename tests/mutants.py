@@ -249,8 +249,11 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         ("own weights of another unit", UNITS, "weights[k * H + unit + u]", "weights[k * H + u]"),
         ("relu's gradient at 0", NUMBERS, "h.value <= 0 ? 0 : dh.value", "h.value < 0 ? 0 : dh.value"),
     ],
+    "csrc/cuda/element.cuh": [
+        ("dh crosses a border", RESETS, "keeps ? Stored(grads", "at.valid ? Stored(grads"),
+    ],
     "csrc/cuda/stepwise.cu": [
-        ("dh crosses a border", RESETS, "keeps ? Stored(grads", "e.valid ? Stored(grads"),
+        ("rows that begin later", LENGTHS, "turn < 2; turn++", "turn < 1; turn++"),
         ("projection loses dh_n of short rows", LENGTHS, "e.valid ? Sum(0) : dh)", "Sum(0))"),
         (
             "dW_hh of states before a reset",
@@ -258,6 +261,10 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
             "if (e.valid && e.keeps(p)) {\n    const int64_t before",
             "if (e.valid) {\n    const int64_t before",
         ),
+    ],
+    "csrc/cuda/joint.cu": [
+        ("gradients of one gate alone", NUMBERS, "const int k = gate * p_.gate_bytes +", "const int k = "),
+        ("a half of the depth", NUMBERS, "pair += kJointWarps", "pair += 2 * kJointWarps"),
     ],
     "csrc/cuda/sequence.cuh": [
         ("border of the reverse direction", RESETS, "border = t + direction;", "border = t;"),
@@ -272,6 +279,8 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
             "in.h",
         ),
         ("layout of operands", OPERATORS, "tensor.is_contiguous() && tensor", "tensor"),
+        ("nothing comes back to h_0", NUMBERS, "f.step >= -1; f.step--", "f.step >= 0; f.step--"),
+        ("steps that read what they write", NUMBERS, "    std::swap(product_.vectors, product_.next);\n", ""),
     ],
     "csrc/cuda/plan.h": [
         (

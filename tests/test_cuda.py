@@ -18,7 +18,7 @@ from typing import Any
 import helpers
 import pytest
 import torch
-from backends import EMULATION, MODES, PERSISTENT, REGIMES, Size, regime, serves
+from backends import EMULATION, MODES, PERSISTENT, REGIMES, WITH_PRODUCTS, Size, regime, serves
 from helpers import CASES, FLOOR, choose, chooser
 from torch import Tensor, nn
 
@@ -59,7 +59,7 @@ def error(actual: list[Tensor], expected: list[Tensor]) -> float:
 
 @emulated
 @pytest.mark.parametrize("cell", GATED)
-@pytest.mark.parametrize("name", PERSISTENT)
+@pytest.mark.parametrize("name", WITH_PRODUCTS)
 @pytest.mark.parametrize("steps", (1, 4))
 def test_threads_may_run_in_any_order(steps: int, name: str, cell: str) -> None:
     module, x = layer(cell, 40, bidirectional=True), torch.randn(steps, 19, 4)
@@ -74,7 +74,7 @@ def test_threads_may_run_in_any_order(steps: int, name: str, cell: str) -> None:
 
 @emulated
 @pytest.mark.parametrize("cell", GATED)
-@pytest.mark.parametrize("name", PERSISTENT)
+@pytest.mark.parametrize("name", WITH_PRODUCTS)
 def test_tf32_where_torch_allows_it(name: str, cell: str) -> None:
     module, x = layer(cell, 40, bidirectional=True), torch.randn(6, 9, 4)
     found = {}
@@ -88,7 +88,7 @@ def test_tf32_where_torch_allows_it(name: str, cell: str) -> None:
 
 @emulated
 @pytest.mark.parametrize("cell", GATED)
-@pytest.mark.parametrize("name", PERSISTENT)
+@pytest.mark.parametrize("name", WITH_PRODUCTS)
 def test_more_rows_than_the_chip_holds_at_once(name: str, cell: str) -> None:
     module, x, form = layer(cell, 20), torch.randn(3, 500, 4), {"lengths": torch.randint(0, 4, (500,))}
     with regime(name):
@@ -102,7 +102,7 @@ def test_more_rows_than_the_chip_holds_at_once(name: str, cell: str) -> None:
 @pytest.mark.parametrize("where", ("input", "hx"))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("cell", (*GATED, "relu"))
-@pytest.mark.parametrize("name", PERSISTENT)
+@pytest.mark.parametrize("name", WITH_PRODUCTS)
 def test_what_is_not_finite_stays_in_its_row(
     name: str, cell: str, dtype: torch.dtype, where: str, value: float
 ) -> None:
@@ -160,9 +160,10 @@ def test_every_regime_has_its_tests() -> None:
         ("cluster: W_hh stays on 3 multiprocessors, 8 rows on each, ", "LSTM", torch.float32, 9, 40, False),
         ("cluster: W_hh stays on ", "GRU", torch.bfloat16, 9, 256, False),
         ("chip: W_hh stays on 32 multiprocessors, ", "GRU", torch.float32, 9, 512, False),
-        ("stepwise: the chip does not hold W_hh, or not so quickly", "GRU", torch.float16, 5000, 64, False),
+        ("joint: the chip does not hold W_hh, or not so quickly; one launch", "GRU", torch.float16, 5000, 64, False),
         ("stepwise: the chip does not hold W_hh", "LSTM", torch.float32, 9, 2048, False),
-        ("stepwise: float64 ", "LSTM", torch.float64, 9, 40, False),
+        ("stepwise: float64 has no fast products; a product and ", "LSTM", torch.float64, 500, 512, False),
+        ("joint: float64 has no fast products; one launch a step, 8 rows ", "LSTM", torch.float64, 9, 40, False),
         ("stepwise: a projection ", "LSTM", torch.float32, 9, 40, True),
     ],
 )
@@ -176,11 +177,24 @@ def test_plan(
 
 
 @emulated
+def test_few_steps_are_not_worth_arranging() -> None:
+    """Which kernels have run is told by the last bits."""
+    module, x = layer("lstm", 40, dtype=torch.float64), torch.randn(4, 9, 4, dtype=torch.float64)
+    for steps, name in ((3, "stepwise"), (4, "joint")):
+        found = {}
+        for of in ("by the table", "stepwise", "joint"):
+            with regime(of):
+                found[of] = computed(module, x[:steps])
+        same = [of for of in found if all(torch.equal(a, b) for a, b in zip(found[of], found["by the table"]))]
+        assert same == ["by the table", name]
+
+
+@emulated
 @pytest.mark.few(2, "name", "cell", "dtype", "form")
 @pytest.mark.parametrize("form", ("rectangular", "lengths", "resets"))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("cell", GATED)
-@pytest.mark.parametrize("name", PERSISTENT)
+@pytest.mark.parametrize("name", WITH_PRODUCTS)
 def test_every_cut(name: str, cell: str, dtype: torch.dtype, form: str) -> None:
     """All that the plans choose from, of an odd layer in both directions."""
     module, x = layer(cell, 37, dtype=dtype, bidirectional=True), torch.randn(4, 35, 4, dtype=dtype)
@@ -200,7 +214,7 @@ def test_every_cut(name: str, cell: str, dtype: torch.dtype, form: str) -> None:
                 raise
             continue
         assert error(actual, expected) < {torch.float32: 1e-5, torch.bfloat16: 4e-2}[dtype], found
-    rows = {8, 16, 32} if name != "multiprocessor" else {8}
+    rows = {"multiprocessor": {8}, "joint": {8, 32}}.get(name, {8, 16, 32})
     assert rows == {int(plan.split(" rows")[0].split()[-1]) for plan in found}
     if name == "chip":
         assert {plan.endswith("flags") for plan in found} == {False, True}
@@ -219,7 +233,7 @@ def test_a_regime_refuses_what_it_cannot_serve(name: str) -> None:
                 module(x)
             with rnnfast.use_backend("cuda"), pytest.raises(RuntimeError, match="regime asked for cannot serve"):
                 rnnfast.explain(module)
-    for number in (-1, len(REGIMES), 16, 16 + len(REGIMES) - 1, 64 * 16 + 1):
+    for number in (-1, len(REGIMES), 16, 16 + REGIMES.index("stepwise"), 64 * 16 + 1):
         with pytest.raises(RuntimeError, match=f"no regime has number {number}"):
             torch.ops.rnnfast.cuda_regime(number)
     for module in refused[:2]:  # by the table they run

@@ -44,7 +44,7 @@ def built() -> Path:
 @pytest.mark.full
 @needs_nvcc
 def test_persistent_kernels_hardly_spill(built: Path) -> None:
-    """At most a dozen registers, which are mostly out of the way before the first step."""
+    """At most a dozen registers, which are mostly out of the way before the first step; and the others none."""
     kernels = resources.kernels(built)
     assert {kernel.arch for kernel in kernels} == {"sm_90"}
     persistent = [kernel for kernel in kernels if kernel.persistent]
@@ -52,6 +52,9 @@ def test_persistent_kernels_hardly_spill(built: Path) -> None:
         for cell in setup.CELLS:
             assert any(name in kernel.name and cell in kernel.arguments for kernel in persistent), (name, cell)
     assert not [kernel for kernel in persistent if kernel.spilled > resources.TOLERATED]
+    of_steps = [kernel for kernel in kernels if not kernel.persistent]
+    assert sum(kernel.name.startswith("joint") for kernel in of_steps) == len(setup.CELLS) * 5 * 2 * 2
+    assert not [kernel for kernel in of_steps if kernel.spilled]
     assert not resources.warnings(built)
 
 
@@ -76,18 +79,22 @@ def instructions(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("cuda_instructions")
 
 
-def test_the_outermost_loop_of_machine_code(instructions: ModuleType) -> None:
+def test_a_step_in_machine_code(instructions: ModuleType) -> None:
     assert instructions.largest_loop(SASS) == ["LDS", "HMMA", "UIADD3", "BRA", "BRA"]
     assert instructions.largest_loop(SASS.replace("0x20 ;", "0x70 ;").replace("0x30 ;", "0x70 ;")) == []
+    assert instructions.whole(SASS) == ["LDC", "BRA", "LDS", "HMMA", "UIADD3", "BRA", "BRA", "EXIT", "BRA"]
 
 
 @pytest.mark.full
 @needs_nvcc
-def test_loops_over_steps_have_products(built: Path, instructions: ModuleType) -> None:
+def test_steps_have_products(built: Path, instructions: ModuleType) -> None:
     found = list(instructions.kernels(built, "90"))
-    persistent = [kernel for kernel in resources.kernels(built) if kernel.persistent]
-    assert sorted((name, arguments) for name, arguments, _ in found) == [kernel[1:3] for kernel in persistent]
-    assert all(counts["products"] > 0 and counts["shared"] > 0 for _, _, counts in found)
+    assert sorted((name, arguments) for name, arguments, _ in found) == [
+        kernel[1:3] for kernel in resources.kernels(built)
+    ]
+    with_products = {kernel[1:3] for kernel in resources.kernels(built) if kernel.persistent or "joint" in kernel.name}
+    for name, arguments, counts in found:
+        assert (counts["products"] > 0 and counts["shared"] > 0) == ((name, arguments) in with_products)
 
 
 @needs_nvcc

@@ -32,9 +32,10 @@ def run(case: str, sanitize: bool = False) -> subprocess.CompletedProcess[str]:
     return subprocess.run([build.selftest(sanitize), case], capture_output=True, text=True, timeout=HANG)
 
 
-@pytest.mark.parametrize(
-    "case", ["grid", "cluster", "neighbours", "mma_bfloat16", "mma_half", "mma_tf32", "mma_truncates", "launches"]
-)
+CASES = ["grid", "cluster", "neighbours", "launches", "mma_bfloat16", "mma_half", "mma_tf32", "mma_double"]
+
+
+@pytest.mark.parametrize("case", [*CASES, "mma_truncates"])
 def test_computes(case: str) -> None:
     done = run(case)
     assert (done.stdout, done.stderr, done.returncode) == ("ok\n", "", 0)
@@ -66,7 +67,7 @@ for cell, hidden, dtype in ((c, h, d) for c in ("RNN", "LSTM", "GRU") for h in (
     layer = getattr(rnnfast, cell)(3, hidden, bidirectional=True, dtype=getattr(torch, dtype))
     x = torch.randn(3, 11, 3, dtype=getattr(torch, dtype), requires_grad=True)
     lengths = torch.randint(0, 4, (11,))
-    for regime in range(5):
+    for regime in range(6):
         torch.ops.rnnfast.cuda_regime(regime)
         for beyond in (11, 8, 0):  # all rows, all but a block's, and none at all have steps
             with rnnfast.use_backend("cuda"):
@@ -87,4 +88,4 @@ def test_kernels_with_address_sanitizer() -> None:
     environment = os.environ | {"LD_PRELOAD": build.preload(), "ASAN_OPTIONS": "detect_leaks=0"}
     command = [sys.executable, "-c", KERNELS, library, "ieee", "float32", "bfloat16"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=HANG)
-    assert done.stdout == f"{3 * 3 * 2 * 5 * 3}\n", done.stderr
+    assert done.stdout == f"{3 * 3 * 2 * 6 * 3}\n", done.stderr

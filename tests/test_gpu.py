@@ -164,8 +164,10 @@ def test_those_cases_meet_small_and_large_layers(cell: str, precision: str, kern
         for case in {case for case, of_cell, _ in PARITY if of_cell == cell}:
             sizes = GPU_CASES[case].hidden, GPU_CASES[case].batch, GPU_CASES[case].bidirectional, cell == "projection"
             found.add(choose(MODES[cell], torch.device(DEVICE), dtype, *sizes)[1].partition(":")[0])
-    if cell == "projection" or (kernels == "cuda" and dtype == torch.float64):
+    if cell == "projection":
         assert found == {"stepwise"}
+    elif kernels == "cuda" and dtype == torch.float64:
+        assert found <= {"stepwise", "joint"}
     elif kernels == "cuda":
         assert {"multiprocessor"} < found <= set(REGIMES)
     else:
@@ -228,6 +230,21 @@ def test_every_regime(name: str, cell: str, hidden: int, dtype: torch.dtype, for
     with rnnfast.use_backend("reference"):
         expected = computed(module.double(), wide if form == "packed" else wide.requires_grad_(), **extra)
     assert_close(actual, expected, ROUNDING[dtype])
+
+
+@on_cuda
+@pytest.mark.parametrize("dtype", (*ROUNDING, torch.float64), ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("cut", (0, 1))
+@pytest.mark.parametrize("cell", ("tanh", "lstm", "gru"))
+def test_steps_in_one_launch(cell: str, cut: int, dtype: torch.dtype) -> None:
+    """In blocks of few rows and of many."""
+    module, x = layer(cell, 70, dtype, bidirectional=True), torch.randn(4, 37, 4, device=DEVICE, dtype=dtype)
+    lengths = (torch.arange(37) % 5).to(DEVICE)
+    with regime("joint", cut=cut):
+        actual = computed(module, x.requires_grad_(), lengths=lengths)
+    with rnnfast.use_backend("reference"):
+        expected = computed(module.double(), x.detach().double().requires_grad_(), lengths=lengths)
+    assert_close(actual, expected, ROUNDING.get(dtype, 1e-12))
 
 
 ALL_H = (1, 2, 15, 16, 17, 31, 63, 64, 65, 127, 128, 129, 200, 256, 300, 512, 640, 777, 1024, 1536, 2048)

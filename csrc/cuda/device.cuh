@@ -94,6 +94,13 @@ RNNFAST_MMA(Half, "m16n8k16.row.col.f32.f16.f16.f32")
 RNNFAST_MMA(float, "m16n8k8.row.col.f32.tf32.tf32.f32")
 #undef RNNFAST_MMA
 
+// sum[8, 8] += a[8, 4] b[4, 8], of which a lane has two sums and a value of either factor.
+RNNFAST_DEVICE void mma(double& sum0, double& sum1, double a, double b) {
+  asm volatile("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0, %1}, {%2}, {%3}, {%0, %1};"
+               : "+d"(sum0), "+d"(sum1)
+               : "d"(a), "d"(b));
+}
+
 RNNFAST_DEVICE uint32_t to_tf32(float x) {
   uint32_t bits;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));

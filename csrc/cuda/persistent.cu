@@ -1,4 +1,4 @@
-// The persistent kernels of one cell: compiled once for each, with RNNFAST_CELL and RNNFAST_KERNELS, the name of their
+// The persistent kernels of one cell: compiled once for each, with RNNFAST_CELL and RNNFAST_TABLE, the name of their
 // table.
 #include "kernels.h"
 
@@ -65,6 +65,6 @@ using ExactProducts = Products<float, true>;
 
 }  // namespace
 
-const CellKernels RNNFAST_KERNELS = {RNNFAST_ARITHMETICS(Forward), RNNFAST_ARITHMETICS(Backward)};
+const CellKernels RNNFAST_TABLE = {RNNFAST_ARITHMETICS(Forward), RNNFAST_ARITHMETICS(Backward)};
 
 }  // namespace rnnfast

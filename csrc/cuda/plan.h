@@ -14,15 +14,17 @@ namespace rnnfast {
 struct Layer {
   CellKind cell;
   Arithmetic arithmetic;
-  int value_bytes;
   int64_t N, H, D;
   int device;
+
+  int value_bytes() const { return arithmetic <= kOfHalf ? 2 : arithmetic == kOfDouble ? 8 : 4; }
 };
 
 struct Plan {
   Regime regime = kStepwise;
   const void* kernel = nullptr;
   Geometry geometry{};
+  JointProduct product{};
   Launch launch{};
   int64_t groups = 0, groups_at_once = 0;  // a launch has so many at most
   std::string reason;
@@ -56,8 +58,12 @@ struct Costs {
   // Each row block beyond the first, and each byte that a block receives.
   static constexpr double kClusterRows = 830, kClusterBytes = 0.052, kChipRows = 1470, kChipBytes = 0.10;
   static constexpr double kFlaggedRows = 780, kFlaggedBytes = 0.027;
-  // A step by products of the whole device: the host's two launches, and multiply-adds a cycle.
-  static constexpr double kStepwise = 20000, kHalfRate = 75000, kTf32Rate = 37000, kExactRate = 10000;
+  // A step by products of the whole device: what a launch takes the host, half of what two of them took there, and
+  // cuBLAS's multiply-adds a cycle.
+  static constexpr double kLaunch = 10000, kHalfRate = 75000, kTf32Rate = 37000, kExactRate = 10000;
+  // Not measured here: bytes that all multiprocessors together read from L2 in a cycle, by what others measured of an
+  // H100 (5.5 TB/s), and two m8n8k4 of float64 by its peak.
+  static constexpr double kFromL2 = 2800, kDoubleProduct = 14;
 };
 
 // Sums of an element that are handed over, as Block has them.
@@ -125,7 +131,7 @@ std::optional<Plan> cut(const Persistent<Arguments>& k, const Layer& layer, cons
   g.members = divide_up(divide_up(layer.H, kTile), tiles);
   g.direction_groups = divide_up(layer.N, int64_t(row_blocks) * kRows);
   g.gates = k.gates, g.parts = k.gates * row_blocks;
-  g.gate_bytes = round_up(int64_t(g.members) * tiles * kTile * layer.value_bytes, kPairBytes);
+  g.gate_bytes = round_up(int64_t(g.members) * tiles * kTile * layer.value_bytes(), kPairBytes);
   g.vector_bytes = g.gates * g.gate_bytes * kRows;
   g.set_bytes = row_blocks * g.vector_bytes, g.flagged = flagged;
   g.pairs = divide_up(int64_t(g.gates) * g.gate_bytes / kPairBytes, k.shares);
@@ -165,6 +171,16 @@ inline void explain(Plan& plan) {
                 " KB" + (g.flagged ? ", by flags" : "");
 }
 
+// Of a plan that takes a launch a step or two, and why there is no other.
+inline void explain_steps(Plan& plan, const std::string& why) {
+  if (plan.regime == kStepwise) {
+    plan.reason = "stepwise: " + why + "; a product and another launch a step";
+  } else {
+    plan.reason = "joint: " + why + "; one launch a step, " + std::to_string(plan.geometry.row_blocks * kRows) +
+                  " rows in each block";
+  }
+}
+
 // All cuts of a layer under a regime. Forced to it, as in tests of small layers: into as many blocks as can be.
 template <class Arguments, class Use>
 void each_cut(const Persistent<Arguments>& k, const Layer& layer, const Chip& chip, bool forced, const Use& use) {
@@ -187,33 +203,71 @@ void each_cut(const Persistent<Arguments>& k, const Layer& layer, const Chip& ch
   }
 }
 
-// The plan of a layer: the cheapest of all, or of a regime, or the regime's cut of that number.
+// A step as cuBLAS's product and a launch.
+inline Plan stepwise(const Layer& layer) {
+  Plan plan;
+  double rate = layer.value_bytes() == 2 ? Costs::kHalfRate : Costs::kExactRate;
+  if (layer.arithmetic == kOfTf32) rate = Costs::kTf32Rate;
+  const double of_w = double(kCells[layer.cell].gates) * layer.D * layer.H * layer.H;
+  plan.cycles = 2 * Costs::kLaunch + std::max(of_w * layer.N / rate, of_w * layer.value_bytes() / Costs::kFromL2);
+  plan.resident_is_known = true;
+  return plan;
+}
+
+// A step in one launch, with blocks of few rows or of many.
 template <class Arguments>
-Plan make_plan(const Persistent<Arguments> (&variants)[kVariants], const Layer& layer, const Chip& chip, Regime forced,
-               std::optional<int> only) {
-  std::vector<Plan> plans;
+Plan joint(void (*kernel)(Arguments), int blocking, const Layer& layer, const Chip& chip) {
+  const bool backward = std::is_same<Arguments, JointBackward>::value, is_double = layer.arithmetic == kOfDouble;
+  const int gates = kCells[layer.cell].gates, M = backward ? 1 : gates, sum_bytes = is_double ? 8 : 4;
+  const int row_blocks = joint_row_blocks(blocking, sum_bytes), rows = row_blocks * kRows;
+  Plan plan;
+  plan.regime = kJoint, plan.kernel = reinterpret_cast<const void*>(kernel), plan.geometry.row_blocks = row_blocks;
+  JointProduct& p = plan.product;
+  p.tiles = divide_up(layer.H, kTile), p.groups = divide_up(layer.N, rows);
+  p.gate_bytes = round_up(layer.H * layer.value_bytes(), kPairBytes);
+  p.pairs = (backward ? gates : 1) * p.gate_bytes / kPairBytes;
+  const int64_t blocks = layer.D * p.groups * p.tiles;
+  plan.launch = {blocks, kJointThreads, joint_shared(row_blocks, M, sum_bytes), 1, false, layer.device, 0};
+
+  double product = layer.arithmetic == kOfExact ? Costs::kExactProduct : Costs::kProduct;
+  if (is_double) product = Costs::kDoubleProduct;
+  const double from_l2 = double(blocks) * (M * kTile + rows) * p.pairs * kPairBytes / Costs::kFromL2;
+  const double products = divide_up(blocks, chip.processors) * (2.0 * p.pairs * M * row_blocks / 4) * product;
+  plan.cycles = Costs::kLaunch + from_l2 + products;  // the few warps of a multiprocessor overlap them little
+  return plan;
+}
+
+constexpr int kFewestJointSteps = 4;  // with fewer, what a call arranges takes longer than the launches that it spares
+
+// The plan of a layer: the cheapest of all, or of a regime, or the regime's cut of that number. Of float64 there are no
+// variants. Steps in one launch have never been timed, so they are compared with nothing but the other steps.
+template <class Arguments, class Joint>
+Plan make_plan(const Persistent<Arguments>* variants, const Joint& joint_kernels, const Layer& layer, const Chip& chip,
+               Regime forced, std::optional<int> only) {
+  std::vector<Plan> plans, of_joint;
+  for (int blocking = 0; blocking < kJointBlockings; blocking++) {
+    if (!only || *only == blocking) of_joint.push_back(joint(joint_kernels[blocking], blocking, layer, chip));
+  }
+  const auto cheaper = [](const Plan& a, const Plan& b) { return a.cycles < b.cycles; };
+  const auto best_joint = std::min_element(of_joint.begin(), of_joint.end(), cheaper);
+  if (forced == kJoint) return of_joint.empty() ? Plan() : *best_joint;
   int number = 0;
-  for (const auto& k : variants) {
+  for (int variant = 0; variants && variant < kVariants; variant++) {
+    const auto& k = variants[variant];
     if (forced != kByTable && forced != k.regime) continue;
     each_cut(k, layer, chip, forced != kByTable && !only, [&](const std::optional<Plan>& plan) {
       if (plan && (!only || *only == number)) plans.push_back(*plan);
       number++;
     });
   }
-  Plan stepwise;
-  double rate = layer.arithmetic == kOfTf32 ? Costs::kTf32Rate : Costs::kExactRate;
-  if (layer.value_bytes == 2) rate = Costs::kHalfRate;
-  const double gates = kCells[layer.cell].gates;
-  stepwise.cycles = Costs::kStepwise + gates * layer.D * layer.N * layer.H * layer.H / rate;
-  stepwise.resident_is_known = true;
-  if (forced == kByTable) plans.push_back(stepwise);
+  if (forced == kByTable) plans.push_back(stepwise(layer));
   // The driver is asked about the cheapest plan, which may make that dearer, until the cheapest is one that it has been
   // asked about.
   while (!plans.empty()) {
-    auto best =
-        std::min_element(plans.begin(), plans.end(), [](const Plan& a, const Plan& b) { return a.cycles < b.cycles; });
+    const auto best = std::min_element(plans.begin(), plans.end(), cheaper);
     if (best->resident_is_known) {
-      if (best->regime != kStepwise) explain(*best);
+      if (best->regime == kStepwise) return best_joint->cycles < best->cycles ? *best_joint : *best;
+      explain(*best);
       return *best;
     }
     best->resident = best->regime == kCluster ? resident_clusters(best->kernel, best->launch)

@@ -37,16 +37,17 @@ RNNFAST_DEVICE float from_bits(uint32_t x) { return __builtin_bit_cast(float, x)
 template <class Value, bool kExact = false>
 struct Products {
   using Stored = Value;
+  using Sum = std::conditional_t<std::is_same<Value, double>::value, double, float>;
   static constexpr bool kTf32 = std::is_same<Value, float>::value && !kExact;
   static constexpr int kParts = kExact ? 3 : 1;  // registers of a value that stays in them: itself and two parts of it
 
   // As a product takes it: TF32 truncates what is not rounded.
-  static RNNFAST_DEVICE Value operand(float x) {
+  static RNNFAST_DEVICE Value operand(Sum x) {
     if constexpr (kTf32) return from_bits(to_tf32(x));
     return Value(x);
   }
 
-  static RNNFAST_DEVICE void multiply(float (&sum)[4], const Fragment& a, const uint4& b) {
+  static RNNFAST_DEVICE void multiply(Sum (&sum)[4], const Fragment& a, const uint4& b) {
     half(sum, a.low.x, a.high.x, a.low.y, a.high.y, b.x, b.y);
     half(sum, a.low.z, a.high.z, a.low.w, a.high.w, b.z, b.w);
   }
@@ -61,9 +62,17 @@ struct Products {
   static RNNFAST_DEVICE uint32_t if_finite(uint32_t x) { return (x & kInfinity) == kInfinity ? 0 : x; }
   static constexpr uint32_t kInfinity = 0x7f800000;
 
-  static RNNFAST_DEVICE void half(float (&sum)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+  static RNNFAST_DEVICE double from_words(uint32_t low, uint32_t high) {
+    return __builtin_bit_cast(double, uint64_t(high) << 32 | low);
+  }
+
+  static RNNFAST_DEVICE void half(Sum (&sum)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
                                   uint32_t b1) {
-    if constexpr (kExact) {
+    if constexpr (std::is_same<Value, double>::value) {
+      const double b = from_words(b0, b1);
+      mma(sum[0], sum[1], from_words(a0, a2), b);
+      mma(sum[2], sum[3], from_words(a1, a3), b);
+    } else if constexpr (kExact) {
       const uint32_t c0 = part(a0), c1 = part(a1), c2 = part(a2), c3 = part(a3), d0 = part(b0), d1 = part(b1);
       // An infinite state times the rest of a weight, whose sign may be the other one, would make a NaN.
       mma(sum, rest(a0), rest(a1), rest(a2), rest(a3), if_finite(d0), if_finite(d1), Value());

@@ -31,10 +31,17 @@ int64_t cuda_regime(std::optional<int64_t> use) {
 }
 
 const CellKernels& kernels_of(CellKind cell) {
-#define RNNFAST_ADDRESS(Cell) &Cell##_kernels,
+#define RNNFAST_ADDRESS(Cell) &Cell##_persistent,
   static const CellKernels* const all[] = {RNNFAST_CELLS(RNNFAST_ADDRESS)};
 #undef RNNFAST_ADDRESS
   return *all[cell];
+}
+
+const JointKernels& joint_of(const Layer& layer) {
+#define RNNFAST_ADDRESS(Cell) Cell##_joint,
+  static const JointKernels* const all[] = {RNNFAST_CELLS(RNNFAST_ADDRESS)};
+#undef RNNFAST_ADDRESS
+  return all[layer.cell][layer.arithmetic];
 }
 
 const StepKernels& step_kernels_of(ScalarType dtype) {
@@ -50,33 +57,30 @@ const StepKernels& step_kernels_of(ScalarType dtype) {
   }
 }
 
+// What serves a layer's forward or backward, beside kernels of single elements.
 template <class Arguments>
-const Persistent<Arguments> (&persistent_of(const Layer& layer)) [kVariants] {
+Plan make_plan(const Layer& layer, Regime forced, std::optional<int> only) {
+  const Chip of = chip(layer.device);
   const CellKernels& kernels = kernels_of(layer.cell);
+  const bool has_persistent = layer.arithmetic < kPersistentArithmetics;
   if constexpr (std::is_same<Arguments, ForwardArguments>::value) {
-    return kernels.forward[layer.arithmetic];
+    return make_plan(has_persistent ? kernels.forward[layer.arithmetic] : nullptr, joint_of(layer).forward, layer, of,
+                     forced, only);
   } else {
-    return kernels.backward[layer.arithmetic];
+    return make_plan(has_persistent ? kernels.backward[layer.arithmetic] : nullptr, joint_of(layer).backward, layer, of,
+                     forced, only);
   }
 }
 
 // The plan of a layer's forward or backward, found once: it asks the driver what the device can hold.
 template <class Arguments>
-Plan plan_of(Layer layer, ScalarType dtype, bool projected) {
+Plan plan_of(Layer layer, bool projected, int64_t steps) {
   layer.N = round_up(layer.N, kRows);  // blocks differ by whole row blocks alone
   const int64_t asked_for = forced_regime;
   const Regime forced = Regime(asked_for % kCuts);
   Plan plan;
-  if (forced == kStepwise) {
-    plan.reason = "stepwise: asked for";
-  } else if (projected) {
-    plan.reason = "stepwise: a projection makes another product a step";
-  } else if (layer.H == 0) {
-    plan.reason = "stepwise: there are no units";
-  } else if (dtype == ScalarType::Double) {
-    plan.reason = "stepwise: float64 has no fast products";
-  } else {
-    plan.reason = "stepwise: the chip does not hold W_hh, or not so quickly";
+  const bool only_stepwise = projected || layer.H == 0;
+  if (!only_stepwise && forced != kStepwise) {
     using Key = std::array<int64_t, 7>;
     static std::map<Key, Plan> plans;
     static std::mutex mutex;
@@ -85,13 +89,21 @@ Plan plan_of(Layer layer, ScalarType dtype, bool projected) {
     auto found = plans.find(key);
     if (found == plans.end()) {
       const auto only = asked_for < kCuts ? std::nullopt : std::optional<int>(asked_for / kCuts - 1);
-      Plan made = make_plan(persistent_of<Arguments>(layer), layer, chip(layer.device), forced, only);
-      if (made.regime == kStepwise) made.reason = plan.reason;
-      found = plans.emplace(key, made).first;
+      found = plans.emplace(key, make_plan<Arguments>(layer, forced, only)).first;
     }
     plan = found->second;
   }
-  RNNFAST_CHECK(forced == kByTable || forced == plan.regime, "the regime asked for cannot serve this call");
+  if (plan.regime == kJoint && forced == kByTable && steps < kFewestJointSteps) plan = {};
+  RNNFAST_CHECK(forced == kByTable || forced == plan.regime || (forced == kJoint && only_stepwise),
+                "the regime asked for cannot serve this call");
+  if (plan.regime == kStepwise || plan.regime == kJoint) {
+    std::string why = "the chip does not hold W_hh, or not so quickly";
+    if (layer.arithmetic == kOfDouble) why = "float64 has no fast products";
+    if (layer.H == 0) why = "there are no units";
+    if (projected) why = "a projection makes another product a step";
+    if (forced == plan.regime) why = "asked for";
+    explain_steps(plan, why);
+  }
   return plan;
 }
 
@@ -188,12 +200,13 @@ struct Call {
   Sequence sequence;
   const void *b_hh[2], *w_units[2];  // of each direction; or null
 
-  Layer layer() const { return {cell, arithmetic, dtype == ScalarType::Float ? 4 : 2, N, H, D, device}; }
+  Layer layer() const { return {cell, arithmetic, N, H, D, device}; }
 };
 
 Arithmetic arithmetic_of(ScalarType dtype, bool tf32) {
   if (dtype == ScalarType::BFloat16) return kOfBFloat16;
   if (dtype == ScalarType::Half) return kOfHalf;
+  if (dtype == ScalarType::Double) return kOfDouble;
   return tf32 ? kOfTf32 : kOfExact;
 }
 
@@ -433,7 +446,7 @@ void forward_stepwise(const Call& c, ForwardStep f, const StepWeights& weights, 
   ProjectForward project{};
   set(f, c), set(project, c);
   f.a = a.data_ptr();
-  f.h = c.projected ? m.data_ptr() : in.h.data_ptr(), f.y = c.projected ? nullptr : in.y.data_ptr();
+  if (c.projected) f.h = m.data_ptr(), f.y = nullptr;
   project.projected = p.data_ptr(), project.h = in.h.data_ptr(), project.y = in.y.data_ptr();
   const Multiplier multiply(in.x_gates, c.tf32, c.stream);
   const auto hs = directions_of(in.h), as = directions_of(a), ms = directions_of(m), ps = directions_of(p);
@@ -455,10 +468,10 @@ void backward_stepwise(const Call& c, BackwardStep f, const StepWeights& weights
   const Tensor through_projection = torch::stable::new_empty(in.dgates, {c.projected ? c.D : 0, c.N, c.H});
   ProjectBackward project{};
   set(f, c), set(project, c);
-  project.dy = f.dy, project.dh = in.dh.data_ptr(), project.through = through.data_ptr();
+  project.dy = f.dy, project.dh = f.dh, project.through = through.data_ptr();
   project.dprojected = projected.data_ptr();
   project.dprojections = in.dprojections ? in.dprojections->data_ptr() : nullptr;
-  f.da = da.data_ptr(), f.through = through.data_ptr(), f.dh = in.dh.data_ptr();
+  f.da = da.data_ptr(), f.through = through.data_ptr();
   if (c.projected) f.through = through_projection.data_ptr(), f.dh = nullptr, f.dy = nullptr;
   const Multiplier multiply(in.dgates, c.tf32, c.stream);
   const auto das = directions_of(da), throughs = directions_of(through), projecteds = directions_of(projected),
@@ -474,6 +487,79 @@ void backward_stepwise(const Call& c, BackwardStep f, const StepWeights& weights
   }
   const int64_t count = c.D * c.N * c.P;
   over(count, c, k.accumulate, Accumulate{through.data_ptr(), in.dh.data_ptr(), count});
+}
+
+// ---- joint: the product and what comes after it in one launch
+
+// The operands of the products, in the kernels' order. Vectors of two steps lie there in turns, at first zeros.
+class JointOperands {
+ public:
+  JointOperands(const Call& c, const Plan& plan, const Tensor& like, const std::vector<Tensor>& w_hh, bool backward)
+      : product_(plan.product), row_blocks_(product_.groups * plan.geometry.row_blocks) {
+    const int M = backward ? 1 : int(c.G);
+    const int64_t of_matrix = product_.tiles * product_.pairs * M * kTileBytes;
+    const int64_t of_turn = c.D * row_blocks_ * product_.pairs * kPair;
+    matrix_ = torch::stable::new_empty(like, Shape{c.D * of_matrix}, ScalarType::Byte);
+    vectors_ = torch::stable::new_zeros(like, Shape{2 * of_turn}, ScalarType::Byte);
+    product_.matrix = matrix_->data_ptr();
+    product_.vectors = vectors_->data_ptr(), product_.next = static_cast<char*>(product_.vectors) + of_turn;
+    ArrangeMatrix a{};
+    a.H = c.H, a.tiles = product_.tiles, a.pairs = product_.pairs, a.gate_bytes = product_.gate_bytes, a.M = M;
+    a.unit_stride = backward ? 1 : c.H, a.depth_stride = backward ? c.H : 1;
+    for (int64_t d = 0; d < c.D; d++) {
+      a.w = w_hh[d].data_ptr(), a.matrix = static_cast<char*>(matrix_->data_ptr()) + d * of_matrix;
+      over(of_matrix / kLaneBytes, c, arrange_kernels[c.arithmetic].matrix, a);
+    }
+  }
+
+  // The state that enters the first step, and rows that begin later.
+  void begin_with(const Call& c, const void* h) const {
+    over(c.D * c.N * c.H, c, arrange_kernels[c.arithmetic].state,
+         ArrangeState{h, {product_.vectors, product_.next}, c.D, c.N, c.H, row_blocks_, product_.pairs});
+  }
+
+  // For the next step.
+  JointProduct take_turns() {
+    const JointProduct now = product_;
+    std::swap(product_.vectors, product_.next);
+    return now;
+  }
+
+ private:
+  JointProduct product_;
+  int64_t row_blocks_;
+  std::optional<Tensor> matrix_, vectors_;
+};
+
+template <class Arguments>
+void launch_step(const Call& c, const Plan& plan, const Arguments& arguments) {
+  Launch one = plan.launch;
+  one.stream = c.stream;
+  launch(reinterpret_cast<void (*)(Arguments)>(const_cast<void*>(plan.kernel)), one, arguments);
+}
+
+void forward_jointly(const Call& c, const Plan& plan, const ForwardStep& step, const StepWeights& weights,
+                     const ForwardSteps& in) {
+  JointOperands operands(c, plan, in.x_gates, weights.w_hh, false);
+  operands.begin_with(c, step.h);
+  JointForward f{step, {}};
+  set(f, c);
+  for (f.step = 0; f.step < c.T; f.step++) {
+    f.product = operands.take_turns();
+    launch_step(c, plan, f);
+  }
+}
+
+// One launch more than there are steps: the last one adds what the first step gives to the initial state.
+void backward_jointly(const Call& c, const Plan& plan, const BackwardStep& step, const StepWeights& weights,
+                      const BackwardSteps& in) {
+  JointOperands operands(c, plan, in.dgates, weights.w_hh, true);
+  JointBackward f{step, {}};
+  set(f, c);
+  for (f.step = c.T - 1; f.step >= -1; f.step--) {
+    f.product = operands.take_turns();
+    launch_step(c, plan, f);
+  }
 }
 
 // ---- the operators
@@ -497,11 +583,13 @@ void forward_steps(StableIValue* values, uint64_t arguments, uint64_t results) {
   void* p_cs = check.if_has(call.has_cell, "cs", in.cs, {R, D * H}, acc);
   void* p_gates = check.if_has(call.saved, "gates", in.gates, {D, R, call.saved * H}, dtype);
 
-  const Plan plan = plan_of<ForwardArguments>(call.layer(), dtype, call.projected);
-  if (plan.regime == kStepwise) {
+  const Plan plan = plan_of<ForwardArguments>(call.layer(), call.projected, T);
+  if (plan.regime == kStepwise || plan.regime == kJoint) {
     ForwardStep f{};
     f.x = p_x, f.b[0] = call.b_hh[0], f.b[1] = call.b_hh[1], f.c = p_c, f.cs = p_cs, f.gates = p_gates;
-    return forward_stepwise(call, f, all.weights, in);
+    f.h = p_h, f.y = p_y;
+    return plan.regime == kJoint ? forward_jointly(call, plan, f, all.weights, in)
+                                 : forward_stepwise(call, f, all.weights, in);
   }
   ForwardArguments f{};
   f.x = p_x, f.c = static_cast<float*>(p_c), f.y = p_y, f.cs = static_cast<float*>(p_cs), f.gates = p_gates;
@@ -537,12 +625,14 @@ void backward_steps(StableIValue* values, uint64_t arguments, uint64_t results) 
   void* p_dgates = check("dgates", in.dgates, {D, R, call.columns * H}, dtype);
   check.required_if(call.projected, "dprojections", in.dprojections, {D, R, P}, dtype);
 
-  const Plan plan = plan_of<BackwardArguments>(call.layer(), dtype, call.projected);
-  if (plan.regime == kStepwise) {
+  const Plan plan = plan_of<BackwardArguments>(call.layer(), call.projected, T);
+  if (plan.regime == kStepwise || plan.regime == kJoint) {
     BackwardStep f{};
     f.dy = p_dy, f.dcs = p_dcs, f.gates = p_gates, f.y = p_y, f.cs = p_cs, f.h0 = p_h0, f.c0 = p_c0;
     f.dc = p_dc, f.dgates = p_dgates;
-    return backward_stepwise(call, f, all.weights, in);
+    f.dh = p_dh;
+    return plan.regime == kJoint ? backward_jointly(call, plan, f, all.weights, in)
+                                 : backward_stepwise(call, f, all.weights, in);
   }
   BackwardArguments f{};
   f.dy = p_dy, f.dcs = static_cast<const float*>(p_dcs), f.gates = p_gates, f.y = p_y;
@@ -583,14 +673,9 @@ std::string cuda_plan(std::string mode, ScalarType dtype, int64_t batch, int64_t
                       bool projected, bool tf32, bool backward, int64_t device) {
   accumulated(dtype);
   check_sizes(batch, hidden);
-  const Layer layer = {parse_cell(mode),
-                       arithmetic_of(dtype, tf32),
-                       dtype == ScalarType::Float ? 4 : 2,
-                       batch,
-                       hidden,
-                       1 + bidirectional,
-                       int(device)};
-  return (backward ? plan_of<BackwardArguments> : plan_of<ForwardArguments>)(layer, dtype, projected).reason;
+  const Layer layer = {parse_cell(mode), arithmetic_of(dtype, tf32), batch, hidden, 1 + bidirectional, int(device)};
+  return (backward ? plan_of<BackwardArguments> : plan_of<ForwardArguments>)(layer, projected, kFewestJointSteps)
+      .reason;
 }
 
 }  // namespace

@@ -88,8 +88,9 @@ def _ninja_file(sanitize: bool) -> str:
     emulation = compile("tests/emulation/emulation.cpp", "emulation", "" if sanitize else "-O3")  # -O3 vectorises
     objects = [compile(f"csrc/cuda/{name}.cu", name) for name in ("stepwise", "recurrence")]
     for cell in CELLS.values():
-        defines = f"-DRNNFAST_CELL={cell.cpp_name} -DRNNFAST_KERNELS={cell.cpp_name}_kernels"
-        objects.append(compile("csrc/cuda/persistent.cu", f"persistent_{cell.cpp_name}", defines))
+        for name in ("persistent", "joint"):
+            defines = f"-DRNNFAST_CELL={cell.cpp_name} -DRNNFAST_TABLE={cell.cpp_name}_{name}"
+            objects.append(compile(f"csrc/cuda/{name}.cu", f"{name}_{cell.cpp_name}", defines))
     ops = compile("csrc/ops.cpp", "ops")
     link("library.so", [emulation, ops, *objects], f"-shared {shlex.join(libraries)}")
     if sanitize:

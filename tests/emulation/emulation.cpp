@@ -68,13 +68,14 @@ struct Thread {
   bool has_unfenced_barriers = false;
 };
 
-enum class Product { kBFloat16, kHalf, kTf32, kNone };  // kNone: lanes swap values
+enum class Product { kBFloat16, kHalf, kTf32, kDouble, kNone };  // kNone: lanes swap values
 
 struct Warp {
   int arrived;
   Product product;
   uint32_t a[4][kWarp], b[2][kWarp];
-  float values[kWarp];            // to be swapped
+  float values[kWarp];  // to be swapped
+  double factors[2][kWarp], double_sums[8][8];
   alignas(32) float sums[16][8];  // two of each lane in the upper half, lane by lane, and two in the lower half
 };
 
@@ -495,46 +496,58 @@ void multiply(Warp& warp) {
   }
 }
 
-// All lanes leave their parts, the last one computes, and each takes its sums.
-template <Product kProduct>
-void product(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+// All lanes leave their parts, the last one computes, and each takes what is its own.
+template <class Leave, class Compute>
+Warp& together(Product product, const char* waits_for, const Leave& leave, const Compute& compute) {
   Thread& thread = emulation.self();
   const int lane = thread.index % kWarp;
   Warp& warp = thread.block->warps[thread.index / kWarp];
-  if (warp.arrived && warp.product != kProduct) throw error("lanes of a warp are at products of different types");
-  warp.product = kProduct;
-  float* sums = warp.sums[0] + 2 * lane;
-  for (int i = 0; i < 4; i++) warp.a[i][lane] = a[i];
-  for (int i = 0; i < 2; i++) warp.b[i][lane] = b[i];
-  for (int i = 0; i < 4; i++) sums[i / 2 * 64 + i % 2] = sum[i];
+  if (warp.arrived && warp.product != product) throw error("lanes of a warp are at products of different types");
+  warp.product = product;
+  leave(warp, lane);
   if (++warp.arrived < kWarp) {
-    emulation.wait("at mma");
+    emulation.wait(waits_for);
   } else {
     warp.arrived = 0;
-    multiply<kProduct>(warp);
+    compute(warp);
     emulation.wake(*thread.block, thread.index - lane, kWarp);
   }
+  return warp;
+}
+
+int lane() { return emulation.self().index % kWarp; }
+
+template <Product kProduct>
+void product(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  const auto leave = [&](Warp& warp, int lane) {
+    for (int i = 0; i < 4; i++) warp.a[i][lane] = a[i];
+    for (int i = 0; i < 2; i++) warp.b[i][lane] = b[i];
+    float* sums = warp.sums[0] + 2 * lane;
+    for (int i = 0; i < 4; i++) sums[i / 2 * 64 + i % 2] = sum[i];
+  };
+  const float* sums = together(kProduct, "at mma", leave, multiply<kProduct>).sums[0] + 2 * lane();
   for (int i = 0; i < 4; i++) sum[i] = sums[i / 2 * 64 + i % 2];
+}
+
+// A lane's factors are a[lane / 4, lane % 4] and b[lane % 4, lane / 4].
+void multiply_doubles(Warp& warp) {
+  for (int row = 0; row < 8; row++) {
+    for (int column = 0; column < 8; column++) {
+      for (int k = 0; k < 4; k++) {
+        double& sum = warp.double_sums[row][column];
+        sum = std::fma(warp.factors[0][row * 4 + k], warp.factors[1][column * 4 + k], sum);
+      }
+    }
+  }
 }
 
 }  // namespace
 
 float swap_halves(float x) {
-  Thread& thread = emulation.self();
-  const int lane = thread.index % kWarp;
-  Warp& warp = thread.block->warps[thread.index / kWarp];
-  if (warp.arrived && warp.product != Product::kNone) throw error("lanes of a warp are at a product and elsewhere");
-  warp.product = Product::kNone;
-  float* values = warp.values;
-  values[lane] = x;
-  if (++warp.arrived < kWarp) {
-    emulation.wait("at swap_halves");
-  } else {
-    warp.arrived = 0;
-    std::swap_ranges(values, values + kWarp / 2, values + kWarp / 2);  // a lane that is quick writes its own one again
-    emulation.wake(*thread.block, thread.index - lane, kWarp);
-  }
-  return values[lane];
+  const auto swap = [](Warp& warp) { std::swap_ranges(warp.values, warp.values + kWarp / 2, warp.values + kWarp / 2); };
+  // A lane that is quick leaves its own one again.
+  const auto leave = [=](Warp& warp, int lane) { warp.values[lane] = x; };
+  return together(Product::kNone, "at swap_halves", leave, swap).values[lane()];
 }
 
 // ---- the instructions
@@ -556,6 +569,16 @@ void mma(float (&sum)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, ui
 }
 void mma(float (&sum)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1, float) {
   product<Product::kTf32>(sum, {a0, a1, a2, a3}, {b0, b1});
+}
+
+void mma(double& sum0, double& sum1, double a, double b) {
+  const auto leave = [&](Warp& warp, int lane) {
+    warp.factors[0][lane] = a, warp.factors[1][lane] = b;
+    double* sums = warp.double_sums[0] + 2 * lane;
+    sums[0] = sum0, sums[1] = sum1;
+  };
+  const double* sums = together(Product::kDouble, "at mma", leave, multiply_doubles).double_sums[0] + 2 * lane();
+  sum0 = sums[0], sum1 = sums[1];
 }
 
 int cluster_rank() { return emulation.current->block->rank; }

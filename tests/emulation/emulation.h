@@ -10,7 +10,7 @@
 //     or, with a seed, any time and in any order
 //   - shared memory: of a block's own, just as large as asked for, uninitialised bytes 0xFF. A build with
 //     AddressSanitizer reports what lies beyond it
-//   - the products of a warp: exact products, float32 sums
+//   - the products of a warp: exact products, float32 sums; of float64 plain ones
 // and these end a launch with std::runtime_error: a deadlock, also one of threads that poll, with what each thread
 // waits for; a store into a block that has exited; a second arrival in a phase of a barrier; a launch that the chip
 // refuses. A thread that exited is missing at the barriers of its block and cluster; the hardware would forgive it.
@@ -57,6 +57,7 @@ float swap_halves(float x);
 void mma(float (&sum)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1, BFloat16);
 void mma(float (&sum)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1, Half);
 void mma(float (&sum)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1, float);
+void mma(double& sum0, double& sum1, double a, double b);
 
 inline uint32_t to_tf32(float x) {
   if (std::isnan(x)) return 0x7fffe000;

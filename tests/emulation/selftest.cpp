@@ -203,6 +203,34 @@ void mma_truncates() {
   for (int row = 0; row < 2; row++) expect(m.sums[0][row][0] == 1, "truncated sums");
 }
 
+struct Doubles {
+  double a[8][4], b[4][8], sums[8][8];
+};
+
+void mma_double() {
+  Doubles m;
+  for (auto& row : m.a) {
+    for (double& x : row) x = std::rand() + 0x1p-10;
+  }
+  for (auto& row : m.b) {
+    for (double& x : row) x = std::rand() % 64;
+  }
+  const auto kernel = [](Doubles* m) {
+    const int row = threadIdx.x / 4, q = threadIdx.x % 4;
+    double sums[2] = {1, 1};
+    mma(sums[0], sums[1], m->a[row][q], m->b[q][row]);
+    for (int i = 0; i < 2; i++) m->sums[row][2 * q + i] = sums[i];
+  };
+  launch<Doubles*>(kernel, {1, 32, 0, 1, false, 0, 0}, &m);
+  for (int i = 0; i < 8; i++) {
+    for (int j = 0; j < 8; j++) {
+      double sum = 1;
+      for (int k = 0; k < 4; k++) sum += m.a[i][k] * m.b[k][j];
+      expect(m.sums[i][j] == sum, "products of doubles");
+    }
+  }
+}
+
 // ---- kernels with mistakes
 
 void on_cluster_of_two(void (*kernel)(NoArguments)) { launch(kernel, {2, 64, 1024, 2, false, 0, 0}, NoArguments()); }
@@ -310,6 +338,7 @@ const std::map<std::string, void (*)()> kCases = {
     CASE(mma_bfloat16),
     CASE(mma_half),
     CASE(mma_tf32),
+    CASE(mma_double),
     CASE(mma_truncates),
     CASE(barrier_without_expect),
     CASE(poll_without_store),
