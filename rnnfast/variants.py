@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from . import border, reference
 from .backends import is_recorded
 from .cells import CELLS, GATES, PRIMITIVES, Cell, Primitive, _not_derived, _primitive, cell, sigmoid, tanh, where
-from .evaluator import RUN, Plan, choose, clip_gradient, in_plain_torch, no_autocast, recomputed
+from .evaluator import RUN, Plan, choose, clip_gradient, gates_of_x, in_plain_torch, no_autocast, recomputed
 from .evaluator import layer as layer_of_any_cell
 from .records import Inputs, Weights
 
@@ -61,15 +61,17 @@ def choose_variant(
 _OF_WHOLE_ROWS = "with layer_norm=True a step sees whole rows at once, which only plain torch does"
 
 
-def run(serve: Callable[..., tuple[Tensor, ...]], variant: Variant, plan: Plan, x_gates: Tensor,
-        w_hh: Tensor | None, b_hh: Tensor | None, lengths: Tensor | None, resets: Tensor | None, *others: Tensor,
-        ) -> tuple[Tensor, ...]:  # fmt: skip
+def run(serve: Callable[..., tuple[Tensor, ...]], variant: Variant, plan: Plan, x: Tensor | None, w_ih: Tensor | None,
+        b_ih: Tensor | None, z_gates: Tensor | None, w_hh: Tensor | None, b_hh: Tensor | None, lengths: Tensor | None,
+        resets: Tensor | None, *others: Tensor) -> tuple[Tensor, ...]:  # fmt: skip
     """As ``serve``, one of ``evaluator.RUN``, but of a variant of the plan's cell."""
     p, count = variant.recurrent_dropout, len(plan.cell.states)
     zoned = tuple(k for k, chance in enumerate(variant.zoneout) if chance is not None)
     made = varied(plan.cell, p is not None, zoned, variant.expected, variant.state_clip is not None)
     scalars = [*plan.scalars, *(chance for chance in variant.zoneout if chance is not None)]
-    like = x_gates[..., : others[0].size(1)]
+    steps = z_gates if x is None else x
+    assert steps is not None
+    like = others[0].expand(steps.size(0), -1, -1)
     random = [] if variant.expected else [torch.rand_like(like) for _ in zoned]
     if p is not None:
         scale, of_rows = 1 / (1 - p) if p < 1 else 0.0, torch.rand_like(others[0])
@@ -78,8 +80,10 @@ def run(serve: Callable[..., tuple[Tensor, ...]], variant: Variant, plan: Plan, 
         others = torch.where(of_rows < p, 0, scale * others[0]), *others
     if variant.state_clip is not None:
         scalars.append(variant.state_clip)
-    x_gates = torch.cat([x_gates, *random], 2) if random else x_gates
-    found = serve(Plan(made, tuple(scalars), plan.reverse), x_gates, w_hh, b_hh, lengths, resets, *others)
+    more = [*([] if z_gates is None else [z_gates]), *random]
+    z_gates = torch.cat(more, 2) if len(more) > 1 else more[0] if more else None
+    inputs = x, w_ih, b_ih, z_gates, w_hh, b_hh, lengths, resets
+    found = serve(Plan(made, tuple(scalars), plan.reverse), *inputs, *others)
     return (*found[1 : 1 + count], *found[2 + count :]) if p is not None else found
 
 
@@ -141,15 +145,17 @@ def _normalized(sums: Tensor, gain: Tensor, shift: Tensor, mode: str) -> Tensor:
     return found[0] if len(found) == 1 else torch.cat(found, -1)
 
 
-def _run_normalized(variant: Variant, mode: str, plan: Plan, x_gates: Tensor, w_hh: Tensor, _: None,
-                    lengths: Tensor | None, resets: Tensor | None, *others: Tensor) -> tuple[Tensor, ...]:  # fmt: skip
+def _run_normalized(variant: Variant, mode: str, plan: Plan, x: Tensor, w_ih: Tensor, b_ih: None, z_gates: None,
+                    w_hh: Tensor, _: None, lengths: Tensor | None, resets: Tensor | None, *others: Tensor,
+                    ) -> tuple[Tensor, ...]:  # fmt: skip
     """As :func:`run` in plain torch, where before the cell's own weights there are gain and shift of both products."""
     count = len(plan.cell.states)
     gain_ih, shift_ih, gain_hh, shift_hh = others[count : count + 4]
     of_product = functools.partial(_normalized, gain=gain_hh, shift=shift_hh, mode=mode)
     serve = functools.partial(in_plain_torch, of_product=of_product)
-    x_gates = _normalized(x_gates, gain_ih, shift_ih, mode)
-    return run(serve, variant, plan, x_gates, w_hh, None, lengths, resets, *others[:count], *others[count + 4 :])
+    x_gates = _normalized(gates_of_x(x, w_ih, b_ih, z_gates, others[0].dtype), gain_ih, shift_ih, mode)
+    inputs = None, None, None, x_gates, w_hh, None, lengths, resets
+    return run(serve, variant, plan, *inputs, *others[:count], *others[count + 4 :])
 
 
 def layer(
