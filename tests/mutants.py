@@ -106,6 +106,8 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
     "csrc/cpu/weight_gradients.h": [
         ("own weights' gradients of the gates", UNITS, "(Pass::kGrads + k) * padded", "k * padded"),
         ("no b_hh gradient", NUMBERS, "f.dw[d].w_hh, f.dw[d].b_hh}", "f.dw[d].w_hh, nullptr}"),
+    ],
+    "csrc/cpu/transposed_product.h": [
         ("dW of the last stretch of rows", THREADS, "q ? sum : kZeros<Sum>, q ? kSide : 0, sum", "kZeros<Sum>, 0, sum"),
     ],
     "csrc/cpu/sweep.h": [

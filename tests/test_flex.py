@@ -867,7 +867,7 @@ def test_two_operations_as_one() -> None:
 
     (operations, _, results), *_ = programs(cell, (), 1, 2)
     names = [OPERATIONS[number] for number in operations[:, 0]]
-    assert sorted(names) == ["add", "multiply", "multiply_add", "sigmoid", "tanh_of_sum"]
+    assert sorted(names) == ["add", "multiply_add", "multiply_twice", "sigmoid", "tanh_of_sum"]
     assert results.tolist() == [5 + len(names) - 1]
 
 
