@@ -267,7 +267,8 @@ def test_malformed_calls(what: str) -> None:
     mean = rnnfast.evaluator.OPERATIONS.index("mean")
     program = torch.tensor([[mean, 0, 0, 0]]), torch.zeros(0, dtype=DOUBLE), torch.tensor([2])
     x = torch.arange(6.0).view(1, 2, 3)
-    args = [*program, x, None, None, [torch.zeros(2, 3)], [], torch.zeros(1, dtype=DOUBLE), None, None, False, True]
+    args = [*program, None, None, None, x, None, None, [torch.zeros(2, 3)], [], torch.zeros(1, dtype=DOUBLE)]
+    args += [None, None, False, True]
     after, *_ = torch.ops.rnnfast.cpu_flex_forward(*args)
     assert torch.equal(after[0], torch.tensor([[1.0], [4.0]]).expand(2, 3))
     with pytest.raises(RuntimeError, match=message):
