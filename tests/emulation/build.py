@@ -24,7 +24,7 @@ FLAGS = "-x c++ -std=c++17 -fPIC -fvisibility=hidden -Wall -Wno-unknown-pragmas 
 FLAGS += " -DTORCH_TARGET_VERSION=0x020a000000000000 -DRNNFAST_DEVICE_KEY=CPU"
 
 # Beside the kernels, as in setup.py.
-CPU_SOURCES = ("recurrence", "flex", "plain", "stream", "instruction_sets", "scratch", "threads")
+CPU_SOURCES = ("recurrence", "flex", "plain", "instruction_sets", "scratch", "threads")
 
 # What UndefinedBehaviorSanitizer says of pointers, AddressSanitizer sees as soon as they are used; without it the CPU's
 # kernels compile in two minutes of ten. Its checks are calls, not code in place: that halves the time once more.
