@@ -3,19 +3,21 @@ through the traced operations strip by strip.
 
 Letters as in ``flex.py``; S states, and U weights of each unit's own. Both take, beside a Plan, the inputs
 
-    x_gates           [T, N, X*H], W_ih x + b_ih, of the gates whose x the cell reads
+    x, w_ih, b_ih     [T, N, I], [X*H, I] and [X*H]: W_ih x + b_ih are the first gates whose x the cell reads; or None
+    z_gates           [T, N, Z*H], those that follow; or None
     w_hh, b_hh        [K, A*H/K, H/K] and [A*H], of the gates whose a it reads; or None
     lengths, resets   int64 [N] and bool [T, N]; or None
     states            S of [N, H], before all steps
     units             U of [H]
 
-all of one dtype, and return each state after every step, [T, N, H] and zero beyond a row's end, then those after the
-last one, [N, H].
+all of one dtype but x, w_ih and b_ih, which may be narrower, and return each state after every step, [T, N, H] and zero
+beyond a row's end, then those after the last one, [N, H].
 """
 
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import FunctionType
@@ -28,6 +30,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .backends import BACKENDS, DTYPES, USUAL, circumstances
 from .cells import PRIMITIVES, Cell, Named, Primitive, Program, Value, _primitive, maximum, minimum
+from .ops import LIBRARY
 from .recurrence import _one_by_one, _save, _saved
 from .reference import _Sequence, _stack, valid_steps
 
@@ -36,7 +39,21 @@ OPERATIONS = (
     "add", "subtract", "multiply", "divide", "negate", "sigmoid", "tanh", "relu", "exp", "log", "log1p", "sqrt", "abs",
     "minimum", "maximum", "where", "less", "less_equal", "where_positive",
     "mean",
+    "sigmoid_of_sum", "tanh_of_sum", "multiply_add", "subtract_product", "multiply_difference", "multiply_twice",
 )  # fmt: skip
+# Two operations as one, which reads what the first one reads, and then what else the second one does: by the second,
+# the place of its argument that the first one makes, and the first.
+FUSED = {
+    ("sigmoid", 0, "add"): "sigmoid_of_sum",
+    ("tanh", 0, "add"): "tanh_of_sum",
+    ("add", 0, "multiply"): "multiply_add",
+    ("add", 1, "multiply"): "multiply_add",
+    ("subtract", 1, "multiply"): "subtract_product",
+    ("multiply", 0, "subtract"): "multiply_difference",
+    ("multiply", 1, "subtract"): "multiply_difference",
+    ("multiply", 0, "multiply"): "multiply_twice",
+    ("multiply", 1, "multiply"): "multiply_twice",
+}
 
 
 class _ClipGradient(torch.autograd.Function):
@@ -96,9 +113,19 @@ def without_matrix(cell: Cell, recurrent: str, bias: bool) -> Cell:
     return made
 
 
-def in_plain_torch(plan: Plan, x_gates: Tensor, w_hh: Tensor | None, b_hh: Tensor | None, lengths: Tensor | None,
-                   resets: Tensor | None, *others: Tensor) -> tuple[Tensor, ...]:  # fmt: skip
+def gates_of_x(x: Tensor | None, w_ih: Tensor | None, b_ih: Tensor | None, z_gates: Tensor | None,
+               dtype: torch.dtype) -> Tensor:  # fmt: skip
+    """All gates that are read beside a, [T, N, (X + Z)*H]."""
+    given = [] if z_gates is None else [z_gates]
+    made = [] if x is None else [F.linear(x, w_ih, b_ih).to(dtype)]  # type: ignore[arg-type]  # then w_ih is there, too
+    return torch.cat([*made, *given], 2) if made and given else (made or given)[0]
+
+
+def in_plain_torch(plan: Plan, x: Tensor | None, w_ih: Tensor | None, b_ih: Tensor | None, z_gates: Tensor | None,
+                   w_hh: Tensor | None, b_hh: Tensor | None, lengths: Tensor | None, resets: Tensor | None,
+                   *others: Tensor) -> tuple[Tensor, ...]:  # fmt: skip
     """The loop: any device, dtype and derivative."""
+    x_gates = gates_of_x(x, w_ih, b_ih, z_gates, others[0].dtype)
     cell = plan.cell
     steps, count = x_gates.size(0), len(cell.states)
     sequence = _Sequence(None if lengths is None else valid_steps(steps, lengths), resets, plan.reverse)
@@ -136,9 +163,12 @@ def _recurrent(h: Tensor, w_hh: Tensor, b_hh: Tensor | None) -> Tensor:
     return product if b_hh is None else product + b_hh
 
 
-def on_cpu(plan: Plan, *inputs: Any) -> tuple[Tensor, ...]:
-    """By the CPU library, of float32 or float64."""
-    return by_kernels(_CPU, plan, inputs)
+def on_cpu(plan: Plan, x: Any, w_ih: Any, b_ih: Any, *inputs: Any) -> tuple[Tensor, ...]:
+    """By the CPU library, of states in float32 or float64."""
+    of_x, dtype = [x, w_ih, b_ih], inputs[5].dtype
+    if x is not None and x.dtype != dtype:
+        of_x = [t if t is None else t.to(dtype) for t in of_x]
+    return by_kernels(_CPU, plan, [*of_x, *inputs])
 
 
 class Kernels(NamedTuple):
@@ -147,10 +177,12 @@ class Kernels(NamedTuple):
     # plan, inputs, whether for a backward -> states after, every, and what the backward is given: h before every step,
     # and what else it wants; or nothing
     forward: Callable[[Plan, Sequence[Any], bool], tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]]
-    # plan, inputs, that, gradients of every (or None) and of the states after -> those of x_gates, of a_gates (empty
-    # where they are those of x_gates), of the states, and what stretches of steps add to those of the units' weights,
-    # [stretches, N, U*H]
-    backward: Callable[[Plan, Sequence[Any], Sequence[Tensor], Sequence[Any], Sequence[Tensor]], Any]
+    # plan, inputs, that, which inputs want gradients, gradients of every (or None) and of the states after -> those of
+    # the inputs
+    backward: Callable[
+        [Plan, Sequence[Any], Sequence[Tensor], Sequence[bool], Sequence[Any], Sequence[Tensor]],
+        Sequence[Tensor | None],
+    ]
 
 
 def by_kernels(kernels: Kernels, plan: Plan, inputs: Sequence[Any]) -> tuple[Tensor, ...]:
@@ -173,69 +205,142 @@ class _Programs(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)
-def programs(cell: Cell, scalars: tuple[float, ...], heads: int) -> _Programs:
+def programs(cell: Cell, scalars: tuple[str, ...], heads: int, made: int) -> _Programs:
+    """Of scalars in hexadecimal, as 0.0 and -0.0 are the same key; made: X, the gates that W_ih x makes."""
     of = cell.inputs
     x, a = [of["x"][gate] for gate in cell.gates_of_x], [of["a"][gate] for gate in cell.gates_of_a]
     inputs = [*x, *a, *of["s"], *of["w"]]
     saved = sorted((value for value in cell.saved if value not in of["scalars"]), key=lambda value: value.of_row)
     gradients = [cell.adjoints.get(value, 0.0) for value in inputs]
     # Of gates that are read in sums of x and a alone there is one gradient.
-    if heads == 1 and cell.gates_of_x == cell.gates_of_a and gradients[: len(x)] == gradients[len(x) : 2 * len(x)]:
-        del gradients[: len(x)]
+    of_a = slice(len(x), len(x) + len(a))
+    are_first = heads == 1 and made >= len(a) and cell.gates_of_x[: len(a)] == cell.gates_of_a
+    if are_first and gradients[: len(a)] == gradients[of_a]:
+        del gradients[of_a]
     # A result has to be made: one that is an input could be written over before it is read.
     results = [of if isinstance(of, Value) and of.op else Value("add", of, 0.0) for of in gradients]
 
-    def encoded(program: Program) -> tuple[Tensor, Tensor, Tensor]:
+    def encoded(results: Sequence[Value], *inputs: Value) -> tuple[Tensor, Tensor, Tensor]:
+        program = Program.of(results, [*inputs, *of["scalars"]])
         # Of the forward a clipped gradient is the value as it is.
         as_it_is = [("where", args[:1] * 3) if op == "clip_gradient" else (op, args) for op, args in program.operations]
-        rows = [[OPERATIONS.index(op), *args, *[0] * (3 - len(args))] for op, args in as_it_is]
+        first = len(inputs) + len(scalars) + len(program.numbers)
+        operations, places = _fused(as_it_is, program.results, first)
+        rows = [[OPERATIONS.index(op), *args, *[0] * (3 - len(args))] for op, args in operations]
         return (
             torch.tensor(rows, dtype=torch.int64).view(-1, 4),
-            torch.tensor([*scalars, *program.numbers], dtype=torch.float64),
-            torch.tensor(program.results, dtype=torch.int64),
+            torch.tensor([*map(float.fromhex, scalars), *program.numbers], dtype=torch.float64),
+            torch.tensor(places, dtype=torch.int64),
         )
 
-    return _Programs(
-        encoded(Program.of(cell.after, [*inputs, *of["scalars"]])),
-        encoded(Program.of([*cell.after, *saved], [*inputs, *of["scalars"]])),
-        encoded(Program.of(results, [*saved, *of["s"], *cell.after, *of["w"], *cell.incoming, *of["scalars"]])),
-        torch.tensor(cell.initial, dtype=torch.float64),
-        sum(value.of_row for value in saved),
-    )
+    keeping = encoded([*cell.after, *saved], *inputs)
+    # The same operations, so that the states are the same to the bit whether a backward follows or not.
+    forward = *keeping[:2], keeping[2][: len(cell.after)]
+    backward = encoded(results, *saved, *of["s"], *cell.after, *of["w"], *cell.incoming)
+    initial = torch.tensor(cell.initial, dtype=torch.float64)
+    return _Programs(forward, keeping, backward, initial, sum(value.of_row for value in saved))
 
 
-def _programs(plan: Plan, w_hh: Tensor | None) -> _Programs:
-    return programs(plan.cell, plan.scalars, 1 if w_hh is None else w_hh.size(0))
+def _fused(
+    operations: Sequence[tuple[str, tuple[int, ...]]], results: Sequence[int], first: int
+) -> tuple[list[tuple[str, tuple[int, ...]]], list[int]]:
+    """With two operations as one where FUSED has it and nothing else reads what the first one makes; first: the place
+    of what the first of all makes."""
+    uses = Counter([*(arg for _, args in operations for arg in args), *results])
+    found: dict[int, tuple[str, tuple[int, ...]]] = {}  # by the place of what it makes
+    for place, (op, args) in enumerate(operations, first):
+        found[place] = op, args
+        for at, arg in enumerate(args):
+            made, read = found.get(arg, ("", ()))
+            if uses[arg] == 1 and (both := FUSED.get((op, at, made))):
+                found[place] = both, (*read, *args[:at], *args[at + 1 :])
+                del found[arg]
+                break
+    places = list(range(first)) + [0] * len(operations)
+    for place, kept in enumerate(found, first):
+        places[kept] = place
+    return [(op, tuple(places[arg] for arg in args)) for op, args in found.values()], [places[k] for k in results]
+
+
+def _programs(plan: Plan, w_ih: Tensor | None, w_hh: Tensor | None, state: Tensor) -> _Programs:
+    made, heads = 0 if w_ih is None else w_ih.size(0) // state.size(-1), 1 if w_hh is None else w_hh.size(0)
+    return programs(plan.cell, tuple(float(scalar).hex() for scalar in plan.scalars), heads, made)
 
 
 def _forward(plan: Plan, inputs: Sequence[Any], keep: bool) -> Any:
-    x_gates, w_hh, b_hh, lengths, resets, *others = inputs
+    x, w_ih, b_ih, z_gates, w_hh, b_hh, lengths, resets, *others = inputs
     states, units = others[: len(plan.cell.states)], others[len(plan.cell.states) :]
-    made = _programs(plan, w_hh)
+    made = _programs(plan, w_ih, w_hh, states[0])
     program = made.keeping if keep else made.forward
     after, every, before, saved = torch.ops.rnnfast.cpu_flex_forward(
-        *program, x_gates, w_hh, b_hh, states, units, made.initial, lengths, resets, plan.reverse, keep,
+        *program, x, w_ih, b_ih, z_gates, w_hh, b_hh, states, units, made.initial, lengths, resets, plan.reverse, keep,
         made.of_rows if keep else 0,
     )  # fmt: skip
     return after, every, (*before, *every, saved) if keep else ()
 
 
 def _backward(
-    plan: Plan, inputs: Sequence[Any], kept: Sequence[Tensor], d_every: Sequence[Tensor | None],
+    plan: Plan, inputs: Sequence[Any], kept: Sequence[Tensor], needs: Sequence[bool], d_every: Sequence[Tensor | None],
     d_after: Sequence[Tensor],
-) -> Any:  # fmt: skip
-    x_gates, w_hh, _, lengths, resets, *others = inputs
+) -> Sequence[Tensor | None]:  # fmt: skip
+    x, w_ih, _, z_gates, w_hh, _, lengths, resets, *others = inputs
     count = len(d_after)
     before, every, units = kept[:count], kept[count : 2 * count], others[count:]
-    given = [x_gates.new_empty(0) if grad is None else grad for grad in d_every]
-    made = _programs(plan, w_hh)
-    return torch.ops.rnnfast.cpu_flex_backward(
-        *made.backward, w_hh, before, every, units, kept[-1], lengths, resets, given, d_after,
-        len(plan.cell.gates_of_x), plan.reverse, made.of_rows,
+    given = [kept[-1].new_empty(0) if grad is None else grad for grad in d_every]
+    made, hidden = _programs(plan, w_ih, w_hh, others[0]), others[0].size(1)
+    dx, dw_ih, db_ih, dz, dw_hh, db_hh, d_states, d_units = torch.ops.rnnfast.cpu_flex_backward(
+        *made.backward, x, w_ih, w_hh, before, every, units, kept[-1], lengths, resets, given, d_after,
+        0 if z_gates is None else z_gates.size(2) // hidden, plan.reverse, needs[0], needs[3],
+        any((*needs[1:3], *needs[4:6])), made.of_rows,
     )  # fmt: skip
+    if w_hh is not None and needs[5]:
+        db_hh = db_hh.view(w_hh.size(0), -1, w_hh.size(2)).transpose(0, 1).flatten()
+    of_units = d_units.sum((0, 1)).split(hidden) if units else ()
+    found = dx, dw_ih, db_ih, dz, dw_hh, db_hh, None, None, *d_states, *of_units
+    return [grad if need else None for grad, need in zip(found, needs)]
 
 
 _CPU = Kernels(_forward, _backward)
+
+
+def _forward_fake(
+    operations: Tensor, numbers: Tensor, results: Tensor, x: Tensor | None, w_ih: Tensor | None, b_ih: Tensor | None,
+    z_gates: Tensor | None, w_hh: Tensor | None, b_hh: Tensor | None, states: Sequence[Tensor],
+    units: Sequence[Tensor], initial: Tensor, lengths: Tensor | None, resets: Tensor | None, reverse: bool, keep: bool,
+    R: int = 0,
+) -> Any:  # fmt: skip
+    steps = z_gates if x is None else x
+    assert steps is not None
+    (rows, hidden), count = states[0].shape, len(states)
+    every, before = ([s.new_empty(steps.size(0), rows, hidden) for s in states[:k]] for k in (count, count * keep))
+    saved = (steps.size(0), rows, (results.size(0) - count - R) * hidden + R) if keep else (0,)
+    return [s.new_empty(s.shape) for s in states], every, before, states[0].new_empty(saved)
+
+
+_UNIT_STEPS = 64  # as kUnitSteps in csrc/cpu/flex.h
+
+
+def _backward_fake(
+    operations: Tensor, numbers: Tensor, results: Tensor, x: Tensor | None, w_ih: Tensor | None, w_hh: Tensor | None,
+    before: Sequence[Tensor], every: Sequence[Tensor], units: Sequence[Tensor], saved: Tensor, lengths: Tensor | None,
+    resets: Tensor | None, d_every: Sequence[Tensor], d_final: Sequence[Tensor], Z: int, reverse: bool, need_dx: bool,
+    need_dz: bool, need_dw: bool, R: int = 0,
+) -> Any:  # fmt: skip
+    steps, rows, hidden = before[0].shape
+
+    def like(tensor: Tensor | None, needed: bool, dims: int = 3) -> Tensor:
+        return saved.new_empty(tensor.shape[:dims] if needed and tensor is not None else 0)
+
+    of_w_ih, of_w_hh = ((like(w, need_dw), like(w, need_dw, dims)) for w, dims in ((w_ih, 1), (w_hh, 2)))
+    dz_gates = saved.new_empty((steps, rows, Z * hidden) if need_dz else 0)
+    d_units = saved.new_empty(-(-steps // _UNIT_STEPS), rows, len(units) * hidden)
+    d_states = [d.new_empty(d.shape) for d in d_final]
+    return like(x, need_dx), *of_w_ih, dz_gates, *of_w_hh, d_states, d_units
+
+
+if hasattr(torch.ops.rnnfast, "cpu_flex_forward"):  # the library is there
+    torch.library.register_fake("rnnfast::cpu_flex_forward", _forward_fake, lib=LIBRARY)
+    torch.library.register_fake("rnnfast::cpu_flex_backward", _backward_fake, lib=LIBRARY)
 
 
 class _Recurrence(torch.autograd.Function):
@@ -256,21 +361,10 @@ class _Recurrence(torch.autograd.Function):
         inputs, kept = values[: ctx.given], values[ctx.given :]
         if torch.is_grad_enabled():
             return None, None, *_derivable_backward(plan, inputs, ctx.needs_input_grad[2:], grads)
-        x_gates, w_hh, b_hh, _, _, *others = inputs
-        states, units = others[:count], others[count:]
+        states = inputs[8 : 8 + count]
         d_after = [torch.zeros_like(s) if grad is None else grad for s, grad in zip(states, grads[count:])]
-        found = ctx.kernels.backward(plan, inputs, kept, grads[:count], d_after)
-        dx_gates, da_gates, d_states, d_units = found
-        dw_hh = db_hh = None
-        if w_hh is not None:
-            heads, columns, width = w_hh.shape
-            rows = x_gates.size(0) * x_gates.size(1)
-            of_a = (da_gates if da_gates.size(2) else dx_gates).view(rows, heads, columns)
-            dw_hh = torch.bmm(of_a.permute(1, 2, 0), kept[0].view(rows, heads, width).transpose(0, 1))
-            if b_hh is not None:
-                db_hh = of_a.sum(0).view(heads, -1, width).transpose(0, 1).flatten()
-        of_units = d_units.sum((0, 1)).split(states[0].size(1)) if units else ()
-        return None, None, dx_gates, dw_hh, db_hh, None, None, *d_states, *of_units
+        needs = ctx.needs_input_grad[2:]
+        return None, None, *ctx.kernels.backward(plan, inputs, kept, needs, grads[:count], d_after)
 
 
 def _derivable_backward(plan: Plan, inputs: Sequence[Any], needs: Sequence[bool], grads: Sequence[Any]) -> list[Any]:
@@ -337,7 +431,8 @@ _Weights: TypeAlias = Mapping[str, Tensor]
 
 
 def no_autocast(kind: str) -> AbstractContextManager[Any]:
-    return nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False)
+    disables = kind != "meta" and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if disables else nullcontext()
 
 
 def layer(
@@ -351,11 +446,13 @@ def layer(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Of each state what it is after every step, [T, N, D*H], and in the end, [D, N, H]; run is one of RUN."""
     acc = torch.promote_types(x.dtype, torch.float32)
+    same = x.dtype == acc
     runs = []
     for d, (plan, weights) in enumerate(zip(plans, directions)):
-        x_gates = F.linear(x, weights["weight_ih"], weights.get("bias_ih")).to(acc)
-        hidden = weights["weight_ih"].size(0) // len(plan.cell.gates_of_x)
-        others = {name: w.to(acc) for name, w in weights.items() if name not in ("weight_ih", "bias_ih")}
+        w_ih, b_ih = weights["weight_ih"], weights.get("bias_ih")
+        hidden = w_ih.size(0) // len(plan.cell.gates_of_x)
+        of_step = {name: w for name, w in weights.items() if name not in ("weight_ih", "bias_ih")}
+        others = of_step if same else {name: w.to(acc) for name, w in of_step.items()}
         w_hh, b_hh = others.pop("weight_hh", None), others.pop("bias_hh", None)
         units = list(others.values())
         if w_hh is not None and w_hh.dim() == 1:  # of a cell without_matrix
@@ -364,11 +461,11 @@ def layer(
         elif w_hh is not None and w_hh.dim() == 2:
             w_hh = w_hh.unsqueeze(0)
         before = (
-            [x_gates.new_full((x.size(1), hidden), value) for value in plan.cell.initial]
+            [x.new_full((x.size(1), hidden), value, dtype=acc) for value in plan.cell.initial]
             if states is None
-            else [state[d].to(acc) for state in states]
+            else [state[d] if same else state[d].to(acc) for state in states]
         )
-        found = run(plan, x_gates, w_hh, b_hh, lengths, resets, *before, *units)
+        found = run(plan, x, w_ih, b_ih, None, w_hh, b_hh, lengths, resets, *before, *units)
         runs.append((found[: len(before)], found[len(before) :]))
     every, final = zip(*runs)
     joined = every[0] if len(runs) == 1 else [torch.cat(of, 2) for of in zip(*every)]

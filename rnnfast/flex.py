@@ -287,16 +287,17 @@ class FlexRNN(_Module):
             self._check_batch(states, x.size(1))
         names, count = self._names, 1 + self.bidirectional
         flat: Sequence[Tensor] = [getattr(self, name + suffix) for _, suffix in self._suffixes() for name in names]
-        if mode := self._mode():
+        variant = self._variant()
+        if mode := self._mode(variant):
             return self._by_kernels(mode, x, states, lengths, resets, return_states, flat)
         lengths = functional._check_lengths(x, lengths)
         functional._check_resets(x, resets)
         x, _, _, flat = functional._operands(x, None, None, flat)
         given: Any = states and [functional._operands(x, state, None, ())[1] for state in states]
         directions = [dict(zip(names, flat[at : at + len(names)])) for at in range(0, len(flat), len(names))]
-        backend, _ = self._backend(x.device, x.dtype)
+        backend, _ = choose(x.device, x.dtype, self._run_cell, self.hidden_size, self.num_heads)
         serve = RUN[backend]
-        if (variant := self._variant()) is not None:
+        if variant is not None:
             serve = functools.partial(variants.run, serve, variant)
         run: Callable[..., Any] = functools.partial(layer, serve, self._plans())
         run = recomputed(run) if self.recompute else run
@@ -306,22 +307,23 @@ class FlexRNN(_Module):
         with no_autocast(x.device.type):  # its casts have been made
             for k in range(self.num_layers):
                 at = slice(k * count, (k + 1) * count)
-                y = F.dropout(y, self.dropout, self.training and k > 0)
+                if k and self.dropout:
+                    y = F.dropout(y, self.dropout, self.training)
                 after, final = run(y, given and [state[at] for state in given], lengths, resets, directions[at])
                 y = after[0]
                 finals.append(final)
                 every.append(after)
         of_steps = [torch.stack(of) for of in zip(*every)] if return_states else []
-        return y, [torch.cat(of) for of in zip(*finals)], of_steps
+        return y, finals[0] if len(finals) == 1 else [torch.cat(of) for of in zip(*finals)], of_steps
 
     def _plans(self) -> list[Plan]:
         """Of each direction."""
         scalars = tuple(self.scalars[name] for name in self.cell.scalars) + (0.0,) * self._has_own_a
         return [Plan(self._run_cell, scalars, reverse) for reverse in (False, True)[: 1 + self.bidirectional]]
 
-    def _mode(self) -> str | None:
+    def _mode(self, variant: variants.Variant | None) -> str | None:
         """The mode by which ``functional.rnn`` has the cell, with all its backends; None if it has not."""
-        has_kernels = self.recurrent == "dense" and self.num_heads == 1 and self._variant() is None
+        has_kernels = self.recurrent == "dense" and self.num_heads == 1 and variant is None
         return self.cell.twin if has_kernels else None
 
     def _variant(self) -> variants.Variant | None:
@@ -362,7 +364,7 @@ class FlexRNN(_Module):
         self, device: torch.device, dtype: torch.dtype, batch: int = 1, extended: bool = False
     ) -> tuple[str, str]:
         """As ``choose_backend``: the backend that serves a call, and why."""
-        if mode := self._mode():
+        if mode := self._mode(self._variant()):
             sizes = self.hidden_size, batch, self.bidirectional
             return choose_backend(circumstances(), mode, device, dtype, *sizes, extended=extended)
         return choose(device, dtype, self._run_cell, self.hidden_size, self.num_heads)

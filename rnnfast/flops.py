@@ -10,11 +10,12 @@ import functools
 import importlib.abc
 import importlib.machinery
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -64,6 +65,26 @@ def _of_members(flops: Callable[..., int], inputs: Inputs, *args: Any, **kwargs:
     return sum(of_member(flops, i, inputs, *args) for i in range(inputs.x.size(0)))
 
 
+def _flex_forward_flops(  # of any cell
+    operations: Tensor, numbers: Tensor, results: Tensor, x: Tensor | None, w_ih: Tensor | None, b_ih: Tensor | None,
+    z_gates: Tensor | None, w_hh: Tensor | None, b_hh: Tensor | None, states: Sequence[Tensor],
+    units: Sequence[Tensor], initial: Tensor, lengths: Tensor | None, *args: Any, **kwargs: Any,
+) -> int:  # fmt: skip
+    steps = z_gates if x is None else x
+    assert steps is not None
+    return _rows(steps, lengths) * sum(2 * w.numel() for w in (w_ih, w_hh) if w is not None)
+
+
+def _flex_backward_flops(
+    operations: Tensor, numbers: Tensor, results: Tensor, x: Tensor | None, w_ih: Tensor | None, w_hh: Tensor | None,
+    before: Sequence[Tensor], every: Sequence[Tensor], units: Sequence[Tensor], saved: Tensor, lengths: Tensor | None,
+    resets: Tensor | None, d_every: Sequence[Tensor], d_final: Sequence[Tensor], Z: int, reverse: bool, need_dx: bool,
+    need_dz: bool, need_dw: bool, *args: Any, **kwargs: Any,
+) -> int:  # fmt: skip
+    of_x, of_h = (0 if w is None else 2 * w.numel() for w in (w_ih, w_hh))
+    return _rows(saved, lengths) * (of_x * (need_dx + need_dw) + of_h * (1 + need_dw))
+
+
 def _register() -> None:
     from torch.utils.flop_counter import register_flop_formula
 
@@ -75,6 +96,9 @@ def _register() -> None:
     for direction, formula in formulas.items():
         operators = [operator.overloadpacket for (_, of), operator in OPERATORS.items() if of == direction]
         register_flop_formula(operators, get_raw=True)(formula)
+    if hasattr(torch.ops.rnnfast, "cpu_flex_forward"):  # the library is there
+        register_flop_formula(torch.ops.rnnfast.cpu_flex_forward, get_raw=True)(_flex_forward_flops)
+        register_flop_formula(torch.ops.rnnfast.cpu_flex_backward, get_raw=True)(_flex_backward_flops)
 
 
 class _OnImport(importlib.abc.MetaPathFinder):

@@ -50,6 +50,8 @@ class Options(NamedTuple):
 
     def variant(self, training: bool, states: int = 1) -> Variant | None:
         """How the steps of a call differ from torch.nn's beside ``reset_after``; None: in nothing."""
+        if self is _USUAL_OPTIONS:
+            return None
         chances = self.zoneout if isinstance(self.zoneout, tuple) else (self.zoneout,) * states
         variant = Variant(
             self.recurrent_dropout if training and self.recurrent_dropout else None,

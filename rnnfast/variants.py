@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from . import border, reference
 from .backends import is_recorded
 from .cells import CELLS, GATES, Cell, Named, cell, mean, normalize, sigmoid, sqrt, tanh, where
-from .evaluator import RUN, Plan, choose, clip_gradient, no_autocast, recomputed
+from .evaluator import RUN, Plan, choose, clip_gradient, gates_of_x, no_autocast, recomputed
 from .evaluator import layer as layer_of_any_cell
 from .records import Inputs, Weights
 
@@ -62,16 +62,18 @@ def _cell_of(variant: Variant, mode: str) -> Cell:
     return lstm_of_normalized_c if variant.layer_norm and mode == "LSTM" else CELLS[mode]
 
 
-def run(serve: Callable[..., tuple[Tensor, ...]], variant: Variant, plan: Plan, x_gates: Tensor,
-        w_hh: Tensor | None, b_hh: Tensor | None, lengths: Tensor | None, resets: Tensor | None, *others: Tensor,
-        ) -> tuple[Tensor, ...]:  # fmt: skip
+def run(serve: Callable[..., tuple[Tensor, ...]], variant: Variant, plan: Plan, x: Tensor | None, w_ih: Tensor | None,
+        b_ih: Tensor | None, z_gates: Tensor | None, w_hh: Tensor | None, b_hh: Tensor | None, lengths: Tensor | None,
+        resets: Tensor | None, *others: Tensor) -> tuple[Tensor, ...]:  # fmt: skip
     """As ``serve``, one of ``evaluator.RUN``, but of a variant of the plan's cell."""
     p, count = variant.recurrent_dropout, len(plan.cell.states)
     zoned = tuple(k for k, chance in enumerate(variant.zoneout) if chance is not None)
     form = p is not None, zoned, variant.expected, variant.state_clip is not None
     made = varied(plan.cell, variant.layer_norm, variant.heads > 1, *form)
     scalars = [*plan.scalars, *(chance for chance in variant.zoneout if chance is not None)]
-    like = x_gates[..., : others[0].size(1)]
+    steps = z_gates if x is None else x
+    assert steps is not None
+    like = others[0].expand(steps.size(0), -1, -1)
     random = [] if variant.expected else [torch.rand_like(like) for _ in zoned]
     if p is not None:
         scale, of_rows = 1 / (1 - p) if p < 1 else 0.0, torch.rand_like(others[0])
@@ -80,8 +82,10 @@ def run(serve: Callable[..., tuple[Tensor, ...]], variant: Variant, plan: Plan, 
         others = torch.where(of_rows < p, 0, scale * others[0]), *others
     if variant.state_clip is not None:
         scalars.append(variant.state_clip)
-    x_gates = torch.cat([x_gates, *random], 2) if random else x_gates
-    found = serve(Plan(made, tuple(scalars), plan.reverse), x_gates, w_hh, b_hh, lengths, resets, *others)
+    more = [*([] if z_gates is None else [z_gates]), *random]
+    z_gates = torch.cat(more, 2) if len(more) > 1 else more[0] if more else None
+    inputs = x, w_ih, b_ih, z_gates, w_hh, b_hh, lengths, resets
+    found = serve(Plan(made, tuple(scalars), plan.reverse), *inputs, *others)
     return (*found[1 : 1 + count], *found[2 + count :]) if p is not None else found
 
 
@@ -252,12 +256,13 @@ def _with_norms(w: Weights, norms: dict[str, Tensor], cell: Cell) -> dict[str, T
     return found
 
 
-def _run_normalized(serve: Callable[..., tuple[Tensor, ...]], cell: Cell, plan: Plan, x_gates: Tensor, w_hh: Tensor,
-                    b_hh: None, lengths: Tensor | None, resets: Tensor | None, *others: Tensor,
-                    ) -> tuple[Tensor, ...]:  # fmt: skip
+def _run_normalized(serve: Callable[..., tuple[Tensor, ...]], cell: Cell, plan: Plan, x: Tensor, w_ih: Tensor,
+                    b_ih: None, z_gates: None, w_hh: Tensor, b_hh: None, lengths: Tensor | None,
+                    resets: Tensor | None, *others: Tensor) -> tuple[Tensor, ...]:  # fmt: skip
     """As ``serve``, with gates of x that are to be normalised likewise, by the first two of the units' weights."""
     count = len(plan.cell.states)
     states, (gain, shift), units = others[:count], others[count : count + 2], others[count + 2 :]
-    parts = zip(_by_group(x_gates, cell, 2), _by_group(gain, cell, 0), _by_group(shift, cell, 0))
+    made = gates_of_x(x, w_ih, b_ih, z_gates, states[0].dtype)
+    parts = zip(_by_group(made, cell, 2), _by_group(gain, cell, 0), _by_group(shift, cell, 0))
     x_gates = _joined([F.layer_norm(part, part.shape[-1:], of_gain, of_shift) for part, of_gain, of_shift in parts], 2)
-    return serve(plan, x_gates, w_hh, b_hh, lengths, resets, *states, *units)
+    return serve(plan, None, None, None, x_gates, w_hh, b_hh, lengths, resets, *states, *units)

@@ -107,6 +107,8 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
     "csrc/cpu/weight_gradients.h": [
         ("own weights' gradients of the gates", UNITS, "(Pass::kGrads + k) * padded", "k * padded"),
         ("no b_hh gradient", NUMBERS, "f.dw[d].w_hh, f.dw[d].b_hh}", "f.dw[d].w_hh, nullptr}"),
+    ],
+    "csrc/cpu/transposed_product.h": [
         ("dW of the last stretch of rows", THREADS, "q ? sum : kZeros<Sum>, q ? kSide : 0, sum", "kZeros<Sum>, 0, sum"),
     ],
     "csrc/cpu/sweep.h": [
@@ -306,20 +308,35 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         ("a projection of heads", FLEX, "w_hh = w_hh.unsqueeze(0)", "w_hh = w_hh.T.unsqueeze(0)"),
         ("clipped on one side", VARIANTS, "minimum(maximum(d, -bound), bound)", "minimum(d, bound)"),
         ("a clip that is not derived", VARIANTS, "return grad.clamp(-bound, bound), None", "return grad, None"),
-        ("biases by head", FLEX, "view(heads, -1, width).transpose(0, 1).flatten()", "flatten()"),
+        ("biases by head", FLEX, "view(w_hh.size(0), -1, w_hh.size(2)).transpose(0, 1).flatten()", "flatten()"),
+        ("scalars by value", FLEX, "tuple(float(scalar).hex() for scalar in plan.scalars)", "plan.scalars"),
+        ("one gradient of x and a, whatever is given", VARIANTS, "heads == 1 and made >= len(a) and", "heads == 1 and"),
+        ("operations in one that are read twice", FLEX, "if uses[arg] == 1 and (both", "if (both"),
         (
             "a result that is written over",
             FLEX,
             "isinstance(of, Value) and of.op else",
             "isinstance(of, Value) else",
         ),
-        ("scalars after the numbers", FLEX, "[*scalars, *program.numbers]", "[*program.numbers, *scalars]"),
+        (
+            "scalars after the numbers",
+            FLEX,
+            "[*map(float.fromhex, scalars), *program.numbers]",
+            "[*program.numbers, *scalars]",
+        ),
     ],
     "csrc/cpu/flex_kernels.cpp": [
         ("gradient across a border", FLEX, "!valid(n) || !rows.cut(t, n)", "true"),
         ("border of the reverse direction", FLEX, "l.reverse ? t + 1 : t", "t"),
-        ("the first head's h", FLEX, "state(0, n) + head * rows.blocks * U", "state(0, n)"),
-        ("the first head's gradient", FLEX, "b.A * H) + head * columns, b.A * H", "b.A * H), b.A * H"),
+        ("the first head's h", FLEX, "state(0, n, step) + head * rows.blocks * U", "state(0, n, step)"),
+        ("the first head's gradient", FLEX, "live.begin) * of_a + head * columns", "live.begin) * of_a"),
+        (
+            "chunks that begin anew",
+            FLEX,
+            "row_at<Number>(f.x, rows.time(s) *",
+            "row_at<Number>(f.x, rows.time(s - s0) *",
+        ),
+        ("the first head's W_hh", FLEX, "const int64_t first = k * b.A * width;", "const int64_t first = 0;"),
         ("a head's end of another row", FLEX, "load(from + i * stride, strip.lanes)", "load(from, strip.lanes)"),
         ("memory that is in use still", FLEX, "last[arg] != k", "false"),
         (
@@ -347,7 +364,7 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
     "rnnfast/flex.py": [
         ("packed rows in order", FLEX, "state.index_select(1, back)", "state.index_select(1, order)"),
         ("no more to recompute", FLEX, "run = recomputed(run) if self.recompute else run", "run = run"),
-        ("dropout before the first", FLEX, "self.training and k > 0", "self.training"),
+        ("dropout before the first", FLEX, "if k and self.dropout:", "if self.dropout:"),
     ],
     "rnnfast/triton/flex.py": [
         ("no episode begins first", FLEX_TRITON, "resets is not None and not plan.reverse", "False"),

@@ -24,7 +24,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 import rnnfast
 from rnnfast import FlexRNN, cells
 from rnnfast.cells import PRIMITIVES, Cell
-from rnnfast.evaluator import OPERATIONS
+from rnnfast.evaluator import FUSED, OPERATIONS, programs
 
 DOUBLE = torch.float64
 T, N, I, H = 5, 4, 3, 6
@@ -820,6 +820,10 @@ SPECIAL += [
 ]
 
 
+def arity_of(name: str) -> int:
+    return PRIMITIVES[name].on_tensors.__code__.co_argcount
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, DOUBLE], ids=str)
 @pytest.mark.parametrize("kernels", [name for name in KERNELS if name.startswith("cpu")])
 def test_operations(kernels: str, dtype: torch.dtype) -> None:
@@ -829,26 +833,89 @@ def test_operations(kernels: str, dtype: torch.dtype) -> None:
     size = a.numel()
     x = torch.stack([a, b]).view(1, 1, -1)
     none = torch.zeros(0, dtype=DOUBLE)
+    of_two = {both: (second, first, at) for (second, at, first), both in FUSED.items()}
     for number, name in enumerate(OPERATIONS):
-        count = {"where": 3}.get(name, 2)
+        count = 3 if name == "where" or name in of_two else 2
         operation = torch.tensor([[number, 0, *([1] * (count - 1)), *([0] * (3 - count))]])
-        arguments = operation, none, torch.tensor([3]), x, None, None, [torch.zeros(1, size, dtype=dtype)], []
+        program, x_gates = (operation, none, torch.tensor([3])), (None, None, None, x)
+        arguments = *program, *x_gates, None, None, [torch.zeros(1, size, dtype=dtype)], []
         with use(kernels):
             after, *_ = torch.ops.rnnfast.cpu_flex_forward(
                 *arguments, torch.zeros(1, dtype=DOUBLE), None, None, False, False
             )
-        arity = PRIMITIVES[name].on_tensors.__code__.co_argcount
+        tiny, eps = torch.finfo(dtype).tiny, torch.finfo(dtype).eps
+        if name in of_two:  # of sums that cancel each other what matters is how large their terms are
+            second, first, at = of_two[name]
+            made = PRIMITIVES[first].on_tensors(a, b)
+            expected = PRIMITIVES[second].on_tensors(*((b, made) if at else (made, b))[: arity_of(second)])
+            slack = (made.abs() + b.abs()).nan_to_num(0, 0, 0) * 4 * eps + 4 * tiny + 8 * eps * expected.abs()
+            near = (after[0][0] - expected).abs() <= slack
+            assert (near | (after[0][0] == expected) | (after[0][0].isnan() & expected.isnan())).all(), name
+            continue
+        arity = arity_of(name)
         given = (a != 0, b, b) if name == "where" else (a, b)[:arity]
         expected = PRIMITIVES[name].on_tensors(*given).to(dtype)
         # The reference's own functions of subnormals and their like differ by what lies below the smallest normal one.
-        tiny, eps = torch.finfo(dtype).tiny, torch.finfo(dtype).eps
         torch.testing.assert_close(after[0][0], expected, rtol=8 * eps, atol=4 * tiny, equal_nan=True, msg=name)
+
+
+def test_two_operations_as_one() -> None:
+    """Where what the first one makes is read by the second alone."""
+
+    @rnnfast.cell(gates="f g")
+    def cell(x, a, s):
+        f = x.f + a.f
+        return torch.sigmoid(f) * s.h + f * torch.tanh(x.g + a.g) * x.g
+
+    (operations, _, results), *_ = programs(cell, (), 1, 2)
+    names = [OPERATIONS[number] for number in operations[:, 0]]
+    assert sorted(names) == ["add", "multiply_add", "multiply_twice", "sigmoid", "tanh_of_sum"]
+    assert results.tolist() == [5 + len(names) - 1]
+
+
+def test_zeros_of_either_sign() -> None:
+    """Scalars that are equal, and are not the same."""
+    cell = rnnfast.cell(gates="f", scalars={"zero": 0.0})(lambda x, a, s, w: 1 / (0 * x.f + w.zero))
+    for zero in (0.0, -0.0):
+        (h,) = FlexRNN(cell, 1, 1, scalars={"zero": zero}, recurrent="none")(torch.ones(1, 1, 1) * -zero)[1]
+        assert h.item() == 1 / torch.tensor(zero)
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("given", ["x", "z_gates", "both"])
+def test_operators_and_their_fakes(given: str, heads: int) -> None:
+    """What they return has the shapes that fakes give it, and arguments are left as they are."""
+    torch.manual_seed(0)
+    forward, backward = torch.ops.rnnfast.cpu_flex_forward.default, torch.ops.rnnfast.cpu_flex_backward.default
+    cell, of_x = cells.peephole_lstm, {"x": 4, "z_gates": 0, "both": 3}[given]
+    made = programs(cell, (), heads, of_x)
+    x, w_ih, b_ih = (torch.randn(T, N, I), torch.randn(of_x * H, I), torch.randn(of_x * H)) if of_x else (None,) * 3
+    z_gates = torch.randn(T, N, (4 - of_x) * H) if of_x < 4 else None
+    w_hh, units = torch.randn(heads, 4 * H // heads, H // heads), [torch.randn(H)] * 3
+    states = [torch.randn(N, H)] * 2
+    lengths, resets = torch.tensor([5, 0, 3, 1]), torch.rand(T, N) < 0.3
+    of_gates = x, w_ih, b_ih, z_gates, w_hh, torch.randn(4 * H)
+    for keep in (False, True):
+        program = made.keeping if keep else made.forward
+        call = *program, *of_gates, states, units, made.initial, lengths, resets, True, keep
+        torch.library.opcheck(forward, call, test_utils=("test_schema", "test_faketensor"))
+    after, every, before, saved = forward(*call)
+    of_steps = x, w_ih, w_hh, before, every, units, saved, lengths, resets
+    for needs in ((True, True, True), (False, False, False)):
+        grads = [torch.randn(T, N, H), torch.zeros(0)], [torch.randn(N, H)] * 2
+        call = *made.backward, *of_steps, *grads, 4 - of_x, True, *needs
+        torch.library.opcheck(backward, call, test_utils=("test_schema", "test_faketensor"))
 
 
 def malformed() -> dict[str, tuple[Callable[[list[Any]], None], str]]:
     """What is wrong with the arguments of cpu_flex_forward, and what is said."""
     at = lambda index, value: lambda args: args.__setitem__(index, value)
     rows = lambda *row: torch.tensor([row])
+
+    def of_x(**given: Tensor) -> Callable[[list[Any]], None]:
+        found = {"x": torch.zeros(2, 3, 5), "w_ih": torch.zeros(4, 5), "b_ih": None, **given}
+        return lambda args: args.__setitem__(slice(3, 6), found.values())
+
     return {
         "operation": (at(0, rows(len(OPERATIONS), 0, 0, 0)), "has no operation"),
         "negative operation": (at(0, rows(-1, 0, 0, 0)), "has no operation"),
@@ -861,29 +928,40 @@ def malformed() -> dict[str, tuple[Callable[[list[Any]], None], str]]:
         "result is an input": (at(2, torch.tensor([0])), "result 0 is place 0"),
         "results": (at(2, torch.zeros(0, dtype=torch.long)), "has 0 results, of 1 states"),
         "results that nobody keeps": (
-            lambda args: args.__setitem__(slice(2, 13), [torch.tensor([3, 3]), *args[3:12], False]),
+            lambda args: args.__setitem__(slice(2, 16), [torch.tensor([3, 3]), *args[3:15], False]),
             "has 2 results, of 1 states",
         ),
-        "x": (at(3, torch.zeros(2, 8)), "x_gates has to be"),
-        "x of half": (at(3, torch.zeros(2, 3, 8).half()), "x_gates has to be float32 or float64"),
-        "x of no whole gate": (at(3, torch.zeros(2, 3, 7)), "x_gates has to have columns for every unit"),
-        "w_hh": (at(4, torch.zeros(1, 4, 3)), "w_hh has shape"),
-        "heads": (at(4, torch.zeros(3, 4, 4)), "w_hh has to be"),
-        "b_hh": (at(5, torch.zeros(3)), "b_hh has shape"),
-        "states": (at(6, []), "states have to be"),
-        "rows": (at(6, [torch.zeros(2, 4)]), "states has shape"),
-        "state dtype": (at(6, [torch.zeros(3, 4, dtype=DOUBLE)]), "states has dtype"),
-        "units": (at(7, [torch.zeros(3)]), "a weight of units has shape"),
-        "initial": (at(8, torch.zeros(2, dtype=DOUBLE)), "initial has shape"),
-        "lengths": (at(9, torch.tensor([0, 1, 3])), "lengths have to be between 0 and 2"),
-        "resets": (at(10, torch.zeros(3, 2, dtype=torch.bool)), "resets has shape"),
+        "nothing": (at(6, None), "needs x or z_gates"),
+        "x": (at(3, torch.zeros(2, 8)), "x has to be"),
+        "x alone": (at(3, torch.zeros(2, 3, 5)), "x and w_ih need each other"),
+        "w_ih alone": (at(4, torch.zeros(4, 5)), "x and w_ih need each other"),
+        "w_ih": (of_x(w_ih=torch.zeros(4, 6)), "w_ih has shape"),
+        "w_ih of no whole gate": (of_x(w_ih=torch.zeros(6, 5)), r"w_ih has to be \[X\*H, I\]"),
+        "w_ih of no gate": (of_x(w_ih=torch.zeros(0, 5)), r"w_ih has to be \[X\*H, I\]"),
+        "b_ih": (of_x(b_ih=torch.zeros(5)), "b_ih has shape"),
+        "dtype of x": (of_x(x=torch.zeros(2, 3, 5, dtype=DOUBLE)), "w_ih has dtype"),
+        "more gates than the program reads": (of_x(), "result 0 is place 3"),
+        "z": (at(6, torch.zeros(2, 8)), "z_gates has to be"),
+        "z of half": (at(6, torch.zeros(2, 3, 8).half()), "z_gates has to be float32 or float64"),
+        "z of no whole gate": (at(6, torch.zeros(2, 3, 7)), "z_gates has to have columns for every unit"),
+        "w_hh": (at(7, torch.zeros(1, 4, 3)), "w_hh has shape"),
+        "heads": (at(7, torch.zeros(3, 4, 4)), "w_hh has to be"),
+        "b_hh": (at(8, torch.zeros(3)), "b_hh has shape"),
+        "states": (at(9, []), "states have to be"),
+        "rows": (at(9, [torch.zeros(2, 4)]), "states has shape"),
+        "state dtype": (at(9, [torch.zeros(3, 4, dtype=DOUBLE)]), "states has dtype"),
+        "units": (at(10, [torch.zeros(3)]), "a weight of units has shape"),
+        "initial": (at(11, torch.zeros(2, dtype=DOUBLE)), "initial has shape"),
+        "lengths": (at(12, torch.tensor([0, 1, 3])), "lengths have to be between 0 and 2"),
+        "resets": (at(13, torch.zeros(3, 2, dtype=torch.bool)), "resets has shape"),
     }
 
 
 @pytest.mark.parametrize("what", malformed())
 def test_malformed_calls(what: str) -> None:
     program = [torch.tensor([[0, 0, 1, 0]]), torch.zeros(0, dtype=DOUBLE), torch.tensor([3])]
-    args = [*program, torch.zeros(2, 3, 4), torch.zeros(1, 4, 4), torch.zeros(4), [torch.zeros(3, 4)], []]
+    args = [*program, None, None, None, torch.zeros(2, 3, 4), torch.zeros(1, 4, 4), torch.zeros(4)]
+    args += [[torch.zeros(3, 4)], []]
     args += [torch.zeros(1, dtype=DOUBLE), torch.tensor([0, 1, 2]), torch.zeros(2, 3, dtype=torch.bool), False, True]
     torch.ops.rnnfast.cpu_flex_forward(*args)
     change, message = malformed()[what]
@@ -894,29 +972,34 @@ def test_malformed_calls(what: str) -> None:
 
 BAD_BACKWARD = {
     "results": (2, torch.tensor([4]), "has 1 results, expected 3"),
-    "result is an input": (2, torch.tensor([5, 0]), "result 1 is place 0"),
-    "w_hh": (3, torch.zeros(1, 8, 4), "has 2 results, expected 4"),
-    "before": (4, [torch.zeros(3, 4)], r"before has to be \[T, N, H\]"),
-    "every": (5, [torch.zeros(2, 3, 5)], "every has shape"),
-    "saved": (7, torch.zeros(2, 3, 6), "saved has to have columns for every unit"),
-    "rows": (7, torch.zeros(2, 2, 4), "before has shape"),
-    "d_final": (11, [torch.zeros(3, 4)] * 2, "got 2 d_final, expected 1"),
-    "gates of x": (12, 0, "x cannot have 0 gates"),
+    "result is an input": (2, torch.tensor([5, 4, 0]), "result 2 is place 0"),
+    "x alone": (3, torch.zeros(2, 3, 5), "x and w_ih need each other"),
+    "w_ih": (4, torch.zeros(4, 6), "x and w_ih need each other"),
+    "w_hh": (5, torch.zeros(1, 8, 4), "has 3 results, expected 4"),
+    "before": (6, [torch.zeros(3, 4)], r"before has to be \[T, N, H\]"),
+    "every": (7, [torch.zeros(2, 3, 5)], "every has shape"),
+    "saved": (9, torch.zeros(2, 3, 6), "saved has to have columns for every unit"),
+    "rows": (9, torch.zeros(2, 2, 4), "before has shape"),
+    "d_final": (13, [torch.zeros(3, 4)] * 2, "got 2 d_final, expected 1"),
+    "no gates": (14, 0, "a layer needs gates"),
+    "gates": (14, -1, "there cannot be -1 gates"),
 }
 
 
 @pytest.mark.parametrize("what", BAD_BACKWARD)
 def test_malformed_backward(what: str) -> None:
     """Of a cell of one gate: the gradients are d times what was saved, of x and of a, and d of h."""
-    program = [torch.tensor([[2, 0, 3, 0], [0, 3, 3, 0]]), torch.zeros(0, dtype=DOUBLE), torch.tensor([4, 5])]
+    program = [torch.tensor([[2, 0, 3, 0], [0, 3, 3, 0]]), torch.zeros(0, dtype=DOUBLE), torch.tensor([4, 4, 5])]
     steps = torch.ones(2, 3, 4)
-    args = [*program, torch.zeros(1, 4, 4), [steps], [steps], [], steps, None, None, [steps], [torch.zeros(3, 4)], 1]
-    dx, da, (dh,), _ = torch.ops.rnnfast.cpu_flex_backward(*args, False)
-    assert dx[0, 0, 0] == 3 and da.numel() == 0 and dh[0, 0] == 6
+    args = [*program, None, None, torch.zeros(1, 4, 4), [steps], [steps], [], steps, None, None, [steps]]
+    args += [[torch.zeros(3, 4)], 1, False, True, True, True]
+    dx, dw_ih, _, dz, dw_hh, db_hh, (dh,), _ = torch.ops.rnnfast.cpu_flex_backward(*args)
+    assert dx.numel() == 0 == dw_ih.numel() and dz[0, 0, 0] == 3 and dh[0, 0] == 6
+    assert dw_hh.shape == (1, 4, 4) and dw_hh[0, 0, 0] == 12 == db_hh[0, 0]
     index, value, message = BAD_BACKWARD[what]
     args[index] = value
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.rnnfast.cpu_flex_backward(*args, False)
+        torch.ops.rnnfast.cpu_flex_backward(*args)
 
 
 STATES = [torch.zeros(4, N, H, dtype=DOUBLE)] * 4

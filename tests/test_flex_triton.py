@@ -55,7 +55,7 @@ def of_program(function: Callable[..., Any], x: torch.Tensor, **options: Any) ->
     cell = rnnfast.cell(gates=gates, **options)(function)
     x = x[cell.gates_of_x]
     plan = Plan(cell, tuple(cell.scalars.values()), False)
-    every, _ = flex.run(plan, x.flatten().view(1, 1, -1), None, None, None, None, torch.zeros_like(x[:1]))
+    every, _ = flex.run(plan, *[None] * 3, x.flatten().view(1, 1, -1), *[None] * 4, torch.zeros_like(x[:1]))
     return every[0, 0]
 
 

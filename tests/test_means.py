@@ -267,11 +267,45 @@ def test_malformed_calls(what: str) -> None:
     mean = rnnfast.evaluator.OPERATIONS.index("mean")
     program = torch.tensor([[mean, 0, 0, 0]]), torch.zeros(0, dtype=DOUBLE), torch.tensor([2])
     x = torch.arange(6.0).view(1, 2, 3)
-    args = [*program, x, None, None, [torch.zeros(2, 3)], [], torch.zeros(1, dtype=DOUBLE), None, None, False, True]
+    args = [*program, None, None, None, x, None, None, [torch.zeros(2, 3)], [], torch.zeros(1, dtype=DOUBLE)]
+    args += [None, None, False, True]
     after, *_ = torch.ops.rnnfast.cpu_flex_forward(*args)
     assert torch.equal(after[0], torch.tensor([[1.0], [4.0]]).expand(2, 3))
     with pytest.raises(RuntimeError, match=message):
         torch.ops.rnnfast.cpu_flex_forward(*args, count)
+
+
+def test_operators_and_their_fakes() -> None:
+    """What they return has the shapes that fakes give it, numbers of rows among what is saved."""
+    if not rnnfast.backends()["cpu"].available:
+        pytest.skip("no native library")
+    made = rnnfast.evaluator.programs(normalized, ((0.7).hex(),), 1, 0)
+    assert made.of_rows > 0
+    states, units, steps = [torch.randn(N, 6)] * 2, [torch.randn(6)], 70
+    z_gates, w_hh = torch.randn(steps, N, 12), torch.randn(1, 12, 6)
+    call = *made.keeping, None, None, None, z_gates, w_hh, None, states, units, made.initial, None, None, False, True
+    forward, backward = torch.ops.rnnfast.cpu_flex_forward.default, torch.ops.rnnfast.cpu_flex_backward.default
+    torch.library.opcheck(forward, (*call, made.of_rows), test_utils=("test_schema", "test_faketensor"))
+    after, every, before, saved = forward(*call, made.of_rows)
+    of_steps = None, None, w_hh, before, every, units, saved, None, None, [torch.zeros(0)] * 2, states
+    call = *made.backward, *of_steps, 2, False, False, True, True, made.of_rows
+    torch.library.opcheck(backward, call, test_utils=("test_schema", "test_faketensor"))
+    assert backward(*call)[-1].shape == (2, N, 6)
+
+
+def test_rows_of_threads() -> None:
+    """So many units that threads would share those of a cell without means: here a thread has all of a row."""
+    torch.manual_seed(0)
+    net, x = FlexRNN(normalized, 30, 300).double(), torch.randn(T, 2, 30, dtype=DOUBLE)
+    found, threads = [], torch.get_num_threads()
+    try:
+        for count in (1, 8):
+            torch.set_num_threads(count)
+            y = net(x)[0]
+            found.append([y, *torch.autograd.grad(y.square().sum(), list(net.parameters()))])
+    finally:
+        torch.set_num_threads(threads)
+    torch.testing.assert_close(*found)
 
 
 def test_a_nan_stays_in_its_row() -> None:

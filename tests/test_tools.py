@@ -631,6 +631,19 @@ def test_flops_of_cells() -> None:
         assert counter.get_total_flops() == 2 * 3 * gates * 5 * (4 + 5)
 
 
+def test_flops_of_any_cell() -> None:
+    """The products, of x's gates and a's, of the steps that are run; of each two in a backward, if x has a gradient."""
+    net, x = rnnfast.FlexRNN(rnnfast.cells.slstm, 4, 6, num_heads=2), torch.randn(7, 3, 4)
+    of_x, of_h = 2 * 24 * 4, 2 * 24 * 6 // 2
+    for rows, lengths in ((21, None), (9, torch.tensor([0, 7, 2]))):
+        for needs_dx in (False, True):
+            with FlopCounterMode(display=False) as counter:
+                output = net(x.clone().requires_grad_(needs_dx), lengths=lengths)[0]
+                assert counter.get_total_flops() == rows * (of_x + of_h)
+                output.sum().backward()
+            assert counter.get_total_flops() == rows * ((2 + needs_dx) * of_x + 3 * of_h)
+
+
 @every
 def test_signatures(name: str) -> None:
     """Real parameters, with torch's names, order and defaults; what we add is by keyword alone."""

@@ -1,6 +1,5 @@
 // The CPU operators of a direction of any cell's recurrence: checks and translates their arguments, allocates the
-// results, and calls the kernels. The products with W_ih, and what the weights' gradients are made of, are the
-// caller's.
+// results, and calls the kernels.
 #include "flex.h"
 
 #include <cstring>
@@ -17,13 +16,24 @@ constexpr int64_t kMost = int64_t(1) << 31;
 class Arguments {
  public:
   Arguments(const Tensor& operations, const Tensor& numbers, const Tensor& results, const char* name,
-            const Tensor& rows, const OptionalTensor& w_hh, const std::vector<Tensor>& units,
-            const OptionalTensor& lengths, const OptionalTensor& resets, bool reverse, int64_t H, int64_t S) {
-    RNNFAST_CHECK(rows.defined() && rows.dim() == 3, name, " has to be [T, N, columns]");
-    dtype = rows.scalar_type();
-    RNNFAST_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, name, " has to be float32 or float64");
-    l.T = rows.size(0), l.N = rows.size(1), l.H = H, l.S = S, l.U = units.size(), l.K = 1;
+            const OptionalTensor& rows, const OptionalTensor& x, const OptionalTensor& w_ih, const OptionalTensor& w_hh,
+            const std::vector<Tensor>& units, const OptionalTensor& lengths, const OptionalTensor& resets, bool reverse,
+            int64_t H, int64_t S) {
+    const Tensor& known = x ? *x : *rows;
+    RNNFAST_CHECK(known.defined() && known.dim() == 3, x ? "x" : name, " has to be [T, N, columns]");
+    dtype = known.scalar_type();
+    RNNFAST_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, x ? "x" : name,
+                  " has to be float32 or float64");
+    l.T = known.size(0), l.N = known.size(1), l.H = H, l.S = S, l.U = units.size(), l.K = 1;
     RNNFAST_CHECK(H > 0, "a layer needs units");
+    RNNFAST_CHECK(x.has_value() == w_ih.has_value(), "x and w_ih need each other");
+    if (x) {
+      l.I = x->size(2);
+      RNNFAST_CHECK(w_ih->defined() && w_ih->dim() == 2 && w_ih->size(0) > 0 && w_ih->size(0) % H == 0,
+                    "w_ih has to be [X*H, I]");
+      l.X = w_ih->size(0) / H;
+      check_tensor("w_ih", *w_ih, {l.X * H, l.I}, dtype);
+    }
     if (w_hh) {
       RNNFAST_CHECK(w_hh->dim() == 3 && w_hh->size(0) > 0 && H % w_hh->size(0) == 0, "w_hh has to be [K, A*H/K, H/K]");
       l.K = w_hh->size(0), l.A = w_hh->size(1) / (H / l.K);
@@ -41,7 +51,7 @@ class Arguments {
     }
     l.resets = static_cast<const uint8_t*>(read(resets));
     l.reverse = reverse, l.threads = torch::stable::get_num_threads();
-    l.w_hh = read(w_hh), l.units = units_.data();
+    l.x = read(x), l.w_ih = read(w_ih), l.w_hh = read(w_hh), l.units = units_.data();
 
     RNNFAST_CHECK(operations.defined() && operations.dim() == 2, "operations has to be [operations, 4]");
     check_tensor("operations", operations, {operations.size(0), 4}, ScalarType::Long);
@@ -62,8 +72,10 @@ class Arguments {
 
   // How many times H the columns of rows are, beside others.
   int64_t columns(const char* name, const Tensor& rows, int64_t others = 0) const {
+    RNNFAST_CHECK(rows.defined() && rows.dim() == 3, name, " has to be [T, N, columns]");
     const int64_t count = rows.size(2) - others;
     RNNFAST_CHECK(count >= 0 && count % l.H == 0, name, " has to have columns for every unit");
+    check_tensor(name, rows, {l.T, l.N, rows.size(2)}, dtype);
     return count / l.H;
   }
 
@@ -73,7 +85,7 @@ class Arguments {
     Program& p = l.program;
     p.inputs = inputs;
     RNNFAST_CHECK(p.results == results, "the program has ", p.results, " results, expected ", results);
-    RNNFAST_CHECK(std::max({l.T, l.N, l.X * l.H, l.A * l.H, l.Y * l.H}) < kMost, "a size is 2^31 or more");
+    RNNFAST_CHECK(std::max({l.T, l.N, l.I, (l.X + l.Z) * l.H, l.A * l.H, l.Y * l.H}) < kMost, "a size is 2^31 or more");
     RNNFAST_CHECK(p.numbers + p.operations < kMost / 1024, "the program is too long");
     for (int64_t k = 0; k < p.operations; k++) {
       const Operation& o = p.operation[k];
@@ -132,7 +144,8 @@ std::vector<Tensor> copied(const Arguments& given, const std::vector<const void*
 void flex_forward(StableIValue* values, uint64_t arguments, uint64_t results_) {
   Stack stack(values, arguments, results_);
   const Tensor operations = stack.tensor(), numbers = stack.tensor(), results = stack.tensor();
-  const Tensor x_gates = stack.tensor();
+  const OptionalTensor x = stack.optional_tensor(), w_ih = stack.optional_tensor(), b_ih = stack.optional_tensor();
+  const OptionalTensor z_gates = stack.optional_tensor();
   const OptionalTensor w_hh = stack.optional_tensor(), b_hh = stack.optional_tensor();
   const std::vector<Tensor> states = stack.tensors(), units = stack.tensors();
   const Tensor initial = stack.tensor();
@@ -141,14 +154,16 @@ void flex_forward(StableIValue* values, uint64_t arguments, uint64_t results_) {
   const int64_t R = stack.number();
 
   RNNFAST_CHECK(!states.empty() && states[0].defined() && states[0].dim() == 2, "states have to be [N, H]");
-  Arguments given(operations, numbers, results, "x_gates", x_gates, w_hh, units, lengths, resets, reverse,
+  RNNFAST_CHECK(x || z_gates, "a layer needs x or z_gates");
+  Arguments given(operations, numbers, results, "z_gates", z_gates, x, w_ih, w_hh, units, lengths, resets, reverse,
                   states[0].size(1), states.size());
   FlexLayer& l = given.l;
   RNNFAST_CHECK(R >= 0 && R <= l.program.results, "the program cannot have ", R, " results of rows");
-  l.X = given.columns("x_gates", x_gates), l.Y = l.program.results - l.S - R, l.R = R;
-  RNNFAST_CHECK(l.X > 0, "x_gates has no gate");
+  l.Z = z_gates ? given.columns("z_gates", *z_gates) : 0, l.Y = l.program.results - l.S - R, l.R = R;
+  RNNFAST_CHECK(l.X + l.Z > 0, "z_gates has no gate");
   RNNFAST_CHECK(keep ? l.Y >= 0 : l.Y + R == 0, "the program has ", l.program.results, " results, of ", l.S, " states");
-  given.check_program(l.X + l.A + l.S + l.U, l.S + l.Y + R, l.S);
+  check_tensor("b_ih", b_ih, {l.X * l.H}, given.dtype);
+  given.check_program(l.X + l.Z + l.A + l.S + l.U, l.S + l.Y + R, l.S);
   check_tensor("b_hh", b_hh, {l.A * l.H}, given.dtype);
   check_tensor("initial", initial, {l.S}, ScalarType::Double);
   const Shape of_state{l.N, l.H}, of_steps{l.T, l.N, l.H};
@@ -158,7 +173,7 @@ void flex_forward(StableIValue* values, uint64_t arguments, uint64_t results_) {
   const auto to_states = data(after), to_every = data(every), to_before = data(before);
 
   FlexForward f{l};
-  f.x_gates = given.read(x_gates), f.b_hh = given.read(b_hh);
+  f.b_ih = given.read(b_ih), f.z_gates = given.read(z_gates), f.b_hh = given.read(b_hh);
   f.initial = static_cast<const double*>(given.read(initial));
   f.states = to_states.data(), f.every = to_every.data(), f.before = keep ? to_before.data() : nullptr;
   f.saved = data_if(keep, saved);
@@ -169,45 +184,53 @@ void flex_forward(StableIValue* values, uint64_t arguments, uint64_t results_) {
 void flex_backward(StableIValue* values, uint64_t arguments, uint64_t results_) {
   Stack stack(values, arguments, results_);
   const Tensor operations = stack.tensor(), numbers = stack.tensor(), results = stack.tensor();
-  const OptionalTensor w_hh = stack.optional_tensor();
+  const OptionalTensor x = stack.optional_tensor(), w_ih = stack.optional_tensor(), w_hh = stack.optional_tensor();
   const std::vector<Tensor> before = stack.tensors(), every = stack.tensors(), units = stack.tensors();
   const Tensor saved = stack.tensor();
   const OptionalTensor lengths = stack.optional_tensor(), resets = stack.optional_tensor();
   const std::vector<Tensor> d_every = stack.tensors(), d_final = stack.tensors();
-  const int64_t X = stack.number();
-  const bool reverse = stack.flag();
+  const int64_t Z = stack.number();
+  const bool reverse = stack.flag(), need_dx = stack.flag(), need_dz = stack.flag(), need_dw = stack.flag();
   const int64_t R = stack.number();
 
   RNNFAST_CHECK(!before.empty() && before[0].defined() && before[0].dim() == 3, "before has to be [T, N, H]");
-  Arguments given(operations, numbers, results, "saved", saved, w_hh, units, lengths, resets, reverse,
+  Arguments given(operations, numbers, results, "saved", saved, x, w_ih, w_hh, units, lengths, resets, reverse,
                   before[0].size(2), before.size());
   FlexLayer& l = given.l;
-  RNNFAST_CHECK(X > 0 && X < kMost / l.H, "x cannot have ", X, " gates");
-  RNNFAST_CHECK(R >= 0 && R <= saved.size(2), "saved cannot have ", R, " numbers of rows");
-  l.X = X, l.R = R, l.Y = given.columns("saved", saved, R);
+  RNNFAST_CHECK(Z >= 0 && Z < kMost / l.H, "there cannot be ", Z, " gates beside those of x");
+  RNNFAST_CHECK(l.X + Z > 0, "a layer needs gates");
+  RNNFAST_CHECK(R >= 0 && R < kMost, "there cannot be ", R, " numbers of rows");
+  l.Z = Z, l.R = R, l.Y = given.columns("saved", saved, R);
   l.program.row_inputs[0] = l.Y, l.program.row_inputs[1] = l.Y + R;
-  // Where the gradients of x's gates are those of a's, too, the program has them once.
-  const bool is_both = l.A == X && l.K == 1 && l.program.results == X + l.S + l.U;
-  const int64_t of_a = is_both ? 0 : l.A;
-  given.check_program(l.Y + R + 3 * l.S + l.U, X + of_a + l.S + l.U, X + of_a + l.S + l.U);
+  // Where the gradients of a's gates are those of x's first ones, too, the program has them once.
+  const int64_t of_inputs = l.X + l.Z + l.S + l.U;
+  const bool is_both = l.A <= l.X && l.K == 1 && l.program.results == of_inputs;
+  const int64_t of_results = of_inputs + (is_both ? 0 : l.A);
+  given.check_program(l.Y + R + 3 * l.S + l.U, of_results, of_results);
   const Shape of_state{l.N, l.H}, of_steps{l.T, l.N, l.H};
   const auto from_before = given.pointers("before", before, of_steps);
   const auto from_after = given.pointers("every", every, of_steps);
   const auto from_every = given.pointers("d_every", d_every, of_steps, true);
   const std::vector<Tensor> d_states = copied(given, given.pointers("d_final", d_final, of_state), of_state);
   const auto to_states = data(d_states);
-  const auto rows = [&](int64_t columns) { return empty({l.T, l.N, columns * l.H}, given.dtype); };
-  const Tensor dx_gates = rows(X), da_gates = rows(of_a);
-  const Tensor d_units = empty({(l.T + kStretch - 1) / kStretch, l.N, l.U * l.H}, given.dtype);
+  const bool of_x = need_dw && l.X > 0, of_a = need_dw && l.A > 0, gives_dx = need_dx && l.X > 0;
+  const Tensor dx = empty_if(gives_dx, {l.T, l.N, l.I}, given.dtype);
+  const Tensor dw_ih = empty_if(of_x, {l.X * l.H, l.I}, given.dtype), db_ih = empty_if(of_x, {l.X * l.H}, given.dtype);
+  const Tensor dz_gates = empty_if(need_dz, {l.T, l.N, l.Z * l.H}, given.dtype);
+  const Shape of_w_hh{l.K, l.A * (l.H / l.K), l.H / l.K};
+  const Tensor dw_hh = empty_if(of_a, of_w_hh, given.dtype);
+  const Tensor db_hh = empty_if(of_a, {of_w_hh[0], of_w_hh[1]}, given.dtype);
+  const Tensor d_units = empty({(l.T + kUnitSteps - 1) / kUnitSteps, l.N, l.U * l.H}, given.dtype);
   if (d_units.numel()) std::memset(d_units.data_ptr(), 0, d_units.numel() * d_units.element_size());
 
   FlexBackward b{l};
   b.before = from_before.data(), b.every = from_after.data(), b.saved = given.read(saved);
-  b.d_every = from_every.data(), b.d_states = to_states.data();
-  b.dx_gates = dx_gates.data_ptr(), b.da_gates = is_both ? nullptr : da_gates.data_ptr();
+  b.d_every = from_every.data(), b.d_states = to_states.data(), b.is_both = is_both, b.need_dw = need_dw;
+  b.dx = data_if(gives_dx, dx), b.dw_ih = dw_ih.data_ptr(), b.db_ih = db_ih.data_ptr();
+  b.dz_gates = data_if(need_dz, dz_gates), b.dw_hh = dw_hh.data_ptr(), b.db_hh = db_hh.data_ptr();
   b.d_units = d_units.data_ptr();
   chosen_flex().backward[given.dtype == ScalarType::Double](b);
-  stack.give(dx_gates, da_gates, d_states, d_units);
+  stack.give(dx, dw_ih, db_ih, dz_gates, dw_hh, db_hh, d_states, d_units);
 }
 
 }  // namespace
@@ -215,14 +238,15 @@ void flex_backward(StableIValue* values, uint64_t arguments, uint64_t results_) 
 
 STABLE_TORCH_LIBRARY_FRAGMENT(rnnfast, m) {
   m.def(
-      "cpu_flex_forward(Tensor operations, Tensor numbers, Tensor results, Tensor x_gates, Tensor? w_hh, Tensor? b_hh, "
-      "Tensor[] states, Tensor[] units, Tensor initial, Tensor? lengths, Tensor? resets, bool reverse, bool keep, "
-      "int R=0) -> "
+      "cpu_flex_forward(Tensor operations, Tensor numbers, Tensor results, Tensor? x, Tensor? w_ih, Tensor? b_ih, "
+      "Tensor? z_gates, Tensor? w_hh, Tensor? b_hh, Tensor[] states, Tensor[] units, Tensor initial, Tensor? lengths, "
+      "Tensor? resets, bool reverse, bool keep, int R=0) -> "
       "(Tensor[] states_after, Tensor[] every, Tensor[] before, Tensor saved)");
   m.def(
-      "cpu_flex_backward(Tensor operations, Tensor numbers, Tensor results, Tensor? w_hh, Tensor[] before, "
-      "Tensor[] every, Tensor[] units, Tensor saved, Tensor? lengths, Tensor? resets, Tensor[] d_every, "
-      "Tensor[] d_final, int X, bool reverse, int R=0) -> (Tensor dx_gates, Tensor da_gates, Tensor[] d_states, Tensor "
+      "cpu_flex_backward(Tensor operations, Tensor numbers, Tensor results, Tensor? x, Tensor? w_ih, Tensor? w_hh, "
+      "Tensor[] before, Tensor[] every, Tensor[] units, Tensor saved, Tensor? lengths, Tensor? resets, "
+      "Tensor[] d_every, Tensor[] d_final, int Z, bool reverse, bool need_dx, bool need_dz, bool need_dw, int R=0) -> "
+      "(Tensor dx, Tensor dw_ih, Tensor db_ih, Tensor dz_gates, Tensor dw_hh, Tensor db_hh, Tensor[] d_states, Tensor "
       "d_units)");
 }
 

@@ -1,6 +1,6 @@
 // The recurrence of any cell: what its traced function does, as a list of operations that an evaluator goes through.
-// Letters as in ../README.md; and X gates are read of W_ih x, A of W_hh h, S states, U weights of each unit's own, K
-// heads. Sums and states are in Number, float or double.
+// Letters as in ../README.md; and X gates are made of W_ih x, Z more are given beside them, A are made of W_hh h, S
+// states, U weights of each unit's own, K heads. Sums and states are in Number, float or double.
 #pragma once
 
 #include <cstdint>
@@ -29,6 +29,12 @@ enum Op {
   kLessEqual,
   kWherePositive,
   kMean,  // over the units of a row: a program is cut before what reads one
+  kSigmoidOfSum,
+  kTanhOfSum,
+  kMultiplyAdd,
+  kSubtractProduct,
+  kMultiplyDifference,
+  kMultiplyTwice,
   kOps
 };
 
@@ -47,25 +53,28 @@ struct Program {
 };
 
 // Steps whose gradients of the units' weights are added up as they are made; a stretch by itself, for accuracy.
-constexpr int64_t kStretch = 64;
+constexpr int64_t kUnitSteps = 64;
 
 struct FlexLayer {
   Program program;
-  int64_t T, N, H, X, A, S, U, K;
+  int64_t T, N, I, H, X, Z, A, S, U, K;
   int64_t Y, R;  // values that the forward saves for the backward: of each unit, and of each row
   bool reverse;
   int threads;
   const int64_t* lengths;    // [N]    or null
   const uint8_t* resets;     // [T,N]  or null
+  const void* x;             // [T,N,I]
+  const void* w_ih;          // [X*H,I]
   const void* w_hh;          // [K,A*H/K,H/K]  null where A is 0
   const void* const* units;  // U of [H]
 };
 
-// The inputs of the program are the gates of x, those of a, the states before the step, and the units' weights; its
-// results are the states after it, and then what is saved.
+// The inputs of the program are the gates of x, those that are given, those of a, the states before the step, and the
+// units' weights; its results are the states after it, and then what is saved.
 struct FlexForward : FlexLayer {
   const double* initial;  // [S]
-  const void* x_gates;    // [T,N,X*H]
+  const void* b_ih;       // [X*H]  or null
+  const void* z_gates;    // [T,N,Z*H]
   const void* b_hh;       // [A*H]  or null
   void* const* states;    // S of [N,H]: before all steps on entry, after them on return
   void* const* every;     // S of [T,N,H]: after every step
@@ -74,16 +83,22 @@ struct FlexForward : FlexLayer {
 };
 
 // The inputs of the program are what the forward saved, the states before the step and after it, the units' weights,
-// and the gradients of the states after it; its results are the gradients of x's gates, of a's where they are not the
-// same, of the states before the step, and of the units' weights.
+// and the gradients of the states after it; its results are the gradients of x's gates, of those that are given, of
+// a's, of the states before the step, and of the units' weights.
 struct FlexBackward : FlexLayer {
   const void* const* before;
   const void* const* every;
   const void* saved;
   const void* const* d_every;  // S of [T,N,H]  or null each
   void* const* d_states;       // S of [N,H]: of the final states on entry, of the initial ones on return
-  void* dx_gates;              // [T,N,X*H]
-  void* da_gates;              // [T,N,A*H]  null where they are dx_gates, which needs K = 1
+  bool is_both;                // the gradients of a's gates are those of x's first ones, and no results; needs K = 1
+  bool need_dw;                // of W_ih, W_hh and the biases, which are set even where the layer has none
+  void* dx;                    // [T,N,I]        or null
+  void* dw_ih;                 // [X*H,I]
+  void* db_ih;                 // [X*H]
+  void* dz_gates;              // [T,N,Z*H]      or null
+  void* dw_hh;                 // [K,A*H/K,H/K]
+  void* db_hh;                 // [K,A*H/K]
   void* d_units;               // [stretches of T,N,U*H], 0 on entry: what the steps of a row add
 };
 

@@ -1,10 +1,12 @@
 // The evaluator of a traced cell: compiled once per instruction set, each time into a namespace of its own.
 //
 // An operation works on a strip of vectors, which with all that the program makes stays in L1. A step takes some blocks
-// of units at a time, right from the product with W_hh through the program. A program with means over the units of a
-// row runs in segments, each on all units of some rows before the next.
+// of units at a time, right from the product with W_hh through the program. W_ih x is made for a stretch of steps at a
+// time, and the gradients of the weights and of x after the sweep, as for the built-in cells. A program with means over
+// the units of a row runs in segments, each on all units of some rows before the next.
 #include "flex.h"
 #include "sweep.h"
+#include "transposed_product.h"
 
 namespace rnnfast {
 namespace RNNFAST_ISA {
@@ -122,6 +124,12 @@ void apply(int64_t op, Number* to, int64_t stride, const Operand<Number>* args, 
     RNNFAST_CASE(kLess, select(a.v < arg(1).v, one, zero));
     RNNFAST_CASE(kLessEqual, select(a.v <= arg(1).v, one, zero));
     RNNFAST_CASE(kWherePositive, zero_where_not_positive(a, arg(1)));
+    RNNFAST_CASE(kSigmoidOfSum, sigmoid(a + arg(1)));
+    RNNFAST_CASE(kTanhOfSum, tanh(a + arg(1)));
+    RNNFAST_CASE(kMultiplyAdd, a * arg(1) + arg(2));
+    RNNFAST_CASE(kSubtractProduct, arg(2) - a * arg(1));
+    RNNFAST_CASE(kMultiplyDifference, (a - arg(1)) * arg(2));
+    RNNFAST_CASE(kMultiplyTwice, a * arg(1) * arg(2));
   }
 #undef RNNFAST_CASE
 }
@@ -133,10 +141,6 @@ struct Rows {
   static constexpr int U = kLanes<Number>;
   const FlexLayer& l;
   int64_t width = l.H / l.K, blocks = ceil_div(width, U), padded = l.K * blocks * U;
-  int64_t parts = ceil_div(blocks, kStrip);  // of a head, which are at most a strip's blocks each
-
-  int64_t head(int64_t part) const { return part / parts; }
-  Range blocks_of(int64_t part) const { return {part % parts * kStrip, min(blocks, (part % parts + 1) * kStrip)}; }
 
   int64_t time(int64_t step) const { return l.reverse ? l.T - 1 - step : step; }
   bool valid(int64_t t, int64_t n) const { return !l.lengths || t < l.lengths[n]; }
@@ -183,6 +187,41 @@ struct Rows {
     some({bs.begin, max(bs.begin, whole)});
     some({max(bs.begin, whole), bs.end});
   }
+};
+
+// Whether a step on a unit reads others of its row, beside their product with W_hh.
+inline bool sees_rows(const Program& p) {
+  bool found = false;
+  for (int64_t k = 0; k < p.operations; k++) found |= p.operation[k].op == kMean;
+  return found;
+}
+
+// As of a layer of these sizes. What a program does to a unit costs as much as a weight an operation. Where it sees
+// rows the threads share these alone.
+template <class Number>
+Teams teams_of(const FlexLayer& l, const Rows<Number>& rows) {
+  Layer like{};
+  like.steps.T = l.T, like.steps.N = l.N, like.R = l.T * l.N, like.D = 1, like.threads = l.threads;
+  like.P = (l.A ? rows.width : l.I) + l.program.operations;
+  Teams teams(like, Panels<Number>(l.H, max(1, l.A ? l.A : l.X)), Cost::of<Plain<Number>>());
+  if (teams.parts > 1 && sees_rows(l.program)) teams.groups_per_direction = min(l.N, teams.parts), teams.parts = 1;
+  return teams;
+}
+
+// The units of all heads in pieces that a step takes at a time, shared by the parts of a team. They begin with a panel.
+template <class Number>
+struct Pieces {
+  int64_t blocks, size, of_head, count;
+  int64_t at_once;  // all of a row, where a step sees them
+
+  Pieces(const Rows<Number>& rows, const Teams& teams, int64_t per_panel)
+      : blocks(rows.blocks),
+        size(min(kStrip, round_up(ceil_div(rows.l.K * blocks, teams.parts), per_panel))),
+        of_head(ceil_div(blocks, size)),
+        count(rows.l.K * of_head),
+        at_once(sees_rows(rows.l.program) ? count : 1) {}
+  int64_t head(int64_t k) const { return k / of_head; }
+  Range at(int64_t k) const { return {k % of_head * size, min(blocks, (k % of_head + 1) * size)}; }
 };
 
 // When the operations of a program run, and where what they make lies.
@@ -250,6 +289,10 @@ class Schedule {
   static int arity(int64_t op) {
     switch (op) {
       case kWhere:
+      case kMultiplyAdd:
+      case kSubtractProduct:
+      case kMultiplyDifference:
+      case kMultiplyTwice:
         return 3;
       case kAdd:
       case kSubtract:
@@ -260,6 +303,8 @@ class Schedule {
       case kLess:
       case kLessEqual:
       case kWherePositive:
+      case kSigmoidOfSum:
+      case kTanhOfSum:
         return 2;
       default:
         return 1;
@@ -300,24 +345,23 @@ class Evaluator {
     clear(totals_, schedule_.means * pass_rows_ * U * sizeof(Number));
   }
 
-  bool sees_rows() const { return schedule_.segments > 1; }
-
-  // Calls of(strip, head, is_last) for strips of all of these parts in these rows, segment by segment: it has the
-  // inputs read and the segment run, and in the last one the results written.
+  // Calls of(strip, k) for strips of all of these pieces in these rows, segment by segment: it has the inputs read and
+  // the segment run, and in the last one the results written.
   template <class Of>
-  void passes(Range parts, Range ns, const Of& of) {
-    const int64_t at_once = sees_rows() ? pass_rows_ : ns.end - ns.begin;
+  void passes(const Pieces<Number>& pieces, Range ks, Range ns, const Of& of) {
+    const int64_t at_once = schedule_.segments > 1 ? pass_rows_ : ns.end - ns.begin;
     for (int64_t n = ns.begin; n < ns.end; n += at_once) {
       const Range of_pass{n, min(ns.end, n + at_once)};
       for (segment_ = 0; segment_ < schedule_.segments; segment_++) {
-        for (int64_t k = parts.begin; k < parts.end; k++) {
-          rows_.strips(rows_.head(k), rows_.blocks_of(k), of_pass,
-                       [&](const Strip& strip) { of(strip, k, segment_ == schedule_.segments - 1); });
+        for (int64_t k = ks.begin; k < ks.end; k++) {
+          rows_.strips(pieces.head(k), pieces.at(k), of_pass, [&](const Strip& strip) { of(strip, k); });
         }
         finish_means(of_pass.end - of_pass.begin);
       }
     }
   }
+  bool is_first() const { return segment_ == 0; }
+  bool is_last() const { return segment_ == schedule_.segments - 1; }
 
   // Where input k lies: in rows of a buffer, or the same for all rows.
   void read(int64_t k, Operand<Number> operand) { places_[k] = operand; }
@@ -433,6 +477,50 @@ class Evaluator {
   Buffer<Operand<Number>> places_;
 };
 
+// All panels of W^T; w [gates*units,K].
+template <class Number>
+void pack_weights(Number* packed, const Number* w, int64_t K, const Panels<Number>& panels, int64_t threads) {
+  parallel_for(panels.count(), min(threads, 1 + panels.width() * K / kThreadWork),
+               [&](int64_t p) { pack_transposed<Plain<Number>>(packed, w, K, panels, p); });
+}
+
+// W_ih and its bias, packed unless there are too few rows.
+template <class Number>
+class InputGates {
+  static constexpr int U = kLanes<Number>;
+
+ public:
+  explicit InputGates(const FlexForward& f)
+      : panels(f.X * f.H),
+        I_(f.I),
+        w_(static_cast<const Number*>(f.w_ih)),
+        packed_(f.T * f.N > kUnpackedRows ? panels.width() * f.I : 0),
+        bias_(panels.width()) {
+    pack_vector<Number, Number>(bias_, static_cast<const Number*>(f.b_ih), panels);
+    if (packed_) pack_weights<Number>(packed_, w_, I_, panels, f.threads);
+  }
+
+  // Gates of some panels, of rows of x: to [rows][width].
+  void multiply(const Number* x, int64_t rows, Range ps, Number* to) const {
+    for (int64_t p = ps.begin; p < ps.end; p++) {
+      const int64_t at = panels.start(p);
+      if (packed_) {
+        product_in_registers<Number, Number>(x, I_, rows, packed_ + at * I_, panels.vectors(p), I_, bias_ + at, 0,
+                                             to + at, panels.width());
+      } else {
+        product_unpacked({x, I_, 0}, rows, w_, panels, p, I_, bias_ + at, to + at, panels.width());
+      }
+    }
+  }
+
+  const Panels<Number> panels;
+
+ private:
+  const int64_t I_;
+  const Number* const w_;
+  const Buffer<Number> packed_, bias_;  // [panel][I][vector][U], [panel][vector][U]
+};
+
 // W_hh and its bias, packed for products that make all gates of some blocks. A panel has all gates of one block, in
 // groups of up to four, or four blocks of a single gate.
 template <class Number>
@@ -456,10 +544,7 @@ class Gates {
         }
         const int64_t at = start(head, gs);
         pack_vector(bias_ + at, b ? static_cast<const Number*>(of_group) : nullptr, panels);
-        for (int64_t p = 0; p < panels.count(); p++) {
-          pack_transposed<Plain<Number>>(packed_ + at * width, w + (head * A + gs.begin) * width * width, width, panels,
-                                         p);
-        }
+        pack_weights(packed_ + at * width, w + (head * A + gs.begin) * width * width, width, panels, f.threads);
       });
     }
   }
@@ -511,13 +596,6 @@ class Units {
   Buffer<Number> packed_;
 };
 
-// A task takes some rows through all steps: rows know nothing of each other.
-template <class Task>
-void for_rows(const FlexLayer& l, const Task& task) {
-  const int64_t tasks = max(1, min(l.N, l.threads));
-  parallel(tasks, [&](int64_t k) { task(share(l.N, k, tasks)); });
-}
-
 template <class Number>
 Number* row_at(void* tensor, int64_t row, int64_t columns) {
   return static_cast<Number*>(tensor) + row * columns;
@@ -532,174 +610,313 @@ void forward(const FlexForward& f) {
   constexpr int U = kLanes<Number>;
   const Rows<Number> rows{f};
   const Gates<Number> gates(f, rows);
+  const InputGates<Number> x_gates(f);
   const Units<Number> units(f, rows);
-  const int64_t H = f.H, P = rows.padded, of_saved = f.Y * H + f.R,
-                of_part = kBlockRows * min(kStrip, rows.blocks) * f.A * U;
-  for_rows(f, [&](Range ns) {
-    const int64_t of_state = (ns.end - ns.begin) * P;
+  const Teams teams = teams_of(f, rows);
+  const Pieces<Number> pieces(rows, teams, gates.per_panel);
+  const int64_t H = f.H, P = rows.padded, of_x = x_gates.panels.width(), of_saved = f.Y * H + f.R,
+                of_piece = kBlockRows * pieces.size * f.A * U;
+  const int64_t chunk = chunk_steps(f.T, teams.rows(), of_x * sizeof(Number));
+  Buffer<Number> states((f.S + 1) * f.N * P), xs(f.N * chunk * f.I), projections(f.N * chunk * of_x);
+  // While a step lasts h is read by other units, so a new one goes elsewhere.
+  const auto state = [&](int64_t s, int64_t n, int64_t step) {
+    return states + ((s || step % 2 == 0 ? s : f.S) * f.N + n) * P;
+  };
+  teams.run([&](const auto& each) {
     Evaluator<Number> evaluator(f.program, rows);
-    const int64_t all = f.K * rows.parts, at_once = evaluator.sees_rows() ? all : 1;  // parts
-    Buffer<Number> states((f.S + 1) * of_state), sums(at_once * of_part);
-    // While a step lasts h is read by other units, so a new one goes elsewhere.
-    Number *h = states, *new_h = states + f.S * of_state;
-    const auto state = [&](int64_t s, int64_t n) { return (s ? states + s * of_state : h) + (n - ns.begin) * P; };
-    for (int64_t n = ns.begin; n < ns.end; n++) {
-      for (int64_t s = 0; s < f.S; s++) rows.to_buffer(state(s, n), f.states[s], n);
-    }
-    for (int64_t step = 0; step < f.T; step++) {
-      const int64_t t = rows.time(step), first = t * f.N;
-      for (int64_t n = ns.begin; n < ns.end; n++) {
-        for (int64_t s = 0; s < f.S; s++) {
-          for (int64_t u = 0; rows.cut(t, n) && u < P; u++) state(s, n)[u] = Number(f.initial[s]);
-          if (f.before) rows.to_tensor(f.before[s], first + n, state(s, n));
-          if (!rows.valid(t, n)) clear(row_at<Number>(f.every[s], first + n, H), H * sizeof(Number));
-        }
-        if (!rows.valid(t, n)) memcpy(new_h + (n - ns.begin) * P, state(0, n), P * sizeof(Number));
+    Buffer<Number> sums(pieces.at_once * of_piece);
+    const auto each_group = [&](const auto& stage) {
+      each([&](int64_t g, int64_t part, int64_t parts) { stage(share(f.N, g, teams.groups()), part, parts); });
+    };
+    each_group([&](Range ns, int64_t part, int64_t) {
+      for (int64_t n = ns.begin; part == 0 && n < ns.end; n++) {
+        for (int64_t s = 0; s < f.S; s++) rows.to_buffer(state(s, n, 0), f.states[s], n);
       }
-      const Range live = rows.valid(t, ns);
-      const auto valid = [&](int64_t n) { return rows.valid(t, n); };
-      to_and_fro({0, all / at_once}, step, [&](int64_t group) {
-        const Range parts{group * at_once, (group + 1) * at_once};
-        const auto sums_of = [&](int64_t part) { return sums + (part - parts.begin) * of_part; };
-        for (int64_t n = live.begin; n < live.end; n += kBlockRows) {
-          const Range of_block{n, min(live.end, n + kBlockRows)};
-          to_and_fro(parts, step, [&](int64_t part) {
-            const int64_t head = rows.head(part);
-            gates.multiply(state(0, n) + head * rows.blocks * U, P, of_block.end - n, head, rows.blocks_of(part),
-                           sums_of(part));
-          });
-          evaluator.passes(parts, of_block, [&](const Strip& strip, int64_t part, bool is_last) {
-            const Range bs = rows.blocks_of(part);
-            const int64_t row = first + strip.row;
-            int64_t k = 0;
-            for (int64_t g = 0; g < f.X; g++) {
-              evaluator.read(k++, row_at<Number>(f.x_gates, row, f.X * H) + g * H, f.X * H, strip);
-            }
-            for (int64_t g = 0; g < f.A; g++) {
-              const int64_t of_row = (bs.end - bs.begin) * f.A * U;
-              const Number* a = sums_of(part) + (strip.row - n) * of_row + ((strip.block - bs.begin) * f.A + g) * U;
-              evaluator.read(k++, {a, of_row, f.A * U});
-            }
-            for (int64_t s = 0; s < f.S; s++) evaluator.read(k++, {state(s, strip.row) + strip.place, P, U});
-            units.read(evaluator, k, strip);
-            evaluator.run(strip);
-            if (!is_last) return;
-            Number* saved = row_at<Number>(f.saved, row, of_saved);
-            for (int64_t y = 0; y < f.Y; y++) {
-              evaluator.write(f.S + y, saved + y * H + strip.unit, of_saved, strip, strip.lanes, valid);
-            }
-            for (int64_t r = 0; r < f.R; r++) {
-              evaluator.write_of_rows(f.S + f.Y + r, saved + f.Y * H + r, of_saved, strip, valid);
-            }
-            for (int64_t s = 0; s < f.S; s++) {
-              Number* to = s ? state(s, strip.row) : new_h + (strip.row - ns.begin) * P;
-              evaluator.write(s, to + strip.place, P, strip, U, valid);
-              evaluator.write(s, row_at<Number>(f.every[s], row, H) + strip.unit, H, strip, strip.lanes, valid);
-            }
-          });
+    });
+    for (int64_t s0 = 0; s0 < f.T; s0 += chunk) {
+      const int64_t s1 = min(s0 + chunk, f.T);
+      each_group([&](Range ns, int64_t part, int64_t parts) {
+        const size_t bytes = (ns.end - ns.begin) * f.I * sizeof(Number);
+        for (int64_t s = s0 + part; bytes && s < s1; s += parts) {
+          memcpy(xs + (ns.begin * chunk + (ns.end - ns.begin) * (s - s0)) * f.I,
+                 row_at<Number>(f.x, rows.time(s) * f.N + ns.begin, f.I), bytes);
         }
       });
-      Number* old_h = h;
-      h = new_h, new_h = old_h;
+      each_group([&](Range ns, int64_t part, int64_t parts) {
+        x_gates.multiply(xs + ns.begin * chunk * f.I, (ns.end - ns.begin) * (s1 - s0),
+                         share(f.X ? x_gates.panels.count() : 0, part, parts), projections + ns.begin * chunk * of_x);
+      });
+      for (int64_t step = s0; step < s1; step++) {
+        const int64_t t = rows.time(step), first = t * f.N;
+        const auto valid = [&](int64_t n) { return rows.valid(t, n); };
+        if (f.before || f.lengths || f.resets) {
+          each_group([&](Range ns, int64_t part, int64_t) {
+            for (int64_t n = ns.begin; part == 0 && n < ns.end; n++) {
+              for (int64_t s = 0; s < f.S; s++) {
+                Number* const old = state(s, n, step);
+                for (int64_t u = 0; rows.cut(t, n) && u < P; u++) old[u] = Number(f.initial[s]);
+                if (f.before) rows.to_tensor(f.before[s], first + n, old);
+                if (!valid(n)) clear(row_at<Number>(f.every[s], first + n, H), H * sizeof(Number));
+              }
+              if (!valid(n)) memcpy(state(0, n, step + 1), state(0, n, step), P * sizeof(Number));
+            }
+          });
+        }
+        each_group([&](Range ns, int64_t part, int64_t parts) {
+          const Range live = rows.valid(t, ns);
+          const Number* x = projections + (ns.begin * chunk + (ns.end - ns.begin) * (step - s0)) * of_x;
+          to_and_fro(share(pieces.count / pieces.at_once, part, parts), step, [&](int64_t i) {
+            const Range ks{i * pieces.at_once, (i + 1) * pieces.at_once};
+            const auto sums_of = [&](int64_t k) { return sums + (k - ks.begin) * of_piece; };
+            for (int64_t n = live.begin; n < live.end; n += kBlockRows) {
+              const Range of_block{n, min(live.end, n + kBlockRows)};
+              to_and_fro(ks, step, [&](int64_t k) {
+                const int64_t head = pieces.head(k);
+                gates.multiply(state(0, n, step) + head * rows.blocks * U, P, of_block.end - n, head, pieces.at(k),
+                               sums_of(k));
+              });
+              evaluator.passes(pieces, ks, of_block, [&](const Strip& strip, int64_t piece) {
+                const Range bs = pieces.at(piece);
+                const int64_t row = first + strip.row;
+                int64_t k = 0;
+                for (int64_t g = 0; g < f.X; g++) {
+                  evaluator.read(k++, x + (strip.row - ns.begin) * of_x + g * H, of_x, strip);
+                }
+                for (int64_t g = 0; g < f.Z; g++) {
+                  evaluator.read(k++, row_at<Number>(f.z_gates, row, f.Z * H) + g * H, f.Z * H, strip);
+                }
+                for (int64_t g = 0; g < f.A; g++) {
+                  const int64_t of_row = (bs.end - bs.begin) * f.A * U;
+                  const Number* a =
+                      sums_of(piece) + (strip.row - n) * of_row + ((strip.block - bs.begin) * f.A + g) * U;
+                  evaluator.read(k++, {a, of_row, f.A * U});
+                }
+                for (int64_t s = 0; s < f.S; s++) {
+                  evaluator.read(k++, {state(s, strip.row, step) + strip.place, P, U});
+                }
+                units.read(evaluator, k, strip);
+                evaluator.run(strip);
+                if (!evaluator.is_last()) return;
+                Number* saved = row_at<Number>(f.saved, row, of_saved);
+                for (int64_t y = 0; y < f.Y; y++) {
+                  evaluator.write(f.S + y, saved + y * H + strip.unit, of_saved, strip, strip.lanes, valid);
+                }
+                for (int64_t r = 0; r < f.R; r++) {
+                  evaluator.write_of_rows(f.S + f.Y + r, saved + f.Y * H + r, of_saved, strip, valid);
+                }
+                for (int64_t s = 0; s < f.S; s++) {
+                  evaluator.write(s, state(s, strip.row, step + 1) + strip.place, P, strip, U, valid);
+                  evaluator.write(s, row_at<Number>(f.every[s], row, H) + strip.unit, H, strip, strip.lanes, valid);
+                }
+              });
+            }
+          });
+        });
+      }
     }
-    for (int64_t n = ns.begin; n < ns.end; n++) {
-      for (int64_t s = 0; s < f.S; s++) rows.to_tensor(f.states[s], n, state(s, n));
-    }
+    each_group([&](Range ns, int64_t part, int64_t) {
+      for (int64_t n = ns.begin; part == 0 && n < ns.end; n++) {
+        for (int64_t s = 0; s < f.S; s++) rows.to_tensor(f.states[s], n, state(s, n, f.T));
+      }
+    });
   });
 }
+
+// The products that follow a sweep: the gradients of x, of W_ih, W_hh and the biases, of those at the gates; dx_gates
+// [T*N][X*H], da_gates [T*N][K*columns], a row `of_a` from the one before. A vector at a row's end may end beyond it.
+template <class Number>
+class GateProducts {
+  static constexpr int U = kLanes<Number>;
+  using Product = TransposedProduct<Number, Plain<Number>, Plain<Number>>;
+
+ public:
+  GateProducts(const FlexBackward& b, const Number* dx_gates, const Number* da_gates, int64_t of_a)
+      : b(b), dx_gates(dx_gates), da_gates(da_gates), of_a(of_a) {}
+
+  void inputs() const {
+    const Panels<Number> panels(b.I);
+    const int64_t depth = b.X * b.H;
+    const Buffer<Number> packed(panels.width() * depth);
+    parallel_for(panels.count(), threads(1, b.I), [&](int64_t p) {
+      pack_rows<Plain<Number>>(packed, depth, {0, depth}, panels, p,
+                               [&](int64_t k) { return row_at<Number>(b.w_ih, k, b.I); });
+    });
+    parallel_for(ceil_div(rows, kBlockRows) * panels.count(), threads(rows, b.I), [&](int64_t task) {
+      const int64_t p = task % panels.count(), q0 = task / panels.count() * kBlockRows;
+      const int64_t count = min(kBlockRows, rows - q0), next = panels.vectors(p) * U;
+      Number sums[kBlockRows * kMaxVectors * U];
+      product_in_registers<Number, Number>(dx_gates + q0 * depth, depth, count, packed + panels.start(p) * depth,
+                                           panels.vectors(p), depth, kZeros<Number>, 0, sums, next);
+      for (int64_t i = 0; i < count; i++) {
+        Number* to = row_at<Number>(b.dx, q0 + i, b.I);
+        for (int v = 0; v < panels.vectors(p); v++) {
+          store(to + panels.column(p, v), load(sums + i * next + v * U), panels.lanes(p, v));
+        }
+      }
+    });
+  }
+
+  void weights() const {
+    const int64_t width = b.H / b.K, stretches = max(1, ceil_div(rows, kStretch)), heads = b.A ? b.K : 0;
+    const Panels<Number> of_x(b.X * b.H), of_h(b.A * width);
+    const Buffer<Number> x(stretches * kStretch * b.I), h(stretches * kStretch * b.H);
+    const auto head = [&](int64_t k) { return h + k * stretches * kStretch * width; };
+    parallel_for(ceil_div(rows, U), b.threads, [&](int64_t block) {
+      const int64_t q0 = block * U;
+      const auto put = [&](Number* to, const void* from, int64_t columns, int64_t first, int64_t size) {
+        const Number* of_rows[U] = {};
+        for (int64_t q = q0; q < min(q0 + U, rows); q++) of_rows[q - q0] = row_at<Number>(from, q, columns) + first;
+        Product::put_rows(to, q0, size, of_rows);
+      };
+      if (b.X) put(x, b.x, b.I, 0, b.I);
+      for (int64_t k = 0; k < heads; k++) put(head(k), b.before[0], b.H, k * width, width);
+    });
+    const Buffer<Product> products(1 + heads);
+    int64_t count = 0;
+    if (b.X) products[count++] = {x, b.I, dx_gates, b.X * b.H, &of_x, {}, 0, b.dw_ih, b.db_ih};
+    for (int64_t k = 0; k < heads; k++) {
+      const int64_t first = k * b.A * width;
+      products[count++] = {head(k),
+                           width,
+                           da_gates + first,
+                           of_a,
+                           &of_h,
+                           {},
+                           0,
+                           row_at<Number>(b.dw_hh, first, width),
+                           row_at<Number>(b.db_hh, first, 1)};
+    }
+    multiply<Product>(products, count, rows, threads(rows, b.I + width));
+  }
+
+ private:
+  // For a product of so many rows of gates with so many columns.
+  int64_t threads(int64_t count, int64_t columns) const {
+    return min(b.threads, 1 + count * max(b.X, b.A) * b.H * columns / kThreadWork);
+  }
+
+  const FlexBackward& b;
+  const Number *const dx_gates, *const da_gates;
+  const int64_t of_a, rows = b.T * b.N;
+};
 
 template <class Number>
 void backward(const FlexBackward& b) {
   constexpr int U = kLanes<Number>;
   const Rows<Number> rows{b};
   const Units<Number> units(b, rows);
-  const int64_t H = b.H, P = rows.padded, width = rows.width, columns = b.A * width, parts = b.K * rows.parts,
-                of_saved = b.Y * H + b.R;
+  const Teams teams = teams_of(b, rows);
+  const Pieces<Number> pieces(rows, teams, 1);
+  const int64_t H = b.H, P = rows.padded, width = rows.width, columns = b.A * width;
+  const int64_t of_x = b.X * H, of_a = b.is_both ? of_x : b.A * H, of_saved = b.Y * H + b.R;
   const Panels<Number> panels(width);
   const int64_t panel_width = panels.width();
   Buffer<Number> packed(b.K * panel_width * columns);
-  for (int64_t head = 0; b.A && head < b.K; head++) {
-    for (int64_t p = 0; p < panels.count(); p++) {
-      pack_rows<Plain<Number>>(packed + head * panel_width * columns, columns, Range{0, columns}, panels, p,
-                               [&](int64_t k) { return row_at<Number>(b.w_hh, head * columns + k, width); });
-    }
-  }
-  for_rows(b, [&](Range ns) {
-    const int64_t of_state = (ns.end - ns.begin) * P;
+  parallel_for(b.A ? b.K * panels.count() : 0, min(b.threads, 1 + b.A * H * width / kThreadWork), [&](int64_t k) {
+    const int64_t head = k / panels.count();
+    pack_rows<Plain<Number>>(packed + head * panel_width * columns, columns, Range{0, columns}, panels,
+                             k % panels.count(),
+                             [&](int64_t k) { return row_at<Number>(b.w_hh, head * columns + k, width); });
+  });
+  Buffer<Number> d_states(b.S * b.N * P), dx_gates(b.T * b.N * of_x + U), own_da(b.is_both ? 0 : b.T * b.N * of_a + U);
+  Number* const da_gates = b.is_both ? dx_gates : own_da;
+  const auto d_state = [&](int64_t s, int64_t n) { return d_states + (s * b.N + n) * P; };
+  teams.run([&](const auto& each) {
     Evaluator<Number> evaluator(b.program, rows);
-    const int64_t at_once = evaluator.sees_rows() ? parts : 1;
-    Buffer<Number> d_states(b.S * of_state);
-    const auto d_state = [&](int64_t s, int64_t n) { return d_states + s * of_state + (n - ns.begin) * P; };
-    for (int64_t n = ns.begin; n < ns.end; n++) {
-      for (int64_t s = 0; s < b.S; s++) rows.to_buffer(d_state(s, n), b.d_states[s], n);
-    }
+    const auto each_group = [&](const auto& stage) {
+      each([&](int64_t g, int64_t part, int64_t parts) { stage(share(b.N, g, teams.groups()), part, parts); });
+    };
+    each_group([&](Range ns, int64_t part, int64_t) {
+      for (int64_t n = ns.begin; part == 0 && n < ns.end; n++) {
+        for (int64_t s = 0; s < b.S; s++) rows.to_buffer(d_state(s, n), b.d_states[s], n);
+      }
+    });
     for (int64_t step = b.T - 1; step >= 0; step--) {
       const int64_t t = rows.time(step), first = t * b.N;
-      const Range live = rows.valid(t, ns);
       const auto valid = [&](int64_t n) { return rows.valid(t, n); };
-      for (int64_t n = ns.begin; n < ns.end; n++) {
-        if (valid(n)) continue;
-        clear(row_at<Number>(b.dx_gates, first + n, b.X * H), b.X * H * sizeof(Number));
-        if (b.da_gates) clear(row_at<Number>(b.da_gates, first + n, b.A * H), b.A * H * sizeof(Number));
-      }
-      for (int64_t s = 0; s < b.S; s++) {
-        for (int64_t n = live.begin; b.d_every[s] && n < live.end; n++) {
-          const Number* more = row_at<Number>(b.d_every[s], first + n, H);
-          Number* d = d_state(s, n);
-          if (!valid(n)) continue;
-          rows.each_block([&](int64_t unit, int64_t place, int lanes) {
-            store(d + place, load(d + place) + load(more + unit, lanes));
-          });
+      each_group([&](Range ns, int64_t part, int64_t parts) {
+        const Range live = rows.valid(t, ns);
+        for (int64_t n = ns.begin; part == 0 && n < ns.end; n++) {
+          if (valid(n)) continue;
+          clear(dx_gates + (first + n) * of_x, of_x * sizeof(Number));
+          if (!b.is_both) clear(da_gates + (first + n) * of_a, of_a * sizeof(Number));
+          if (b.dz_gates) clear(row_at<Number>(b.dz_gates, first + n, b.Z * H), b.Z * H * sizeof(Number));
         }
-      }
-      for (int64_t part = 0; part < parts; part += at_once) {
-        evaluator.passes({part, part + at_once}, live, [&](const Strip& strip, int64_t part, bool is_last) {
-          const int64_t row = first + strip.row;
-          int64_t k = 0;
-          const Number* saved = row_at<Number>(b.saved, row, of_saved);
-          for (int64_t y = 0; y < b.Y; y++) evaluator.read(k++, saved + y * H, of_saved, strip);
-          for (int64_t r = 0; r < b.R; r++) evaluator.read_of_rows(k++, saved + b.Y * H + r, of_saved, strip);
-          for (int64_t s = 0; s < b.S; s++) evaluator.read(k++, row_at<Number>(b.before[s], row, H), H, strip);
-          for (int64_t s = 0; s < b.S; s++) evaluator.read(k++, row_at<Number>(b.every[s], row, H), H, strip);
-          units.read(evaluator, k, strip);
-          k += b.U;
-          for (int64_t s = 0; s < b.S; s++) evaluator.read(k++, {d_state(s, strip.row) + strip.place, P, U});
-          evaluator.run(strip);
-          if (!is_last) return;
-          int64_t result = 0;
-          const auto write = [&](Number* to, int64_t stride) {
-            evaluator.write(result++, to, stride, strip, strip.lanes, valid);
-          };
-          Number *dx = row_at<Number>(b.dx_gates, row, b.X * H) + strip.unit,
-                 *du = row_at<Number>(b.d_units, t / kStretch * b.N + strip.row, b.U * H) + strip.unit;
-          for (int64_t g = 0; g < b.X; g++) write(dx + g * H, b.X * H);
-          for (int64_t g = 0; b.da_gates && g < b.A; g++) {
-            Number* da = row_at<Number>(b.da_gates, row, b.A * H) + rows.head(part) * columns + strip.block * U;
-            write(da + g * width, b.A * H);
-          }
-          for (int64_t s = 0; s < b.S; s++) {
-            evaluator.write(result++, d_state(s, strip.row) + strip.place, P, strip, U, valid);
-          }
-          for (int64_t j = 0; j < b.U; j++) evaluator.add(result++, du + j * H, b.U * H, strip, valid);
+        to_and_fro(share(pieces.count / pieces.at_once, part, parts), step, [&](int64_t i) {
+          const Range ks{i * pieces.at_once, (i + 1) * pieces.at_once};
+          evaluator.passes(pieces, ks, live, [&](const Strip& strip, int64_t piece) {
+            const int64_t row = first + strip.row, head = pieces.head(piece);
+            int64_t k = 0;
+            const Number* saved = row_at<Number>(b.saved, row, of_saved);
+            for (int64_t y = 0; y < b.Y; y++) evaluator.read(k++, saved + y * H, of_saved, strip);
+            for (int64_t r = 0; r < b.R; r++) evaluator.read_of_rows(k++, saved + b.Y * H + r, of_saved, strip);
+            for (int64_t s = 0; s < b.S; s++) evaluator.read(k++, row_at<Number>(b.before[s], row, H), H, strip);
+            for (int64_t s = 0; s < b.S; s++) evaluator.read(k++, row_at<Number>(b.every[s], row, H), H, strip);
+            units.read(evaluator, k, strip);
+            k += b.U;
+            for (int64_t s = 0; s < b.S; s++) {
+              Number* const d = d_state(s, strip.row) + strip.place;
+              for (int64_t i = 0; evaluator.is_first() && b.d_every[s] && i < strip.rows; i++) {
+                if (!valid(strip.row + i)) continue;
+                const Number* more = row_at<Number>(b.d_every[s], row + i, H) + strip.unit;
+                for (int64_t j = 0; j < strip.blocks * U; j += U) {
+                  store(d + i * P + j, load(d + i * P + j) + load(more + j, strip.lanes));
+                }
+              }
+              evaluator.read(k++, {d, P, U});
+            }
+            evaluator.run(strip);
+            if (!evaluator.is_last()) return;
+            int64_t result = 0;
+            const auto write = [&](Number* to, int64_t stride) {
+              evaluator.write(result++, to, stride, strip, strip.lanes, valid);
+            };
+            for (int64_t g = 0; g < b.X; g++) write(dx_gates + row * of_x + g * H + strip.unit, of_x);
+            for (int64_t g = 0; b.dz_gates && g < b.Z; g++) {
+              write(row_at<Number>(b.dz_gates, row, b.Z * H) + g * H + strip.unit, b.Z * H);
+            }
+            result = b.X + b.Z;
+            for (int64_t g = 0; !b.is_both && g < b.A; g++) {
+              write(da_gates + row * of_a + head * columns + g * width + strip.block * U, of_a);
+            }
+            for (int64_t s = 0; s < b.S; s++) {
+              evaluator.write(result++, d_state(s, strip.row) + strip.place, P, strip, U, valid);
+            }
+            Number* du = row_at<Number>(b.d_units, t / kUnitSteps * b.N + strip.row, b.U * H) + strip.unit;
+            for (int64_t j = 0; j < b.U; j++) evaluator.add(result++, du + j * H, b.U * H, strip, valid);
+          });
+        });
+      });
+      if (b.A) {
+        each_group([&](Range ns, int64_t part, int64_t parts) {
+          const Range live = rows.valid(t, ns);
+          to_and_fro(share(b.K * panels.count(), part, parts), step, [&](int64_t k) {
+            const int64_t head = k / panels.count(), p = k % panels.count();
+            Number* d = d_state(0, live.begin) + head * rows.blocks * U + panels.start(p);
+            product_in_registers<Number, Number>(
+                da_gates + (first + live.begin) * of_a + head * columns, of_a, live.end - live.begin,
+                packed + (head * panel_width + panels.start(p)) * columns, panels.vectors(p), columns, d, P, d, P);
+          });
         });
       }
-      const void* da = b.da_gates ? b.da_gates : b.dx_gates;
-      to_and_fro({0, b.A ? b.K * panels.count() : 0}, step, [&](int64_t k) {
-        const int64_t head = k / panels.count(), p = k % panels.count();
-        Number* d = d_state(0, live.begin) + head * rows.blocks * U + panels.start(p);
-        product_in_registers<Number, Number>(
-            row_at<Number>(da, first + live.begin, b.A * H) + head * columns, b.A * H, live.end - live.begin,
-            packed + (head * panel_width + panels.start(p)) * columns, panels.vectors(p), columns, d, P, d, P);
-      });
-      for (int64_t n = live.begin; n < live.end; n++) {
-        if (!valid(n) || !rows.cut(t, n)) continue;
-        for (int64_t s = 0; s < b.S; s++) memset(d_state(s, n), 0, P * sizeof(Number));
+      if (b.resets) {
+        each_group([&](Range ns, int64_t part, int64_t) {
+          for (int64_t n = ns.begin; part == 0 && n < ns.end; n++) {
+            if (!valid(n) || !rows.cut(t, n)) continue;
+            for (int64_t s = 0; s < b.S; s++) memset(d_state(s, n), 0, P * sizeof(Number));
+          }
+        });
       }
     }
-    for (int64_t n = ns.begin; n < ns.end; n++) {
-      for (int64_t s = 0; s < b.S; s++) rows.to_tensor(b.d_states[s], n, d_state(s, n));
-    }
+    each_group([&](Range ns, int64_t part, int64_t) {
+      for (int64_t n = ns.begin; part == 0 && n < ns.end; n++) {
+        for (int64_t s = 0; s < b.S; s++) rows.to_tensor(b.d_states[s], n, d_state(s, n));
+      }
+    });
   });
+  const GateProducts<Number> products(b, dx_gates, da_gates, of_a);
+  if (b.dx) products.inputs();
+  if (b.need_dw) products.weights();
 }
 
 }  // namespace

@@ -8,9 +8,6 @@ namespace rnnfast {
 namespace RNNFAST_ISA {
 namespace {
 
-constexpr int64_t kChunkBytes = 256 * 1024;  // of projected inputs, to be in cache still when the recurrence reads them
-constexpr int64_t kChunkRows = 128;          // at least, so that they share the traffic of W_ih
-
 template <class Cell, class Stored, class Math>
 class ForwardPass {
   using Sum = SumOf<Stored>;
@@ -28,8 +25,7 @@ class ForwardPass {
         projected(f.projected),
         packed(is_packed(f)),
         teams(f, gates, Cost::of<Exact>()),
-        chunk(max(1, min(f.steps.T,
-                         max(kChunkBytes / int64_t(gates.width() * sizeof(Sum)), kChunkRows) / max(1, teams.rows())))),
+        chunk(chunk_steps(f.steps.T, teams.rows(), gates.width() * sizeof(Sum))),
         own(f.kept || !packed ? 0 : kept_bytes(f) / sizeof(typename Exact::Element)),
         w_ih(f.kept ? static_cast<Elements<Exact>>(f.kept) : own),
         w_hh(packed ? w_ih + f.D * gates.width() * Exact::column(f.I) : nullptr),

@@ -14,6 +14,14 @@ namespace {
 constexpr int64_t kThreadWork = 1 << 18;  // multiply-adds worth a thread
 constexpr int64_t kUnpackedRows = 4;      // of a sequence, up to which even weights packed beforehand gain nothing
 
+constexpr int64_t kChunkBytes = 256 * 1024;  // of projected inputs, to be in cache still when the recurrence reads them
+constexpr int64_t kChunkRows = 128;          // at least, so that they share the traffic of W_ih
+
+// Steps whose inputs are projected at a time, of so many rows each.
+constexpr int64_t chunk_steps(int64_t T, int64_t rows, int64_t bytes_of_row) {
+  return max(1, min(T, max(kChunkBytes / max(1, bytes_of_row), kChunkRows) / max(1, rows)));
+}
+
 // What a step costs, counted in multiply-adds of the vector unit. Each weight is multiplied once for every row of the
 // batch, and read once: a byte costs as much as a multiply-add if it comes from the L2 cache, three times that if not.
 struct Cost {

@@ -1,8 +1,9 @@
-// The gradients of a layer's weights and biases: products over all valid rows, a stretch of them after the other.
+// The gradients of a layer's weights and biases: products over all valid rows.
 // Letters as in ../README.md.
 #pragma once
 
 #include "backward_pass.h"
+#include "transposed_product.h"
 
 namespace rnnfast {
 namespace RNNFAST_ISA {
@@ -15,7 +16,6 @@ class WeightGradients {
   using Exact = typename Pass::Exact;
   using Wide = typename Pass::Wide;
   static constexpr int U = Pass::U, G = Pass::G, kColumns = Pass::kColumns;
-  static constexpr int64_t kStretch = 128, kSide = kMaxVectors * U;
 
  public:
   explicit WeightGradients(const Pass& pass)
@@ -46,28 +46,15 @@ class WeightGradients {
       projections[d] = {m + d * m_size, f.H,    dys, round_up(f.P, Wide::kAlign), &pass.outputs, {}, 0,
                         f.dw[d].w_hr,   nullptr};
     }
-    multiply(products, 2 * f.D);
-    if (projected) multiply(projections, f.D);
+    const int64_t threads = pass.work_threads(f.I + f.P);
+    multiply(products, 2 * f.D, Q, threads);
+    if (projected) multiply(projections, f.D, Q, threads);
     if constexpr (Cell::kUnitWeights > 0) sum_of_units();
   }
 
  private:
-  // A product dw^T = left^T grads; left [stretch][row] left rows of kStretch.
   template <class LeftFormat>
-  struct Product {
-    const typename LeftFormat::Element* left;
-    int64_t lefts;  // rows of left
-    const typename Wide::Element* grads;
-    int64_t part;                        // from one part of a row of grads to the next
-    const Panels<Sum>* panels;           // of the columns of dw^T
-    int64_t slots[kMaxVectors], padded;  // gate i of dw is at slots[i] * padded in a row of grads
-    void* dw;                            // [columns][lefts]
-    void* db;                            // [columns]: the sums of grads over the rows; or null
-
-    int64_t blocks(int64_t size) const {
-      return ceil_div(panels->count(), size) * max(1, ceil_div(lefts, size * kSide));
-    }
-  };
+  using Product = TransposedProduct<Stored, LeftFormat, Wide>;
 
   // ---- the left operands: x, h and m, whose rows become columns
 
@@ -99,8 +86,7 @@ class WeightGradients {
   void put_rows(typename Format::Element* to, int64_t q0, int64_t width, const RowAt& row_at) const {
     decltype(row_at(0, 0, 0)) rows[U] = {};
     pass.for_rows({q0, min(q0 + U, Q)}, [&](int64_t q, int64_t t, int64_t rank) { rows[q - q0] = row_at(q, t, rank); });
-    put_transposed<Format>(to + q0 / kStretch * width * Format::row(kStretch) + q0 % kStretch, Format::row(kStretch),
-                           kStretch, rows, width);
+    Product<Format>::put_rows(to, q0, width, rows);
   }
 
   // m, the cell's own h, what w_hr was applied to.
@@ -113,87 +99,6 @@ class WeightGradients {
         Vec<Sum> saved[Cell::kSaved];
         for (int k = 0; k < Cell::kSaved; k++) saved[k] = load(gates + k * f.H + unit, n);
         store(to + unit, Cell::output(saved, load(c + unit, n)));
-      }
-    }
-  }
-
-  // ---- the products
-
-  // Computes some products, in blocks that are dealt to the threads.
-  template <class LeftFormat>
-  void multiply(const Product<LeftFormat>* products, int count) const {
-    const int64_t threads = pass.work_threads(f.I + f.P);
-    auto all_blocks = [&](int64_t size) {
-      int64_t n = 0;
-      for (int i = 0; i < count; i++) n += products[i].blocks(size);
-      return n;
-    };
-    int64_t size = 4;
-    while (size > 1 && all_blocks(size) < 4 * threads) size /= 2;
-    const int64_t blocks = all_blocks(size), sums_size = (size * kSide + 1) * size * kSide;
-    Buffer<Sum> sums(threads * sums_size);
-    parallel(threads, [&](int64_t task) {
-      const Range mine = share(blocks, task, threads);
-      int64_t first = 0;
-      for (int i = 0; i < count; first += products[i++].blocks(size)) {
-        const int64_t end = min(mine.end - first, products[i].blocks(size));
-        for (int64_t b = max(mine.begin - first, 0); b < end; b++) {
-          multiply_block(products[i], b, size, sums + task * sums_size);
-        }
-      }
-    });
-  }
-
-  // Block i of a product: size x size panels of dw^T, for which its operands are read from memory once. In `sums` are
-  // those of the block, [size][size][kSide][kSide], and after them those of the columns of grads, [size][kSide].
-  template <class LeftFormat>
-  void multiply_block(const Product<LeftFormat>& o, int64_t i, int64_t size, Sum* sums) const {
-    Sum* column_sums = sums + size * size * kSide * kSide;
-    const int64_t wide = max(1, ceil_div(o.lefts, size * kSide)), p0 = i / wide * size, n0 = i % wide * size * kSide;
-    const int64_t p1 = min(p0 + size, o.panels->count()), n1 = min(n0 + size * kSide, o.lefts);
-    auto sum_of = [&](int64_t n, int64_t p) { return sums + ((p - p0) * size * kSide + n - n0) * kSide; };
-    for (int64_t q = 0; q == 0 || q < Q; q += kStretch) {
-      const int64_t depth = min(kStretch, Q - q);
-      for (int64_t p = p0; p < p1; p++) {
-        const int V = o.panels->vectors(p);
-        typename Wide::Element right[Wide::kParts * kStretch * kMaxVectors * U];
-        for (int v = 0; v < V; v++) {
-          const int64_t column = o.slots[o.panels->gate(v)] * o.padded + o.panels->unit(p, v);
-          auto row = [&](int64_t k) {
-            return k < depth ? o.grads + (q + k) * Wide::kParts * o.part + column : nullptr;
-          };
-          for (int64_t k = 0; k < Wide::column(depth) / Wide::kParts; k += 2) {
-            Wide::copy_pair(right, depth, V, v, k, row(k), row(k + 1), o.part);
-          }
-          if (!o.db || n0) continue;
-          Vec<Sum> sum(0);  // a stretch by itself first, for accuracy
-          for (int64_t k = 0; k < depth; k++) sum = sum + Wide::get(row(k), o.part);
-          Sum* total = column_sums + (p - p0) * kSide + v * U;
-          store(total, q ? load(total) + sum : sum);
-        }
-        for (int64_t n = n0; n < n1; n += kSide) {
-          Sum* sum = sum_of(n, p);
-          const auto* left = o.left + (q / kStretch * o.lefts + n) * LeftFormat::row(kStretch);
-          product<LeftFormat, Wide>(Left<LeftFormat>{left, LeftFormat::row(kStretch), kStretch}, min(kSide, n1 - n),
-                                    right, V, depth, q ? sum : kZeros<Sum>, q ? kSide : 0, sum, kSide);
-        }
-      }
-    }
-    for (int64_t p = p0; p < p1; p++) {
-      for (int v = 0; v < o.panels->vectors(p); v++) {
-        const int64_t row = o.panels->column(p, v);
-        const int lanes = o.panels->lanes(p, v);
-        if (o.db && n0 == 0) {
-          store(static_cast<Stored*>(o.db) + row, load(column_sums + (p - p0) * kSide + v * U), lanes);
-        }
-        for (int64_t n = n0; n < n1; n += U) {
-          Vec<Sum> square[U];
-          for (int j = 0; j < U; j++) square[j] = load(sum_of(n, p) + j * kSide + v * U);
-          transpose(square);
-          for (int j = 0; j < lanes; j++) {
-            store(static_cast<Stored*>(o.dw) + (row + j) * o.lefts + n, square[j], min(U, n1 - n));
-          }
-        }
       }
     }
   }

@@ -104,7 +104,7 @@ class _Recurrence:
     """A direction on contiguous tensors; letters as in ``evaluator.py``, and W units of a head."""
 
     def __init__(self, plan: Plan, inputs: Sequence[Any]) -> None:
-        x_gates, w_hh, b_hh, lengths, resets, *others = inputs
+        x_gates, w_hh, b_hh, lengths, resets, *others = inputs[3:]
         count = len(plan.cell.states)
         self.plan, self.x_gates = plan, x_gates.contiguous()
         self.T, (self.N, self.H) = x_gates.size(0), others[0].shape
@@ -164,9 +164,9 @@ def _forward(plan: Plan, inputs: Sequence[Any], keep: bool) -> Any:
 
 
 def _backward(
-    plan: Plan, inputs: Sequence[Any], kept: Sequence[Tensor], d_every: Sequence[Tensor | None],
-    d_after: Sequence[Tensor],
-) -> Any:  # fmt: skip
+    plan: Plan, inputs: Sequence[Any], kept: Sequence[Tensor], needs: Sequence[bool],
+    d_every: Sequence[Tensor | None], d_after: Sequence[Tensor],
+) -> Sequence[Tensor | None]:  # fmt: skip
     k, (_, step) = _Recurrence(plan, inputs), steps_of(plan.cell)
     T, N, H, A = k.T, k.N, k.H, k.A
     *before, a_gates = kept
@@ -186,12 +186,18 @@ def _backward(
             t = T - 1 - s if plan.reverse else s
             through = k.by_head(d_states[0])
             torch.baddbmm(through, k.by_head(da_gates[t]), k.w_hh, out=through)
-    return dx_gates, da_gates, d_states, torch.cat(d_units.unbind(), 2) if len(d_units) else d_units
+    dw_hh = db_hh = None
+    if k.w_hh is not None:
+        by_head = da_gates.view(T * N, k.K, A * k.W)
+        dw_hh = torch.bmm(by_head.permute(1, 2, 0), before[0].view(T * N, k.K, k.W).transpose(0, 1))
+        if k.bias is not None:
+            db_hh = by_head.sum(0).view(k.K, A, k.W).transpose(0, 1).flatten()
+    return None, None, None, dx_gates, dw_hh, db_hh, None, None, *d_states, *d_units.sum((1, 2))
 
 
 def _on_device(function: Callable[..., Any]) -> Callable[..., Any]:
     def on_device(plan: Plan, inputs: Sequence[Any], *others: Any) -> Any:
-        with gpu._on(inputs[0].device):
+        with gpu._on(inputs[3].device):
             return function(plan, inputs, *others)
 
     return on_device
@@ -202,10 +208,11 @@ _KERNELS = evaluator.Kernels(_on_device(_forward), _on_device(_backward))
 
 def run(plan: Plan, *inputs: Any) -> tuple[Tensor, ...]:
     """As ``evaluator.in_plain_torch``, of float32 or float64."""
-    x_gates, w_hh, b_hh, lengths, resets, *others = inputs
+    x, w_ih, b_ih, z_gates, w_hh, b_hh, lengths, resets, *others = inputs
+    x_gates = evaluator.gates_of_x(x, w_ih, b_ih, z_gates, others[0].dtype)
     if resets is not None and not plan.reverse and x_gates.size(0):  # the kernels cut what leaves a step
         begins = resets[0] if lengths is None else resets[0] & (lengths > 0)
         count = len(plan.cell.states)
         cut = [torch.where(begins[:, None], value, state) for value, state in zip(plan.cell.initial, others)]
         others = [*cut, *others[count:]]
-    return evaluator.by_kernels(_KERNELS, plan, [x_gates, w_hh, b_hh, lengths, resets, *others])
+    return evaluator.by_kernels(_KERNELS, plan, [None, None, None, x_gates, w_hh, b_hh, lengths, resets, *others])
