@@ -471,8 +471,8 @@ class _Recurrent(_Module, nn.RNNBase, Generic[Hx, Hidden]):
         states = self._plain_states(hx) if usual else None
         if states is None or (self.dropout and self.training) or not plain.is_plain(input, states, weights):
             return None
-        layers = plain.layers_of(self, (self.mode, self.num_layers, self.bidirectional), weights)
-        found = layers and layers(input, states, 3, self.batch_first)
+        form = self.mode, self.num_layers, self.bidirectional
+        found = plain.run(self, form, input, states, weights, 3, self.batch_first)
         return (found[0], self._to_hidden(found[1:])) if found else None
 
     def _packed(
@@ -734,7 +734,8 @@ class LSTM(_Recurrent[Sequence[Tensor], tuple[Tensor, Tensor]]):
         state_clip: the bound of the gradients of h_t and c_t as they leave a step, h_t's with the output's and that
             from the next step: in the backward they are clamped to [-state_clip, state_clip] before they go into the
             step (as Graves does with the gates', "Generating Sequences With Recurrent Neural Networks", 2013). What a
-            layer computes stays the same. It has no forward-mode derivatives.
+            layer computes stays the same. It has no forward-mode derivatives, and what is derived once more is clipped
+            once more: second derivatives are not those of the clipped gradients.
         num_heads: K, a divisor of H: W_hh is K blocks on the diagonal, each of the units of one head, as in
             :class:`rnnfast.FlexRNN`: ``weight_hh_l{k}`` is ``[K, G*H/K, H/K]``, a head after the other and of each its
             G gates. It goes with all of these, whose equations stay the same.
@@ -945,8 +946,7 @@ class _Cell(_Module, nn.RNNCellBase, Generic[Hx, Hidden]):
         states = self._plain_states(hx) if self._rnnfast_options.is_usual(self.training) else None
         if states is None or not plain.is_plain(input, states, weights):
             return None
-        layers = plain.layers_of(self, (self._mode, 1, False), weights)
-        found = layers and layers(input, states, 2, False)
+        found = plain.run(self, (self._mode, 1, False), input, states, weights, 2, False)
         return self._to_hidden(found) if found else None
 
     def _weights(self) -> list[Tensor]:

@@ -1,5 +1,8 @@
-"""Inference on a CPU that concerns nobody but its caller: a whole stack of layers, or a cell, by one call of the native
-library, through ctypes, as an operator's call takes longer than a small step.
+"""Inference on a CPU without autograd, tracing, a mode, autocast or a profiler: a whole stack of layers, or a cell, by
+one call of the native library, through ctypes, as an operator's call takes longer than a small step.
+
+The library gets bare pointers, and other threads run meanwhile, which may replace a module's weights: whoever calls it
+holds the storages that it reads until it returns, and every pointer has been seen to lie within one of these.
 
 Letters as in ``reference.py``, and L layers.
 """
@@ -27,13 +30,13 @@ _dispatch_modes, _is_profiled = torch._C._len_torch_dispatch_stack, torch._C._au
 _CIRCUMSTANCES = USUAL, Circumstances(forced="cpu")
 _TYPES = frozenset((Tensor, nn.Parameter))
 _IS_AVAILABLE = BACKENDS["cpu"].probe(None).available
-_place, _is_contiguous, _facts = Tensor.data_ptr, Tensor.is_contiguous, attrgetter("dtype", "shape", "layout")
+_place, _storage = Tensor.data_ptr, Tensor.untyped_storage
+_is_contiguous, _is_neg, _facts = Tensor.is_contiguous, Tensor.is_neg, attrgetter("dtype", "shape", "layout")
 _MOST_NUMBERS = 2**31  # of an input; the operators refuse more steps, rows or features
 
 
 def is_plain(input: Tensor, hx: Sequence[Tensor], weights: Sequence[Tensor]) -> bool:
-    """Whether a call on a CPU concerns nobody but its caller: no derivative, graph, mode or profile, no other
-    Tensors."""
+    """Whether a call is inference on a CPU and no more: no derivative, graph, mode or profile, no other Tensors."""
     return (
         not _is_compiling()
         and _IS_AVAILABLE
@@ -54,13 +57,14 @@ class Layers:
     Args:
         form: mode, L, and whether there are two directions.
         weights: layer by layer, direction by direction, in torch's order.
+        storages: of the weights.
 
     Raises:
         ValueError: they are no such weights, on a CPU, contiguous and of a dtype that has kernels.
         MemoryError: there is none.
     """
 
-    def __init__(self, form: tuple[str, int, bool], weights: Sequence[Tensor]) -> None:
+    def __init__(self, form: tuple[str, int, bool], weights: Sequence[Tensor], storages: Sequence[Any]) -> None:
         mode, layers, bidirectional = form
         self.directions = 1 + bidirectional
         self.of_layers = layers * self.directions
@@ -85,6 +89,9 @@ class Layers:
             raise ValueError("no kernels for these weights")
         self._sizes: dict[tuple[torch.Size, int, bool], _Sizes] = {}
         self._places, self._of_weights = [*map(_place, weights)], [*map(_facts, weights)]
+        self._in_memory = _extents(storages)
+        if not all(map(_lies_in, weights, self._places, storages)):
+            raise ValueError("the memory of a weight was taken away")
         functions = library()
         self.handle = functions.rnnfast_layers_new(
             mode.encode(), DTYPES.index(self.dtype), layers, self.directions, self.inputs, self.hidden, self.outputs,
@@ -98,12 +105,14 @@ class Layers:
         if getattr(self, "handle", None):
             self._delete(self.handle)
 
-    def are_of(self, form: tuple[str, int, bool], weights: Sequence[Tensor]) -> bool:
-        """Whether these weights still are what they were made of."""
+    def are_of(self, form: tuple[str, int, bool], weights: Sequence[Tensor], storages: Sequence[Any]) -> bool:
+        """Whether these weights, in these storages, still are what they were made of."""
         return (
             self.form == form
             and self._of_weights == [*map(_facts, weights)]
             and all(map(_is_contiguous, weights))
+            and not any(map(_is_neg, weights))
+            and self._in_memory == _extents(storages)
             and self._places == [*map(_place, weights)]
         )
 
@@ -167,24 +176,44 @@ def _readable(t: Tensor, dtype: torch.dtype) -> Tensor | None:
     """The same where the library can read it, if it can at all."""
     if t.dtype is not dtype or not t.is_cpu or t.layout is not torch.strided:
         return None
-    return t if t.is_contiguous() and not t.is_neg() else t.resolve_neg().contiguous()
+    if not t.is_contiguous() or t.is_neg():
+        return t.resolve_neg().contiguous()
+    return t if _lies_in(t, t.data_ptr(), t.untyped_storage()) else None
+
+
+def _extents(storages: Sequence[Any]) -> list[tuple[int, int]]:
+    return [(storage.data_ptr(), storage.nbytes()) for storage in storages]
+
+
+def _lies_in(t: Tensor, place: int, storage: Any) -> bool:
+    """Whether a contiguous tensor at this place has its memory there: a storage can be made smaller beneath it."""
+    begin: int = storage.data_ptr()
+    return begin <= place and place + t.nbytes <= begin + storage.nbytes()
 
 
 _kept: dict[int, tuple[weakref.ref[nn.Module], Layers]] = {}  # by the id of a module
 
 
-def layers_of(module: nn.Module, form: tuple[str, int, bool], weights: Sequence[Tensor]) -> Layers | None:
-    """Those of a module's weights, made anew where they have changed; None where the library cannot take them."""
+def run(
+    module: nn.Module, form: tuple[str, int, bool], input: Tensor, hx: Sequence[Tensor], weights: Sequence[Tensor],
+    dims: int, batch_first: bool,
+) -> tuple[Tensor, ...] | None:  # fmt: skip
+    """As ``Layers.__call__`` of a module's weights, whose Layers are kept until they change."""
+    weights = [*weights]  # a module's own list may get others meanwhile
+    try:
+        storages = [*map(_storage, weights)]
+    except RuntimeError:  # there are none of sparse ones
+        return None
     key = id(module)
     kept = _kept.get(key)
-    if kept is not None and kept[0]() is module and kept[1].are_of(form, weights):
-        return kept[1]
-    try:
-        made = Layers(form, weights)
-    except ValueError:
-        return None
-    _kept[key] = weakref.ref(module, lambda _: _kept.pop(key, None)), made
-    return made
+    layers = kept[1] if kept is not None and kept[0]() is module else None
+    if layers is None or not layers.are_of(form, weights, storages):
+        try:
+            layers = Layers(form, weights, storages)
+        except ValueError:
+            return None
+        _kept[key] = weakref.ref(module, lambda _: _kept.pop(key, None)), layers
+    return layers(input, hx, dims, batch_first)
 
 
 @functools.cache

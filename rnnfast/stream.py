@@ -197,7 +197,7 @@ class _Step:
         weights = [weight.detach().clone(memory_format=torch.contiguous_format) for weight in module._weights()]
         form = (module._mode, 1, False) if self.is_cell else (module.mode, module.num_layers, False)
         try:
-            layers = plain.Layers(form, weights)
+            layers = plain.Layers(form, weights, [weight.untyped_storage() for weight in weights])
         except ValueError:  # they are empty
             return
         self._kept, self._places = weights, self._places_of_states()

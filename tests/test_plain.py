@@ -7,6 +7,7 @@ import ctypes
 import gc
 import pickle
 import random
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -145,7 +146,11 @@ def replaced_storage(weight: Tensor) -> None:
     weight.set_((weight * -1).detach())
 
 
-@pytest.mark.parametrize("change", [changed_in_place, moved, turned, replaced_storage])
+def negated(weight: Tensor) -> None:
+    weight.data = torch._neg_view(weight.data)
+
+
+@pytest.mark.parametrize("change", [changed_in_place, moved, turned, replaced_storage, negated])
 @pytest.mark.parametrize("name", ["GRU", "GRUCell"])
 @torch.no_grad()
 def test_weights_that_change(name: str, change: Callable[[Tensor], None], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,6 +237,36 @@ def test_copies_and_threads() -> None:
     with ThreadPoolExecutor(4) as pool:
         for y in pool.map(lambda k: twins[k % 2](x)[0], range(200)):
             assert torch.equal(y, expected)
+
+
+@torch.no_grad()
+def test_weights_that_other_threads_replace() -> None:
+    """A call reads its weights until it returns: large ones, whose memory is given back to the system at once."""
+    module, x = rnnfast.GRU(8, 1000), torch.randn(20, 1, 8)
+    done = threading.Event()
+
+    def replace() -> None:
+        while not done.wait(0.001):
+            module.weight_hh_l0 = nn.Parameter(torch.zeros(3000, 1000))
+            module.weight_hh_l0.data = torch.zeros(3000, 1000)
+
+    thread = threading.Thread(target=replace)
+    thread.start()
+    for _ in range(200):
+        assert module(x)[0].isfinite().all()
+    done.set()
+    thread.join()
+
+
+@pytest.mark.parametrize("size", [0, 16])
+@pytest.mark.parametrize("name", ["input", "hx", "weight_hh_l0"])
+@torch.no_grad()
+def test_memory_that_was_taken_away(name: str, size: int) -> None:
+    module, x, h = rnnfast.GRU(4, 5), torch.randn(3, 2, 4), torch.randn(1, 2, 5)
+    module(x, h)
+    {"input": x, "hx": h, "weight_hh_l0": module.weight_hh_l0}[name].untyped_storage().resize_(size)
+    with pytest.raises(RuntimeError, match="memory"):
+        module(x, h)
 
 
 @torch.no_grad()
@@ -335,9 +370,10 @@ def test_mistakes_are_told_in_torchs_words(name: str, served: list[bool]) -> Non
 def test_layers_of_several_sizes_are_refused() -> None:
     """The states of all layers are in one tensor."""
     of = lambda *sizes: [torch.randn(16, 4), *(torch.randn(*size) for size in sizes)]
-    plain.Layers(("LSTM", 2, False), of((16, 3), (3, 4), (16, 3), (16, 3), (3, 4)))
+    make = lambda weights: plain.Layers(("LSTM", 2, False), weights, [w.untyped_storage() for w in weights])
+    make(of((16, 3), (3, 4), (16, 3), (16, 3), (3, 4)))
     with pytest.raises(ValueError, match="do not fit"):
-        plain.Layers(("LSTM", 2, False), of((16, 3), (3, 4), (16, 3), (16, 2), (2, 4)))
+        make(of((16, 3), (3, 4), (16, 3), (16, 2), (2, 4)))
 
 
 class Mallinfo(ctypes.Structure):
@@ -368,7 +404,7 @@ def test_no_memory_is_lost() -> None:
 @torch.no_grad()
 def test_nothing_is_kept() -> None:
     module, x = rnnfast.LSTM(4, 5, 2), torch.randn(3, 2, 4)
-    for call in (lambda: module(x), lambda: plain.layers_of(module, ("LSTM", 2, False), [x] * 8)):
+    for call in (lambda: module(x), lambda: plain.run(module, ("LSTM", 2, False), x, (), [x] * 8, 3, False)):
         call(), gc.collect()
         before = len([t for t in gc.get_objects() if isinstance(t, Tensor)])
         for _ in range(3):

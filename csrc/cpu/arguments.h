@@ -70,13 +70,26 @@ inline void* data_if(bool wanted, const Tensor& tensor) { return wanted ? tensor
 class Reader {
  public:
   const void* operator()(const Tensor& tensor) {
-    if (tensor.is_contiguous()) return tensor.data_ptr();
+    if (tensor.is_contiguous()) {
+      check_memory(tensor);
+      return tensor.data_ptr();
+    }
     copies_.push_back(torch::stable::contiguous(tensor));
     return copies_.back().data_ptr();
   }
   const void* operator()(const OptionalTensor& tensor) { return tensor ? (*this)(*tensor) : nullptr; }
 
  private:
+  // A storage can be made smaller beneath a tensor.
+  static void check_memory(const Tensor& tensor) {
+    int64_t bytes, offset;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &bytes));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(tensor.get(), &offset));
+    const int64_t numbers = tensor.numel();
+    RNNFAST_CHECK(!numbers || (offset + numbers) * int64_t(tensor.element_size()) <= bytes,
+                  "the memory of a tensor was taken away");
+  }
+
   std::vector<Tensor> copies_;
 };
 
