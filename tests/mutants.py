@@ -172,8 +172,8 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         (
             "strides are not looked at",
             "test_recurrence.py test_modules.py -k 'layouts or strides'",
-            "if (tensor.is_contiguous()) return",
-            "return",
+            "if (tensor.is_contiguous()) {",
+            "if (true) {",
         ),
     ],
     "csrc/cpu/threads.cpp": [
