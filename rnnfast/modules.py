@@ -80,11 +80,11 @@ class _Module(nn.Module):
     _has_cell_state = False
     recompute = False
     _rnnfast_options = _USUAL_OPTIONS
-    # Of torch.nn: the class of the same name, whose forward is the quicker one for a single step under autograd, in
-    # float32 on a CPU, from this many units on; bench/README.md has the figures.
     if TYPE_CHECKING:
-        _theirs: Any
+        _theirs: Any  # torch.nn's class of the same name
         hidden_size: Any  # an int, or a list of such
+    # From this many units on torch's kernels are quicker for a single step under autograd, in float32 on a CPU;
+    # bench/README.md has the figures.
     _quicker_by_torch_from = math.inf
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -170,10 +170,9 @@ class _Module(nn.Module):
             if own.init == "orthogonal" and name.startswith("weight_hh"):
                 if weight.is_complex():
                     raise ValueError(f"init='orthogonal' is for real dtypes, got {weight.dtype}")
-                # Of each head, if there are some.
-                for gate in weight.flatten(0, -2).split(
-                    self._hidden_of(name) // own.num_heads
-                ):  # torch has no orthogonal matrices of half types
+                units = self._hidden_of(name) // own.num_heads  # of a head, whose gates each are a square matrix
+                for gate in weight.flatten(0, -2).split(units):
+                    # torch has no orthogonal matrices of half types
                     made = torch.empty_like(gate, dtype=torch.promote_types(gate.dtype, torch.float32))
                     gate.copy_(nn.init.orthogonal_(made))
             if name.startswith("gain"):
@@ -454,7 +453,7 @@ class _Recurrent(_Module, nn.RNNBase, Generic[Hx, Hidden]):
             return None
         if weights is not self._flat_weights or not weights[1].requires_grad:  # torch.nn's forward reads those alone
             return None
-        # As torch.nn's forward, which else has most of a small step's time.
+        # What torch.nn's forward calls in the end; its checks, most of a small step's time, are implied by these.
         if input.dim() == 3 and input.size(2) == self.input_size and self._checks_as_ours:
             rows = input.size(0 if self.batch_first else 1)
             shape = self.num_layers * (1 + self.bidirectional), rows, self.hidden_size

@@ -239,12 +239,12 @@ def _by_name(w: Weights) -> dict[str, Tensor]:
 def _with_norms(w: Weights, norms: dict[str, Tensor], cell: Cell) -> dict[str, Tensor]:
     """Likewise, for a cell that :func:`_normalized` has made of this one, behind :func:`_run_normalized`."""
     acc = torch.promote_types(w.w_hh.dtype, torch.float32)
-    none = norms["gain_hh"].new_zeros(norms["gain_hh"].shape)
+    none = torch.zeros_like(norms["gain_hh"])
     b_ih, b_hh = (none if bias is None else bias for bias in (w.b_ih, w.b_hh))
     joined, *apart = _by_group(b_hh, cell, 0)
     of_x, *rest = _by_group(b_ih, cell, 0)
     w_hh = w.w_hh
-    if w_hh.dim() == 2:
+    if w_hh.dim() == 2:  # else it is of heads
         # Added a sum of its own, which is scaled first: so autograd makes no matrix but the gradient.
         w_hh = _joined([part + part.sum(0) * (-1 / part.size(0)) for part in _by_group(w_hh.to(acc), cell, 0)], 0)
     found = {"weight_ih": w.w_ih, "weight_hh": w_hh}
