@@ -10,7 +10,8 @@ ends, so a stop at any moment leaves what was found until then. One that hangs o
 and a new process goes on with the next.
 
 The folder then holds records.jsonl, a line for each item; and, made from it, table.csv (the columns of run.py),
-costs.json, failures.txt (a line each) and summary.txt (a line for each stage). log.txt is what the processes printed.
+costs.json, flex.json, failures.txt (a line each) and summary.txt (a line for each stage). log.txt is what the
+processes printed.
 """
 
 from __future__ import annotations
@@ -41,12 +42,14 @@ GOOD = ("passed", "skipped")
 
 # The tests of test_gpu.py by worth, for pytest's -k. smoke: each CUDA kernel in every form of a sequence. triton: its
 # kernels, each of which takes seconds to compile. forms: all else that is fast. deep: large sizes, and Triton's rest.
+# And all of test_gpu_flex.py: cells.
 DEEP = "(sizes[ or hidden_size or long_sequence or many_rows or 32_bits)"
 TRITON = "triton and (names_the_kernel or (twice_torchs and (H63 or wide) and (lstm or gru or tanh) and {}))"
 TRITON = TRITON.format("(float32 or bfloat16)")
 TESTS = {
     "smoke": "not triton and (every_regime[ or names_the_kernel or choice_is)",
     "triton": TRITON,
+    "cells": "",
     "forms": f"not (triton or every_regime[ or names_the_kernel or choice_is or sanitizer or {DEEP})",
     "sanitizer": "sanitizer",
     "deep": f"({DEEP} and not triton) or (triton and not ({TRITON}))",
@@ -55,6 +58,7 @@ TESTS = {
 REHEARSED = {
     "smoke": "every_regime[ and lstm-5-float32-rect",
     "triton": "H63 and tanh and float32 and packed",
+    "cells": "what_runs or (mgu and rectangular)",
     "forms": "eval_mode and lstm",
     "sanitizer": "chip",
     "deep": "sizes[ and tanh-1-9 and bfloat16",
@@ -77,8 +81,9 @@ def stages(rehearsed: bool) -> list[Stage]:
         return Stage(name, *args[:3], [sys.executable, str(BENCH / "gpu_work.py"), name], (0,), *args[3:])
 
     def tests(name: str, *args: Any, workers: int) -> Stage:
-        chosen = f"({TESTS[name]}) and ({REHEARSED[name]})" if rehearsed else TESTS[name]
-        command = [sys.executable, "-m", "pytest", str(ROOT / "tests" / "test_gpu.py"), "-p", "gpu_tests", "-k", chosen]
+        chosen = " and ".join(f"({words})" for words in (TESTS[name], REHEARSED[name] if rehearsed else "") if words)
+        file = ROOT / "tests" / ("test_gpu_flex.py" if name == "cells" else "test_gpu.py")
+        command = [sys.executable, "-m", "pytest", str(file), "-p", "gpu_tests", "-k", chosen]
         command += ["-q", "--tb=line", "-p", "no:cacheprovider", "--maxfail", "40"]  # more tell no more
         workers = min(workers, os.cpu_count() or 1)
         if workers > 1 and not rehearsed and importlib.util.find_spec("xdist"):
@@ -89,8 +94,10 @@ def stages(rehearsed: bool) -> list[Stage]:
         work("versions", 56, 200, 40, max, "largest error"),
         tests("smoke", 100, 240, 30, workers=8),
         tests("triton", 60, 120, 90, workers=14),
+        tests("cells", 80, 160, 90, workers=14),
         work("cudnn", 65, 160, 60, min, "least ratio"),
         work("costs", 60, 120, 30, max, "largest error"),
+        work("flex", 60, 120, 60, min, "least ratio"),
         tests("forms", 250, 400, 60, workers=8),
         tests("sanitizer", 150, 300, 200, workers=8),
         tests("deep", 320, 480, 120, workers=12),
@@ -132,10 +139,11 @@ class Results:
                 table = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
                 table.writeheader()
                 table.writerows(rows)
-        if costs := self.of("costs"):
+        for stage in ("costs", "flex"):
             without = ("stage", "seconds", "figure")
-            lines = [json.dumps({k: v for k, v in of.items() if k not in without}) for of in costs]
-            (self.folder / "costs.json").write_text("[\n" + ",\n".join(lines) + "\n]\n")
+            lines = [json.dumps({k: v for k, v in of.items() if k not in without}) for of in self.of(stage)]
+            if lines:
+                (self.folder / f"{stage}.json").write_text("[\n" + ",\n".join(lines) + "\n]\n")
         bad = [record for record in self.records if record.get("outcome", "passed") not in GOOD]
         text = "".join(f"{r['stage']}: {r['item']}: {r['outcome']}: {r.get('reason', '')}\n" for r in bad)
         (self.folder / "failures.txt").write_text(text)
@@ -284,7 +292,7 @@ def gpu_name() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=30, help="stop in time (30)")
-    parser.add_argument("--stages", metavar="A,B", help="only these; parity: smoke,triton,forms,deep")
+    parser.add_argument("--stages", metavar="A,B", help="only these; parity: smoke,triton,cells,forms,deep")
     parser.add_argument("--resume", action="store_true", help="go on with the results that are there")
     parser.add_argument("--out", type=Path, help="the folder of the results (results/<gpu>)")
     parser.add_argument("--rehearse", action="store_true", help="without a GPU, at tiny sizes")
@@ -294,7 +302,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the processes of a stage end with this one
 
     every = {stage.name: stage for stage in stages(args.rehearse)}
-    asked = (args.stages or ",".join(every)).replace("parity", "smoke,triton,forms,deep").split(",")
+    asked = (args.stages or ",".join(every)).replace("parity", "smoke,triton,cells,forms,deep").split(",")
     if unknown := set(asked) - set(every):
         parser.error(f"no stage {', '.join(sorted(unknown))}; there are {', '.join(every)}")
     folder = args.out or (ROOT / "build" / "rehearsal" if args.rehearse else BENCH / "results" / gpu_name())

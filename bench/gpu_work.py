@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import cuda_cuts
+import flex as flex_bench
 import machine
 import run
 import torch
@@ -124,6 +125,39 @@ class Work:
         left = [("float32", rest, ("LSTM", "GRU"), 1, 1), ("bfloat16", rest, ("RNN",), 1, 1)]
         left += [("float16", rest, ("LSTM", "GRU"), 1, 1), ("float32", rest, ("RNN",), 1, 1)]
         yield from ((name, item) for name, item in self.rows(left) if name not in measured)
+
+    # Cells of one's own
+
+    def flex(self) -> Iterator[Item]:
+        """An LSTM that no kernel knows, and sLSTMs of one head and of more, as many units as inputs."""
+        sizes = [("lstm", "bfloat16", H, N, 1) for H, N in ((64, 16), (64, 64), (1024, 64))]
+        sizes += [("lstm", "float32", 64, 64, 1), ("slstm", "bfloat16", 256, 64, 4), ("slstm", "float32", 256, 64, 4)]
+        sizes += [("slstm", "bfloat16", 64, 64, 1), ("slstm", "bfloat16", 1024, 64, 1)]
+        for (cell, dtype, H, N, heads), mode in itertools.product(sizes, flex_bench.MODES):
+            T, H, N = (5, 2 * heads, 3) if self.rehearsed else (run.GPU_STEPS, H, N)
+            name = f"{cell} {dtype} {mode} {T}x{N}x{H}" + (f" {heads} heads" if heads > 1 else "")
+            yield name, functools.partial(self.of_flex, cell, dtype, mode, T, N, H, heads)
+
+    def of_flex(self, cell: str, dtype: str, mode: str, T: int, N: int, H: int, heads: int) -> dict[str, Any]:
+        """Milliseconds of a layer; of the LSTM also of our kernels of it and of cuDNN, else of a plain loop."""
+        rnnfast.set_choice("ours")
+        options = {"device": self.device, "dtype": getattr(torch, dtype)}
+        net = rnnfast.FlexRNN(flex_bench.CELLS[cell], H, H, num_heads=heads, **options)
+        modules = {"ours": net} if cell == "slstm" else {
+            "ours": net, "kernels": rnnfast.LSTM(H, H, **options), "torch": nn.LSTM(H, H, **options)
+        }  # fmt: skip
+        inputs = [torch.randn(T, N, H, **options)]
+        calls = {name: run.Call(module, module, inputs, mode, (False, False)) for name, module in modules.items()}
+        if cell == "slstm":
+
+            def loop(x: Tensor) -> Any:
+                with rnnfast.use_backend("reference"):
+                    return net(x)
+
+            calls["loop"] = run.Call(loop, net, inputs, mode, (False, False))
+        ms = run.measure(calls, 1 if self.rehearsed else 3, self.device, 0.01)
+        over = {f"ratio_{name}": value / ms["ours"] for name, value in ms.items() if name != "ours"}
+        return {"figure": list(over.values())[-1]} | {f"{name}_ms": value for name, value in ms.items()} | over
 
     def rows(self, shapes: list, steps: int = run.GPU_STEPS, backend: str | None = None) -> Iterator[Item]:
         if self.rehearsed:
@@ -282,7 +316,7 @@ def is_usable() -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("stage", choices=["versions", "cudnn", "costs", "more"])
+    parser.add_argument("stage", choices=["versions", "cudnn", "costs", "flex", "more"])
     parser.add_argument("--report", type=Path, required=True)
     parser.add_argument("--done", type=Path, required=True)
     parser.add_argument("--without", action="append", default=[], metavar="WORD", help="leave out items of that word")

@@ -1,0 +1,177 @@
+"""What a GPU alone shows of cells of one's own and of the layers' options: the numbers of what Triton compiles."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from helpers import LAYERS, assert_off_by_twice_at_most, values_and_grads
+from test_flex import OF_TORCH, AsTorchs, again
+from test_gpu import PRECISIONS, assert_close, assert_equal, tf32
+from test_variants import FLEX, own_lstm
+from torch import Tensor
+
+import rnnfast
+from rnnfast import FlexRNN, cells
+
+pytestmark = pytest.mark.gpu
+DEVICE = "cuda"
+T, N, I = 7, 20, 5
+# Hidden units and options of a layer: all steps in one launch, also of heads; a launch a step; units that know nothing
+# of each other.
+SIZES: dict[str, tuple[int, dict[str, Any]]] = {
+    "fused": (64, {}),
+    "heads": (192, {"num_heads": 3}),
+    "stepwise": (300, {}),
+    "diagonal": (300, {"recurrent": "diagonal"}),
+}
+ANEW = {name: again(getattr(cells, name)) for name in ("lstm", "gru", "peephole_lstm")}
+OWN = ("cifg", "relu_lstm", "slstm", "janet", "mgu", "ligru", "indrnn", "sru", "min_gru", "min_lstm", "leaky_rnn")
+ZOO = ANEW | {name: getattr(cells, name) for name in OWN}
+# sLSTM has operations of all kinds, peephole_lstm weights of the units' own.
+CHOSEN = [(name, "float32", size, "rectangular") for name in ZOO for size in SIZES]
+CHOSEN += [(of, "float32", size, form) for of in ("gru", "slstm") for size in SIZES for form in ("lengths", "resets")]
+CHOSEN += [
+    (name, dtype, size, form)
+    for name, form in (("lstm", "rectangular"), ("slstm", "rectangular"), ("slstm", "both"), ("peephole_lstm", "both"))
+    for size in SIZES
+    for dtype in PRECISIONS
+    if dtype != "float32"
+]
+CHOSEN = [case for case in CHOSEN if ZOO[case[0]].gates_of_a or case[2] in ("fused", "stepwise")]
+
+
+@pytest.fixture(autouse=True)
+def kernels() -> Iterator[None]:
+    found = rnnfast.backends()["triton"]
+    if not found.available:
+        pytest.skip(f"triton: {found.detail}")
+    with rnnfast.use_backend("triton"), tf32(False):
+        yield
+    torch._dynamo.reset()
+
+
+def of_form(form: str) -> dict[str, Tensor]:
+    lengths, resets = (torch.arange(N) % (T + 1)).to(DEVICE), torch.rand(T, N, device=DEVICE) < 0.3
+    given = {"rectangular": {}, "lengths": {"lengths": lengths}, "resets": {"resets": resets}}
+    return given[form] if form in given else given["lengths"] | given["resets"]
+
+
+def states_of(cell: cells.Cell, hidden: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Random, and for a normaliser positive, as it is in any step but the first."""
+    made = [(name, torch.randn(1, N, hidden, device=DEVICE)) for name in cell.states]
+    return tuple((state.abs() + 0.5 if name == "n" else state).to(dtype) for name, state in made)
+
+
+@pytest.mark.parametrize("cell, precision, size, form", CHOSEN)
+def test_error_is_at_most_twice_torchs(cell: str, precision: str, size: str, form: str) -> None:
+    """Against float64 ours may be off by twice what a loop in plain torch is in the same precision, plus the floor."""
+    dtype, allowed, floor = PRECISIONS[precision]
+    hidden, options = SIZES[size]
+    torch.manual_seed(0)
+    net = FlexRNN(ZOO[cell], I, hidden, device=DEVICE, dtype=dtype, **options)
+    x, states = torch.randn(T, N, I, device=DEVICE, dtype=dtype), states_of(ZOO[cell], hidden, dtype)
+    given = of_form(form)
+    with tf32(allowed):
+        actual = values_and_grads(net, x, states, **given)
+        with torch.no_grad():
+            inferred = net(x, states, **given)[0]
+        with rnnfast.use_backend("reference"):
+            baseline = values_and_grads(net, x, states, **given)
+    with rnnfast.use_backend("reference"):
+        exact = values_and_grads(net.double(), x.double(), tuple(state.double() for state in states), **given)
+    assert_close([inferred], [actual["output[0]"]], floor)
+    assert_off_by_twice_at_most(actual, baseline, {name: t.cpu() for name, t in exact.items()}, dtype, 2 * floor)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_what_runs(size: str) -> None:
+    hidden, options = SIZES[size]
+    (found,) = rnnfast.explain(FlexRNN(ANEW["lstm"], I, hidden, device=DEVICE, **options))
+    assert found.backend == "triton"
+    assert found.reason.endswith("a launch and a product a step" if size == "stepwise" else "all steps in one launch")
+
+
+@pytest.mark.parametrize("hidden", [40, 300])
+@pytest.mark.parametrize("name", OF_TORCH)
+def test_torchs_cells_written_anew(name: str, hidden: int) -> None:
+    """Stacks of both directions, against cuDNN."""
+    options = {"num_layers": 2, "bidirectional": True, "device": DEVICE}
+    theirs, ours = getattr(torch.nn, name)(I, hidden, **options), AsTorchs(name, I, hidden, **options)
+    ours.net.load_state_dict(theirs.state_dict())
+    x = torch.randn(T, N, I, device=DEVICE)
+    assert_close(*(list(values_and_grads(net, x).values()) for net in (ours, theirs)))
+
+
+@pytest.mark.parametrize("size", ["fused", "stepwise"])
+def test_in_a_graph(size: str) -> None:
+    hidden, options = SIZES[size]
+    net, x = FlexRNN(cells.slstm, I, hidden, device=DEVICE, **options), torch.randn(T, N, I, device=DEVICE)
+    with torch.no_grad():
+        expected = net(x)[0]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = net(x)[0]
+        found.zero_()
+        graph.replay()
+    assert_equal([found], [expected])
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_compiled_is_eager(size: str) -> None:
+    hidden, options = SIZES[size]
+    net, x = FlexRNN(cells.slstm, I, hidden, device=DEVICE, **options), torch.randn(T, N, I, device=DEVICE)
+    compiled = torch.compile(net, fullgraph=True)
+    assert_close(*(list(values_and_grads(of, x).values()) for of in (compiled, net)))
+
+
+def test_second_derivatives() -> None:
+    net = FlexRNN(cells.slstm, 2, 3, device=DEVICE, dtype=torch.float64)
+    x = torch.randn(3, 2, 2, device=DEVICE, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x: net(x)[0], (x,), fast_mode=True)
+
+
+# Options: random numbers are torch's, and so the same in every backend
+
+
+@pytest.mark.parametrize("hidden", [24, 300])
+@pytest.mark.parametrize("option", FLEX)
+@pytest.mark.parametrize("name", [*LAYERS, "FlexRNN"])
+def test_options(name: str, option: str, hidden: int) -> None:
+    of, options = getattr(rnnfast, name), dict(FLEX[option])
+    if name == "FlexRNN":
+        of = lambda *args, **kwargs: FlexRNN(own_lstm, *args, **kwargs)
+    elif name != "LSTM" and isinstance(options.get("zoneout"), tuple):
+        options["zoneout"] = options["zoneout"][0]
+    net = of(I, hidden, num_layers=2, bidirectional=True, device=DEVICE, **options)
+    x, given = torch.randn(T, N, I, device=DEVICE), of_form("both")
+    found = list(values_and_grads(net, x, **given).values())
+    with rnnfast.use_backend("reference"):
+        expected = list(values_and_grads(net, x, **given).values())
+    assert_close(found, expected, scale=5e-5)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layer_norm(name: str) -> None:
+    """On a GPU in plain torch."""
+    net = getattr(rnnfast, name)(I, 24, bidirectional=True, layer_norm=True, device=DEVICE)
+    x = torch.randn(T, N, I, device=DEVICE)
+    with rnnfast.use_backend("reference"):
+        found = list(values_and_grads(net, x).values())
+        assert_close(found, list(values_and_grads(net.double(), x.double()).values()), scale=5e-5)
+
+
+@pytest.mark.parametrize("form", ["nested", "cu_seqlens"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_sequences_end_to_end(name: str, form: str) -> None:
+    """Nested tensors, and rows with cu_seqlens that lie on the GPU, against each sequence alone."""
+    net, bounds = getattr(rnnfast, name)(I, 40, 2, bidirectional=True, device=DEVICE), torch.tensor([0, 3, 3, 8, 9])
+    x = torch.randn(9, I, device=DEVICE, requires_grad=True)
+    if form == "nested":
+        y = net(torch.nested.nested_tensor_from_jagged(x, bounds.to(DEVICE)))[0].values()
+    else:
+        y = net(x, cu_seqlens=bounds.to(DEVICE), max_seqlen=5)[0]
+    alone = torch.cat([net(x[begin:end])[0] for begin, end in zip(bounds, bounds[1:]) if begin < end])
+    assert_close(*([out, *torch.autograd.grad(out.sum(), [x, *net.parameters()])] for out in (y, alone)))
