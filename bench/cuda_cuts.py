@@ -58,8 +58,9 @@ class Recurrence:
         def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
 
-        self.cell, self.of_call, G = cell, (T, tf32, gpu.stream_of(torch.device(device))), GATES[cell]
+        self.cell, G = cell, GATES[cell]
         self.x_gates, self.b_hh = normal(1, T * N, G * H), normal(G * H, scale=0.1)
+        self.of_call = T, tf32, gpu.stream_of(self.x_gates.device)
         self.w_hh = normal(G * H, H, scale=H**-0.5)
         self.y, self.gates, self.dy = empty(T * N, H), empty(1, T * N, 4 * H), normal(T * N, H)
         self.dgates = empty(1, T * N, 4 * H)

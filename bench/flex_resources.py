@@ -70,7 +70,13 @@ def compile(variant: Variant) -> Resources:
     w = tensor if variant.form == "fused" else None
     given |= {"p_w": w, "p_b": w, "p_lengths": "*i64", "p_resets": "*u8", **sizes}
     step = flex.steps_of(cell)[variant.kernel == "backward"]
-    constants = {"CELL": step, "INITIAL": tuple(cell.initial), "X": len(cell.gates_of_x), "A": len(cell.gates_of_a)}
+    constants = {
+        "CELL": step,
+        "INITIAL": tuple(cell.initial),
+        "EVERY": (True,) * len(states),
+        "X": len(cell.gates_of_x),
+        "A": len(cell.gates_of_a),
+    }
     constants |= {"REVERSE": 0, "FUSED": how.fused, "BH": how.units, "BN": how.rows, "PRECISION": how.precision}
 
     kernel = getattr(flex_kernels, variant.kernel)

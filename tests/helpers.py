@@ -149,8 +149,8 @@ def loss_of(outputs: Any) -> Tensor:
     total = torch.zeros((), dtype=torch.float64)
     for k, (_, t) in enumerate(flatten(outputs)):
         if t.requires_grad:
-            weight = torch.linspace(-1, 1 + k, t.numel(), dtype=torch.float64).reshape(t.shape)
-            total = total + ((t.real + 2 * t.imag if t.is_complex() else t).double() * weight).sum()
+            weight = torch.linspace(-1, 1 + k, t.numel(), dtype=torch.float64, device=t.device).reshape(t.shape)
+            total = total + ((t.real + 2 * t.imag if t.is_complex() else t).double() * weight).sum().cpu()
     return total
 
 

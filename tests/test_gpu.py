@@ -565,7 +565,7 @@ def test_opcheck(mode: str, kernels: str) -> None:
 
 
 def test_explanation_names_the_kernel(kernels: str) -> None:
-    small = {"triton": "fused", "cuda": "multiprocessor"}[kernels]
+    small = {"triton": {"fused"}, "cuda": {"multiprocessor", "cluster"}}[kernels]
     for cell, (size, hidden) in itertools.product(CELLS, HIDDEN.items()):
         (choice,) = rnnfast.explain(layer(cell, hidden), torch.randn(3, 2, 4, device=DEVICE))
         found = choice.reason.partition(":")[0]
@@ -573,7 +573,7 @@ def test_explanation_names_the_kernel(kernels: str) -> None:
         if cell == "projection":
             assert found == "stepwise"
         elif size == "small":
-            assert found == small
+            assert found in small, choice
         else:
             assert found in ({"stepwise"} if kernels == "triton" else {"cluster", "chip"}), choice
 

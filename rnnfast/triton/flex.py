@@ -176,8 +176,8 @@ def _backward(
     if k.x_gates.numel():
         launch = functools.partial(
             k.launch, flex_kernels.backward, step, k.x_gates, a_gates, tuple(before), tuple(k.units),
-            tuple(None if grad is None else grad.contiguous() for grad in d_every), d_states, dx_gates,
-            da_gates, tuple(d_units.unbind()), k.own_w,
+            tuple(k.x_gates if grad is None else grad.contiguous() for grad in d_every), d_states, dx_gates,
+            da_gates, tuple(d_units.unbind()), k.own_w, EVERY=tuple(grad is not None for grad in d_every),
         )  # fmt: skip
         if k.how.fused:
             launch(first=0, last=T)

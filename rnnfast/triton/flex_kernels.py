@@ -22,13 +22,10 @@ VARYING = ("first", "last", "T", "N")
 
 @triton.jit
 def tiles_at(pointers, offset, mask):
-    """A tile of each of some tensors; of one that is absent zeros."""
+    """A tile of each of some tensors."""
     found = ()
     for k in tl.static_range(len(pointers)):
-        if pointers[k] is None:
-            found = found + (tl.zeros(mask.shape, tl.float32),)
-        else:
-            found = found + (tl.load(pointers[k] + offset, mask=mask, other=0.0),)
+        found = found + (tl.load(pointers[k] + offset, mask=mask, other=0.0),)
     return found
 
 
@@ -152,7 +149,7 @@ def forward(
 
 
 @triton.jit
-def load_backward(at, t, p_x, p_a, p_before, p_d_every, H, W, X: tl.constexpr, A: tl.constexpr):
+def load_backward(at, t, p_x, p_a, p_before, p_d_every, H, W, X: tl.constexpr, A: tl.constexpr, EVERY: tl.constexpr):
     """Of step t the gates of x and a, the states before it, and the gradients of its own outputs."""
     mask = at.inside & (t < at.length)
     place = row(at, t)
@@ -160,7 +157,13 @@ def load_backward(at, t, p_x, p_a, p_before, p_d_every, H, W, X: tl.constexpr, A
     if A > 0:
         a = load(p_a + place_of_a(at, place, H, W, A), A, W, mask)
     unit = place * H + at.unit
-    return gates_at(at, place, p_x, H, X, mask), a, tiles_at(p_before, unit, mask), tiles_at(p_d_every, unit, mask)
+    d_every = ()
+    for k in tl.static_range(len(p_d_every)):
+        if EVERY[k]:
+            d_every = d_every + (tl.load(p_d_every[k] + unit, mask=mask, other=0.0),)
+        else:
+            d_every = d_every + (tl.zeros(mask.shape, p_x.dtype.element_ty),)
+    return gates_at(at, place, p_x, H, X, mask), a, tiles_at(p_before, unit, mask), d_every
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -169,7 +172,7 @@ def backward(
     p_a,  # [T, N, K, A * W]
     p_before,
     p_units,
-    p_d_every,  # S of [T, N, H], each of which may be None
+    p_d_every,  # S of [T, N, H], of which EVERY says whether they are read: Triton 3.6 takes no None within a tuple
     p_d_states,  # S of [N, H]: of the state after the last step on entry, before the first on return
     p_dx,  # [T, N, X * H]
     p_da,  # [T, N, K, A * W]
@@ -186,6 +189,7 @@ def backward(
     CELL: tl.constexpr,
     X: tl.constexpr,
     A: tl.constexpr,
+    EVERY: tl.constexpr,
     REVERSE: tl.constexpr,
     FUSED: tl.constexpr,
     BH: tl.constexpr,
@@ -209,11 +213,11 @@ def backward(
     u = tiles_at(p_units, unit + n * 0, inside)
     d_units = tiles_at(p_d_units, n * H + unit, inside)
     d_states = tiles_at(p_d_states, n * H + unit, inside)
-    values = load_backward(at, time(at, last - 1, steps), p_x, p_a, p_before, p_d_every, H, W, X, A)
+    values = load_backward(at, time(at, last - 1, steps), p_x, p_a, p_before, p_d_every, H, W, X, A, EVERY)
     for i in range(last - first):
         s = last - 1 - i
         t_ahead = time(at, tl.maximum(s - 1, first), steps)
-        ahead = load_backward(at, t_ahead, p_x, p_a, p_before, p_d_every, H, W, X, A)
+        ahead = load_backward(at, t_ahead, p_x, p_a, p_before, p_d_every, H, W, X, A, EVERY)
         x, a, before, d_every = values
         t = time(at, s, steps)
         valid = t < length
