@@ -40,19 +40,21 @@ class Variant(NamedTuple):
 
 
 def variants(target: str) -> Iterator[Variant]:
-    """The largest heads that are fused, a step, and units apart."""
+    """The largest heads that are fused, a larger one that programs share, a step, and units apart."""
     chip = TARGETS[target][1]
     for kernel, (name, cell), (dtype, of) in itertools.product(("forward", "backward"), CELLS.items(), DTYPES.items()):
-        gates = len(cell.gates_of_a)
-        fused, stepwise = [], []
-        for width in (16, 32, 64, 128, 256, 512) if gates else ():
-            how = flex.choose(gates, width, width, of, dtype == "tf32", chip)
-            (fused if how.fused else stepwise).append(how)
-        forms = {} if dtype == "tf32" and chip.is_amd else {"fused": fused[-1:]}  # there they are float32's
-        if dtype != "tf32":  # in the others there are no products
-            forms |= {"stepwise": stepwise[-1:], "apart": [flex.choose(0, 256, 256, of, False, chip)]}
-        for form, found in forms.items():
-            yield from (Variant(target, kernel, name, form, dtype, how) for how in found)
+        gates, forms = len(cell.gates_of_a), {}
+        precision = {"fp32": "tf32x3", "tf32": "tf32", "fp64": "ieee"}[dtype] if not chip.is_amd else "ieee"
+        for width in (16, 32, 64, 128, 256, 512, 1024) if gates else ():
+            how = flex.choose(gates, width, width, 64, of, precision, chip)
+            forms["shared" if how.depth else "fused" if how.fused else "stepwise"] = how
+        if dtype == "tf32":
+            forms.pop("stepwise", None)  # there torch makes the products
+            forms = {} if chip.is_amd else forms  # they are float32's there
+        else:
+            forms["stepwise"] = flex.choose(gates, 9999, 9999, 9999, of, precision, chip)
+            forms["apart"] = flex.choose(0, 256, 256, 64, of, precision, chip)
+        yield from (Variant(target, kernel, name, form, dtype, how) for form, how in forms.items())
 
 
 def compile(variant: Variant) -> Resources:
@@ -67,8 +69,10 @@ def compile(variant: Variant) -> Resources:
     given: dict[str, Any] = {"p_x": tensor, "p_a": tensor, "p_before": states, "p_units": read}
     given |= {"p_states": states, "p_every": states} if variant.kernel == "forward" else {"p_d_every": states}
     given |= {"p_d_states": states, "p_dx": tensor, "p_da": tensor, "p_d_units": units}
-    w = tensor if variant.form == "fused" else None
-    given |= {"p_w": w, "p_b": w, "p_lengths": "*i64", "p_resets": "*u8", **sizes}
+    is_shared = variant.form == "shared"
+    w = tensor if is_shared or variant.form == "fused" else None
+    given |= {"p_w": w, "p_b": w, "p_h": w if is_shared else None, "p_met": "*i32" if is_shared else None}
+    given |= {"p_lengths": "*i64", "p_resets": "*u8", **sizes}
     step = flex.steps_of(cell)[variant.kernel == "backward"]
     constants = {
         "CELL": step,
@@ -77,7 +81,14 @@ def compile(variant: Variant) -> Resources:
         "X": len(cell.gates_of_x),
         "A": len(cell.gates_of_a),
     }
-    constants |= {"REVERSE": 0, "FUSED": how.fused, "BH": how.units, "BN": how.rows, "PRECISION": how.precision}
+    constants |= {
+        "REVERSE": 0,
+        "FUSED": how.fused,
+        "BH": how.units,
+        "BN": how.rows,
+        "BK": how.depth * (2 if variant.kernel == "backward" else 1),
+    }
+    constants |= {"ALIGN": 16, "ENDS": is_shared, "PRECISION": how.precision}
 
     kernel = getattr(flex_kernels, variant.kernel)
     signature: dict[str, Any] = {}

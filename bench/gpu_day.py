@@ -58,7 +58,7 @@ TESTS = {
 REHEARSED = {
     "smoke": "every_regime[ and lstm-5-float32-rect",
     "triton": "H63 and tanh and float32 and packed",
-    "cells": "what_runs or (mgu and rectangular)",
+    "cells": "what_runs[fused] or (mgu and fused)",
     "forms": "eval_mode and lstm",
     "sanitizer": "chip",
     "deep": "sizes[ and tanh-1-9 and bfloat16",

@@ -15,32 +15,34 @@ from torch import Tensor
 
 import rnnfast
 from rnnfast import FlexRNN, cells
+from rnnfast.triton import flex
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
 T, N, I = 7, 20, 5
-# Hidden units and options of a layer: all steps in one launch, also of heads; a launch a step; units that know nothing
-# of each other.
+# Hidden units and options of a layer: all steps in one launch, where W_hh or a head's stays on the chip, where programs
+# share a head, and where units know nothing of each other; and a launch a step.
 SIZES: dict[str, tuple[int, dict[str, Any]]] = {
     "fused": (64, {}),
     "heads": (192, {"num_heads": 3}),
-    "stepwise": (300, {}),
+    "shared": (300, {}),
+    "shared-heads": (640, {"num_heads": 2}),
     "diagonal": (300, {"recurrent": "diagonal"}),
+    "stepwise": (300, {}),
 }
 ANEW = {name: again(getattr(cells, name)) for name in ("lstm", "gru", "peephole_lstm")}
 OWN = ("cifg", "relu_lstm", "slstm", "janet", "mgu", "ligru", "indrnn", "sru", "min_gru", "min_lstm", "leaky_rnn")
 ZOO = ANEW | {name: getattr(cells, name) for name in OWN}
 # sLSTM has operations of all kinds, peephole_lstm weights of the units' own.
-CHOSEN = [(name, "float32", size, "rectangular") for name in ZOO for size in SIZES]
+CHOSEN = [(of, "float32", size, "rectangular") for of in ZOO for size in ("fused", "shared", "stepwise")]
 CHOSEN += [(of, "float32", size, form) for of in ("gru", "slstm") for size in SIZES for form in ("lengths", "resets")]
 CHOSEN += [
     (name, dtype, size, form)
-    for name, form in (("lstm", "rectangular"), ("slstm", "rectangular"), ("slstm", "both"), ("peephole_lstm", "both"))
-    for size in SIZES
+    for name, form in (("lstm", "rectangular"), ("slstm", "both"), ("peephole_lstm", "both"))
+    for size in ("fused", "shared", "shared-heads", "stepwise")
     for dtype in PRECISIONS
     if dtype != "float32"
 ]
-CHOSEN = [case for case in CHOSEN if ZOO[case[0]].gates_of_a or case[2] in ("fused", "stepwise")]
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +53,13 @@ def kernels() -> Iterator[None]:
     with rnnfast.use_backend("triton"), tf32(False):
         yield
     torch._dynamo.reset()
+
+
+@pytest.fixture(params=SIZES)
+def size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "stepwise":
+        monkeypatch.setattr(flex, "_shared", lambda *args: None)
+    return request.param
 
 
 def of_form(form: str) -> dict[str, Tensor]:
@@ -65,7 +74,7 @@ def states_of(cell: cells.Cell, hidden: int, dtype: torch.dtype) -> tuple[Tensor
     return tuple((state.abs() + 0.5 if name == "n" else state).to(dtype) for name, state in made)
 
 
-@pytest.mark.parametrize("cell, precision, size, form", CHOSEN)
+@pytest.mark.parametrize("cell, precision, size, form", CHOSEN, indirect=["size"])
 def test_error_is_at_most_twice_torchs(cell: str, precision: str, size: str, form: str) -> None:
     """Against float64 ours may be off by twice what a loop in plain torch is in the same precision, plus the floor."""
     dtype, allowed, floor = PRECISIONS[precision]
@@ -86,7 +95,6 @@ def test_error_is_at_most_twice_torchs(cell: str, precision: str, size: str, for
     assert_off_by_twice_at_most(actual, baseline, {name: t.cpu() for name, t in exact.items()}, dtype, 2 * floor)
 
 
-@pytest.mark.parametrize("size", SIZES)
 def test_what_runs(size: str) -> None:
     hidden, options = SIZES[size]
     (found,) = rnnfast.explain(FlexRNN(ANEW["lstm"], I, hidden, device=DEVICE, **options))
@@ -105,7 +113,6 @@ def test_torchs_cells_written_anew(name: str, hidden: int) -> None:
     assert_close(*(list(values_and_grads(net, x).values()) for net in (ours, theirs)))
 
 
-@pytest.mark.parametrize("size", ["fused", "stepwise"])
 def test_in_a_graph(size: str) -> None:
     hidden, options = SIZES[size]
     net, x = FlexRNN(cells.slstm, I, hidden, device=DEVICE, **options), torch.randn(T, N, I, device=DEVICE)
@@ -119,7 +126,6 @@ def test_in_a_graph(size: str) -> None:
     assert_equal([found], [expected])
 
 
-@pytest.mark.parametrize("size", SIZES)
 def test_compiled_is_eager(size: str) -> None:
     hidden, options = SIZES[size]
     net, x = FlexRNN(cells.slstm, I, hidden, device=DEVICE, **options), torch.randn(T, N, I, device=DEVICE)

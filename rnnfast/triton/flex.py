@@ -11,6 +11,7 @@ import functools
 import hashlib
 import itertools
 import linecache
+import math
 import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -28,6 +29,7 @@ from . import flex_kernels
 from .layer import _chip
 from .plan import Chip
 
+_MOST = 6 * 1024  # sums of a program that shares a head, beside which no registers spill
 _TILE = 128  # numbers, one a thread: of units that lie side by side, and rows where there are fewer units
 
 
@@ -39,6 +41,7 @@ class How(NamedTuple):
     rows: int
     precision: str
     options: dict[str, Any]  # of the launch
+    depth: int = 0  # of what a program multiplies at once, where programs share a head
 
 
 @functools.cache
@@ -73,11 +76,8 @@ def steps_of(cell: Cell) -> tuple[Any, Any]:
     return _module(forward).step, _module(backward).step
 
 
-def choose(gates: int, hidden: int, width: int, dtype: torch.dtype, tf32: bool, chip: Chip) -> How:
-    """How a direction runs that has so many gates of W_hh h, of H units in heads of W."""
-    precision = "ieee"
-    if dtype == torch.float32 and not chip.is_amd:
-        precision = "tf32" if tf32 else "tf32x3"  # three products of TF32 parts are as exact as one of float32
+def choose(gates: int, hidden: int, width: int, rows: int, dtype: torch.dtype, precision: str, chip: Chip) -> How:
+    """How a direction runs that has so many gates of W_hh h, of H units in heads of W, and N rows."""
     units = max(16, 1 << (width - 1).bit_length())  # as the tensor cores want them
     size = gates * units * units * dtype.itemsize * (2 if precision == "tf32x3" else 1)
     room = min(chip.room, 32 * 1024) if chip.is_amd else chip.room  # beside 48 KB cells spill there
@@ -89,21 +89,54 @@ def choose(gates: int, hidden: int, width: int, dtype: torch.dtype, tf32: bool, 
         options["num_warps"] = 8 if units * dtype.itemsize > 128 else 4
         options |= {} if chip.is_amd else {"maxnreg": 255}
         return How(True, units, 16 if chip.is_amd else 8, precision, options)
+    if gates and dtype == torch.float32 and (how := _shared(gates, hidden, width, rows, precision, chip)):
+        return how
     units = min(_TILE, 1 << (hidden - 1).bit_length())
     options["num_warps"] = _TILE // chip.warp_size
     return How(not gates, units, _TILE // units, precision, options)
 
 
-def reason(cell: Cell, hidden: int, heads: int, dtype: torch.dtype, device: torch.device) -> str:
-    dtype = torch.promote_types(dtype, torch.float32)
-    how = choose(len(cell.gates_of_a), hidden, hidden // heads, dtype, gpu.allows_tf32(), _chip(device))
+def _shared(gates: int, hidden: int, width: int, rows: int, precision: str, chip: Chip) -> How | None:
+    """By programs that share heads: one a multiprocessor at most, as each waits for others; so that a step reads least.
+
+    AMD's launches do not promise that all programs run at once.
+    """
+    depth, found = 32 if precision == "tf32x3" else 64, []
+    for units, of_rows in itertools.product((16, 32, 64), (8, 16, 32, 64)):
+        programs = triton.cdiv(width, units) * (hidden // width) * triton.cdiv(rows, of_rows)
+        # Bytes on their way for the next part of a product, forward and backward.
+        stage = max(gates * units + of_rows, 2 * (units + of_rows)) * depth * 4
+        stages = min(4, (chip.shared_memory - 16 * 1024) // stage)
+        if programs <= chip.processors and stages > 1 and gates * units * of_rows <= _MOST:
+            found.append((gates * units + of_rows, units, of_rows, stages))
+    if not found or chip.is_amd:
+        return None
+    _, units, of_rows, stages = min(found)
+    options = {"num_warps": 8 if units * of_rows > 512 else 4, "num_stages": stages, "launch_cooperative_grid": True}
+    return How(True, units, of_rows, precision, options, depth)
+
+
+def _precision(dtype: torch.dtype, device: torch.device) -> str:
+    """Of products of the states, which are float32 at least, with W_hh in this dtype, in tl.dot's words.
+
+    TF32 holds half types' weights as they are, and more digits of h than they do. Three products of TF32 parts are as
+    exact as one of float32.
+    """
+    if dtype == torch.float64 or _chip(device).is_amd:
+        return "ieee"
+    return "tf32" if dtype.itemsize == 2 or gpu.allows_tf32() else "tf32x3"
+
+
+def reason(cell: Cell, hidden: int, heads: int, dtype: torch.dtype, device: torch.device, rows: int = 1) -> str:
+    wide, precision = torch.promote_types(dtype, torch.float32), _precision(dtype, device)
+    how = choose(len(cell.gates_of_a), hidden, hidden // heads, rows, wide, precision, _chip(device))
     return "all steps in one launch" if how.fused else "a launch and a product a step"
 
 
 class _Recurrence:
     """A direction on contiguous tensors; letters as in ``evaluator.py``, and W units of a head."""
 
-    def __init__(self, plan: Plan, inputs: Sequence[Any]) -> None:
+    def __init__(self, precision: str, plan: Plan, inputs: Sequence[Any]) -> None:
         x_gates, w_hh, b_hh, lengths, resets, *others = inputs[3:]
         count = len(plan.cell.states)
         self.plan, self.x_gates = plan, x_gates.contiguous()
@@ -118,9 +151,12 @@ class _Recurrence:
         self.W = self.H // self.K
         by_head = None if b_hh is None else b_hh.view(self.A, self.K, 1, self.W).permute(1, 2, 0, 3)
         self.bias = None if by_head is None else by_head.flatten(2).contiguous()  # flat, it may still be a view
-        chip = _chip(x_gates.device)
-        self.how = choose(self.A, self.H, self.W, x_gates.dtype, gpu.allows_tf32(), chip)
+        self.how = choose(self.A, self.H, self.W, self.N, x_gates.dtype, precision, _chip(x_gates.device))
         self.own_w = w_hh.contiguous() if self.A and self.how.fused else None  # for products within the kernel
+        self.programs = triton.cdiv(self.N, self.how.rows), self.K * triton.cdiv(self.W, self.how.units), 1
+        self.met = None
+        if self.how.depth:
+            self.met = torch.zeros(self.programs[0], self.K, dtype=torch.int32, device=x_gates.device)
         # Zero in steps that the kernels leave out.
         self.new_rows = x_gates.new_empty if lengths is None else x_gates.new_zeros
 
@@ -129,45 +165,55 @@ class _Recurrence:
         return rows.view(self.N, self.K, -1).transpose(0, 1)
 
     def launch(self, kernel: Any, cell: Any, *operands: Any, first: int, last: int, **of_kernel: Any) -> None:
-        how = self.how
-        tiles = triton.cdiv(self.H, how.units) if self.own_w is None else self.K
-        grid = triton.cdiv(self.N, how.rows), tiles, 1
+        how, (rows, *_) = self.how, self.programs
+        grid = self.programs if self.own_w is not None else (rows, triton.cdiv(self.H, how.units), 1)
         kernel[grid](
-            *operands, self.lengths, self.resets, first=first, last=last, T=self.T, N=self.N, H=self.H, W=self.W,
-            CELL=cell, X=len(self.plan.cell.gates_of_x), A=self.A, REVERSE=int(self.plan.reverse), FUSED=how.fused,
-            BH=how.units, BN=how.rows, PRECISION=how.precision, **how.options, **of_kernel,
+            *operands, self.met, self.lengths, self.resets, first=first, last=last, T=self.T, N=self.N, H=self.H,
+            W=self.W, CELL=cell, X=len(self.plan.cell.gates_of_x), A=self.A, REVERSE=int(self.plan.reverse),
+            FUSED=self.at_once, BH=how.units, BN=how.rows, BK=how.depth * (2 if kernel is flex_kernels.backward else 1),
+            ALIGN=math.gcd(self.W, 16), PRECISION=how.precision, **how.options, **of_kernel,
         )  # fmt: skip
 
+    @property
+    def at_once(self) -> bool:
+        """All steps. Triton's interpreter runs programs one after another, so none may wait for others there."""
+        return self.how.fused and not (self.how.depth and triton.knobs.runtime.interpret)
 
-def _forward(plan: Plan, inputs: Sequence[Any], keep: bool) -> Any:
-    k, (step, _) = _Recurrence(plan, inputs), steps_of(plan.cell)
+    @property
+    def launches(self) -> range:
+        """The first step of each."""
+        return range(0, self.T, self.T if self.at_once else 1)
+
+
+def _forward(precision: str, plan: Plan, inputs: Sequence[Any], keep: bool) -> Any:
+    k, (step, _) = _Recurrence(precision, plan, inputs), steps_of(plan.cell)
     T, N, H, A = k.T, k.N, k.H, k.A
     after = tuple(state.clone(memory_format=torch.contiguous_format) for state in k.states)
     every = tuple(k.new_rows(T, N, H) for _ in after)
     before = tuple(k.new_rows(T, N, H) for _ in after) if keep else None
     a_gates = k.new_rows(T if keep else 1, N, A * H)
     if k.x_gates.numel():
+        given_h = None if k.met is None else torch.stack((after[0], after[0]))
         launch = functools.partial(
             k.launch, flex_kernels.forward, step, k.x_gates, a_gates, after, every, before,
-            tuple(k.units), k.own_w, None if k.own_w is None else k.bias, INITIAL=tuple(plan.cell.initial),
+            tuple(k.units), k.own_w, None if k.own_w is None else k.bias, given_h, INITIAL=tuple(plan.cell.initial),
         )  # fmt: skip
-        if k.how.fused:
-            launch(first=0, last=T)
-        for s in range(0 if k.how.fused else T):
-            out = k.by_head(a_gates[(T - 1 - s if plan.reverse else s) if keep else 0])
-            if k.bias is None:
-                torch.bmm(k.by_head(after[0]), k.w_hh.mT, out=out)
-            else:
-                torch.baddbmm(k.bias, k.by_head(after[0]), k.w_hh.mT, out=out)
-            launch(first=s, last=s + 1)
+        for s in k.launches:
+            if not k.how.fused:
+                out = k.by_head(a_gates[(T - 1 - s if plan.reverse else s) if keep else 0])
+                if k.bias is None:
+                    torch.bmm(k.by_head(after[0]), k.w_hh.mT, out=out)
+                else:
+                    torch.baddbmm(k.bias, k.by_head(after[0]), k.w_hh.mT, out=out)
+            launch(first=s, last=s + k.launches.step)
     return after, every, () if before is None else (*before, a_gates)
 
 
 def _backward(
-    plan: Plan, inputs: Sequence[Any], kept: Sequence[Tensor], needs: Sequence[bool],
+    precision: str, plan: Plan, inputs: Sequence[Any], kept: Sequence[Tensor], needs: Sequence[bool],
     d_every: Sequence[Tensor | None], d_after: Sequence[Tensor],
 ) -> Sequence[Tensor | None]:  # fmt: skip
-    k, (_, step) = _Recurrence(plan, inputs), steps_of(plan.cell)
+    k, (_, step) = _Recurrence(precision, plan, inputs), steps_of(plan.cell)
     T, N, H, A = k.T, k.N, k.H, k.A
     *before, a_gates = kept
     d_states = tuple(grad.clone(memory_format=torch.contiguous_format) for grad in d_after)
@@ -179,13 +225,15 @@ def _backward(
             tuple(k.x_gates if grad is None else grad.contiguous() for grad in d_every), d_states, dx_gates,
             da_gates, tuple(d_units.unbind()), k.own_w, EVERY=tuple(grad is not None for grad in d_every),
         )  # fmt: skip
-        if k.how.fused:
-            launch(first=0, last=T)
-        for s in reversed(range(0 if k.how.fused else T)):
-            launch(first=s, last=s + 1)
-            t = T - 1 - s if plan.reverse else s
-            through = k.by_head(d_states[0])
-            torch.baddbmm(through, k.by_head(da_gates[t]), k.w_hh, out=through)
+        is_spread = bool(k.how.depth)
+        for s in reversed(k.launches):
+            launch(first=s, last=s + k.launches.step, ENDS=is_spread and k.at_once)
+            if not k.how.fused:
+                t = T - 1 - s if plan.reverse else s
+                through = k.by_head(d_states[0])
+                torch.baddbmm(through, k.by_head(da_gates[t]), k.w_hh, out=through)
+        if is_spread and not k.at_once:
+            launch(first=0, last=0, ENDS=True)
     dw_hh = db_hh = None
     if k.w_hh is not None:
         by_head = da_gates.view(T * N, k.K, A * k.W)
@@ -195,15 +243,17 @@ def _backward(
     return None, None, None, dx_gates, dw_hh, db_hh, None, None, *d_states, *d_units.sum((1, 2))
 
 
-def _on_device(function: Callable[..., Any]) -> Callable[..., Any]:
+def _on_device(function: Callable[..., Any], precision: str) -> Callable[..., Any]:
     def on_device(plan: Plan, inputs: Sequence[Any], *others: Any) -> Any:
         with gpu._on(inputs[3].device):
-            return function(plan, inputs, *others)
+            return function(precision, plan, inputs, *others)
 
     return on_device
 
 
-_KERNELS = evaluator.Kernels(_on_device(_forward), _on_device(_backward))
+@functools.cache
+def _kernels(precision: str) -> evaluator.Kernels:
+    return evaluator.Kernels(_on_device(_forward, precision), _on_device(_backward, precision))
 
 
 def run(plan: Plan, *inputs: Any) -> tuple[Tensor, ...]:
@@ -215,4 +265,5 @@ def run(plan: Plan, *inputs: Any) -> tuple[Tensor, ...]:
         count = len(plan.cell.states)
         cut = [torch.where(begins[:, None], value, state) for value, state in zip(plan.cell.initial, others)]
         others = [*cut, *others[count:]]
-    return evaluator.by_kernels(_KERNELS, plan, [None, None, None, x_gates, w_hh, b_hh, lengths, resets, *others])
+    kernels = _kernels(_precision((x_gates if x is None else x).dtype, x_gates.device))
+    return evaluator.by_kernels(kernels, plan, [None, None, None, x_gates, w_hh, b_hh, lengths, resets, *others])

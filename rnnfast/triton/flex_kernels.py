@@ -1,9 +1,11 @@
 """The recurrence around a user's cell, forward and backward, each written once.
 
 A program owns a tile of units and a tile of rows. Fused, all steps are one launch: of a cell without W_hh h, whose
-units know nothing of each other, and where the tile is a head and its W_hh stays on the chip. Otherwise a launch is one
-step, whose gates of W_hh h torch has made. States lie in memory between launches; one that leaves a step is as it
-enters the next, so is the initial one where an episode begins there.
+units know nothing of each other; where the tile is a head and its W_hh stays on the chip; and where programs share a
+head: all of them have to run at once, hand their units' h, or the gradients of a, to each other through memory, meet
+after each step, and read W_hh anew in each, from L2. Otherwise a launch is one step, whose gates of W_hh h torch has
+made. States lie in memory between launches; one that leaves a step is as it enters the next, so is the initial one
+where an episode begins there.
 
 The cell comes as two functions that ``flex.py`` has printed, on tuples of tiles [units, rows]: of the gates of x and of
 a, the states before the step, the weights of the units' own, and in the backward the gradients of the states after it.
@@ -14,7 +16,7 @@ Letters as in ``flex.py``: X gates of x, A of a, S states, U weights of each uni
 import triton
 import triton.language as tl
 
-from .kernels import Tile, add, load, longest, row, store, tile, time, where
+from .kernels import Tile, add, aligned, load, longest, row, store, tile, time, where
 
 # Differ from call to call: neither their values nor what divides them makes another kernel.
 VARYING = ("first", "last", "T", "N")
@@ -59,6 +61,14 @@ def gates_at(at, place, p, H, COUNT: tl.constexpr, mask):
 
 
 @triton.jit
+def of_head(W, programs, BH: tl.constexpr):
+    """A program's head and its units there, [BH, 1], their numbers among all of them, and whether there are such."""
+    head = tl.program_id(1) // programs
+    own = (tl.program_id(1) % programs * BH + tl.arange(0, BH))[:, None]
+    return head, own, head * W + own, own < W
+
+
+@triton.jit
 def place_of_a(at, place, H, W, A: tl.constexpr):
     """Where the first gate of a lies, of rows [.., K, A * W]; the others follow W apart."""
     return place * (A * H) + at.unit // W * (A * W) + at.unit % W
@@ -72,6 +82,66 @@ def is_cut(at, t):
     return tl.load(at.resets + border.to(tl.int64) * at.N + at.n, mask=inside, other=0) != 0
 
 
+@triton.jit
+def meet(p_met, K, times, programs):
+    """Waits for all programs of these rows and this head; what each stored before, all of them may load after."""
+    tl.debug_barrier()  # the one thread that counts speaks for all
+    p_count = p_met + tl.program_id(0) * K + tl.program_id(1) // programs
+    met = tl.atomic_add(p_count, 1, sem="acq_rel") + 1
+    while met < times * programs:
+        met = tl.atomic_add(p_count, 0, sem="acq_rel")
+    tl.debug_barrier()
+
+
+@triton.jit
+def product_with_h(
+    at, p_w, p_h, own, head, H, W, A: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr
+):
+    """Of each gate the tile's units of W_hh h, of all the head's h in memory, [N, H]."""
+    acc: tl.constexpr = p_h.dtype.element_ty
+    sums = (tl.zeros([own.shape[0], BN], acc),) * A
+    for start in range(0, W, BK):
+        k = start + tl.arange(0, BK)
+        is_k = k < W
+        of_row = p_h + at.n * H + head * W
+        h = tl.load(of_row + k[:, None], mask=is_k[:, None] & at.is_row, other=0.0)
+        w = load(p_w + head.to(tl.int64) * (A * W * W) + own * W + k[None, :], A, W * W, (own < W) & is_k[None, :])
+        more = ()
+        for j in tl.static_range(A):
+            more = more + (tl.dot(w[j], h, sums[j], out_dtype=acc, input_precision=PRECISION),)
+        sums = more
+    return sums
+
+
+@triton.jit
+def product_with_da(
+    at,
+    t,
+    p_w,
+    p_da,
+    own,
+    head,
+    H,
+    W,
+    A: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The gradient of the tile's units of h before step t, through the head's a of that step; of none beyond them 0."""
+    acc: tl.constexpr = p_da.dtype.element_ty
+    through = tl.zeros([own.shape[0], BN], acc)
+    of_row, is_there = p_da + row(at, t) * (A * H) + head * (A * W), tl.where(t >= 0, t, at.T) < at.length
+    for start in range(0, A * W, BK):
+        k = start + tl.arange(0, BK)
+        is_k = k < A * W
+        da = tl.load(of_row + k[:, None], mask=is_k[:, None] & is_there, other=0.0)
+        of_k = p_w + head.to(tl.int64) * (A * W * W) + k[None, :] * W
+        w = tl.load(of_k + own, mask=(own < W) & is_k[None, :], other=0.0)
+        through = tl.dot(w, da, through, out_dtype=acc, input_precision=PRECISION)
+    return through
+
+
 @triton.jit(do_not_specialize=VARYING)
 def forward(
     p_x,  # [T, N, X * H]
@@ -82,6 +152,8 @@ def forward(
     p_units,  # U of [H]
     p_w,  # [K, A * W, W]; or None, where no products are made here
     p_b,  # [K, A * W]; or None
+    p_h,  # [2, N, H], by even and odd steps; or None, if no programs share a head
+    p_met,  # [row tiles, K], how often programs have arrived; or None
     p_lengths,
     p_resets,
     first,
@@ -98,6 +170,8 @@ def forward(
     FUSED: tl.constexpr,
     BH: tl.constexpr,
     BN: tl.constexpr,
+    BK: tl.constexpr,  # of a product over all of a head, where programs share one; or 0
+    ALIGN: tl.constexpr,  # divides W
     PRECISION: tl.constexpr,
 ):
     S: tl.constexpr = len(p_states)
@@ -105,13 +179,16 @@ def forward(
     acc: tl.constexpr = p_x.dtype.element_ty
     zeros = tl.zeros([BH, BN], acc)
     if p_w is not None:
-        own = tl.arange(0, BH)[:, None]
-        unit, inside = tl.program_id(1) * W + own, (own < W) & is_row
-        k = tl.arange(0, BH)[None, :]
-        w = load(p_w + tl.program_id(1).to(tl.int64) * (A * W * W) + own * W + k, A, W * W, (own < W) & (k < W))
+        W, H = aligned(W, ALIGN), aligned(H, ALIGN)
+        programs = tl.cdiv(W, BH)
+        head, own, unit, is_own = of_head(W, programs, BH)
+        inside = is_own & is_row
+        if BK == 0:
+            k = tl.arange(0, BH)[None, :]
+            w = load(p_w + head.to(tl.int64) * (A * W * W) + own * W + k, A, W * W, is_own & (k < W))
         b = (zeros,) * A
         if p_b is not None:
-            b = load(p_b + tl.program_id(1) * (A * W) + own + n * 0, A, W, inside)
+            b = load(p_b + head * (A * W) + own + n * 0, A, W, inside)
     at = Tile(REVERSE, unit, n, is_unit, is_row, inside, length, None, p_resets, T, N)
     steps = T
     if FUSED:  # the launch ends with the tile's longest row
@@ -130,9 +207,12 @@ def forward(
         a = ()
         of_a = place_of_a(at, place if p_before is not None else n, H, W, A)
         if p_w is not None:
-            h = tl.where(inside, states[0], 0.0)  # not even a NaN of padded units may enter the product
-            for j in tl.static_range(A):
-                a = a + (tl.dot(w[j], h, zeros, out_dtype=acc, input_precision=PRECISION) + b[j],)
+            if BK == 0:
+                h = tl.where(inside, states[0], 0.0)  # not even a NaN of padded units may enter the product
+                for j in tl.static_range(A):
+                    a = a + (tl.dot(w[j], h, zeros, out_dtype=acc, input_precision=PRECISION) + b[j],)
+            else:
+                a = add(product_with_h(at, p_w, p_h + s % 2 * N * H, own, head, H, W, A, BN, BK, PRECISION), b, A)
             if p_before is not None:
                 store(p_a + of_a, a, A, W, inside & valid)
         elif A > 0:
@@ -144,6 +224,10 @@ def forward(
         states = chosen(valid, after, states)
         if p_resets is not None:
             states = chosen(is_cut(at, t), full(states[0], INITIAL, S), states)
+        if BK > 0:
+            tl.store(p_h + (s + 1) % 2 * N * H + n * H + unit, states[0], mask=inside)
+            if FUSED:
+                meet(p_met, H // W, s + 1 - first, programs)
         x = ahead
     store_at(p_states, n * H + unit, states, inside)
 
@@ -178,6 +262,7 @@ def backward(
     p_da,  # [T, N, K, A * W]
     p_d_units,  # U of [N, H]: what all rows' steps have added so far
     p_w,
+    p_met,
     p_lengths,
     p_resets,
     first,
@@ -194,6 +279,9 @@ def backward(
     FUSED: tl.constexpr,
     BH: tl.constexpr,
     BN: tl.constexpr,
+    BK: tl.constexpr,
+    ALIGN: tl.constexpr,
+    ENDS: tl.constexpr,  # whether the gradients of the states go through the first step's product, too
     PRECISION: tl.constexpr,
 ):
     S: tl.constexpr = len(p_before)
@@ -201,10 +289,13 @@ def backward(
     acc: tl.constexpr = p_x.dtype.element_ty
     d, unit, n, is_unit, is_row, inside, length = tile(tl.program_id(0), p_lengths, T, N, H, BH, BN)
     if p_w is not None:
-        own = tl.arange(0, BH)[:, None]
-        unit, inside = tl.program_id(1) * W + own, (own < W) & is_row
-        k = tl.arange(0, BH)[None, :]
-        w = load(p_w + tl.program_id(1).to(tl.int64) * (A * W * W) + k * W + own, A, W * W, (own < W) & (k < W))
+        W, H = aligned(W, ALIGN), aligned(H, ALIGN)
+        programs = tl.cdiv(W, BH)
+        head, own, unit, is_own = of_head(W, programs, BH)
+        inside = is_own & is_row
+        if BK == 0:
+            k = tl.arange(0, BH)[None, :]
+            w = load(p_w + head.to(tl.int64) * (A * W * W) + k * W + own, A, W * W, is_own & (k < W))
     at = Tile(REVERSE, unit, n, is_unit, is_row, inside, length, None, p_resets, T, N)
     steps = T
     if FUSED:
@@ -213,13 +304,20 @@ def backward(
     u = tiles_at(p_units, unit + n * 0, inside)
     d_units = tiles_at(p_d_units, n * H + unit, inside)
     d_states = tiles_at(p_d_states, n * H + unit, inside)
-    values = load_backward(at, time(at, last - 1, steps), p_x, p_a, p_before, p_d_every, H, W, X, A, EVERY)
+    if BK == 0:
+        values = load_backward(at, time(at, last - 1, steps), p_x, p_a, p_before, p_d_every, H, W, X, A, EVERY)
     for i in range(last - first):
         s = last - 1 - i
-        t_ahead = time(at, tl.maximum(s - 1, first), steps)
-        ahead = load_backward(at, t_ahead, p_x, p_a, p_before, p_d_every, H, W, X, A, EVERY)
-        x, a, before, d_every = values
         t = time(at, s, steps)
+        if BK > 0:  # there is the product to wait for, and no room to have two steps
+            x, a, before, d_every = load_backward(at, t, p_x, p_a, p_before, p_d_every, H, W, X, A, EVERY)
+            after = time(at, s + 1, steps)  # what the step after this one has left
+            through = product_with_da(at, after, p_w, p_da, own, head, H, W, A, BN, BK, PRECISION)
+            d_states = (d_states[0] + through,) + d_states[1:]
+        else:
+            t_ahead = time(at, tl.maximum(s - 1, first), steps)
+            ahead = load_backward(at, t_ahead, p_x, p_a, p_before, p_d_every, H, W, X, A, EVERY)
+            x, a, before, d_every = values
         valid = t < length
         place = row(at, t)
         if p_resets is not None:
@@ -228,7 +326,7 @@ def backward(
         store(p_dx + place * (X * H) + unit, dx, X, H, inside & valid)
         if A > 0:
             store(p_da + place_of_a(at, place, H, W, A), da, A, W, inside & valid)
-        if p_w is not None:
+        if p_w is not None and BK == 0:
             through = tl.zeros([BH, BN], acc)
             for j in tl.static_range(A):
                 of_gate = tl.where(inside, da[j], 0.0)
@@ -236,6 +334,13 @@ def backward(
             d_before = (d_before[0] + through,) + d_before[1:]
         d_states = chosen(valid, d_before, d_states)
         d_units = add(d_units, where(valid, of_units, U), U)
-        values = ahead
+        if BK == 0:
+            values = ahead
+        elif FUSED:
+            meet(p_met, H // W, i + 1, programs)
+    if ENDS:
+        begin = time(at, first, steps)
+        through = product_with_da(at, begin, p_w, p_da, own, head, H, W, A, BN, BK, PRECISION)
+        d_states = (d_states[0] + through,) + d_states[1:]
     store_at(p_d_states, n * H + unit, d_states, inside)
     store_at(p_d_units, n * H + unit, d_units, inside)
