@@ -27,7 +27,8 @@ from rnnfast.evaluator import without_matrix
 from rnnfast.triton import flex, flex_kernels
 
 CELLS = {name: of for name, of in vars(cells).items() if isinstance(of, cells.Cell)}
-DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp64": torch.float64}  # half types are promoted
+# bf16 stands for float16, too. All but W_hh, and on their way to it h and the gradients of a, are float32 then.
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
 class Variant(NamedTuple):
@@ -44,16 +45,16 @@ def variants(target: str) -> Iterator[Variant]:
     chip = TARGETS[target][1]
     for kernel, (name, cell), (dtype, of) in itertools.product(("forward", "backward"), CELLS.items(), DTYPES.items()):
         gates, forms = len(cell.gates_of_a), {}
-        precision = {"fp32": "tf32x3", "tf32": "tf32", "fp64": "ieee"}[dtype] if not chip.is_amd else "ieee"
+        precision = {"fp32": "tf32x3", "tf32": "tf32"}.get(dtype, "ieee")
+        products = flex.Products(of, "ieee" if chip.is_amd else precision)
         for width in (16, 32, 64, 128, 256, 512, 1024) if gates else ():
-            how = flex.choose(gates, width, width, 64, of, precision, chip)
+            how = flex.choose(gates, width, width, 64, products, chip)
             forms["shared" if how.depth else "fused" if how.fused else "stepwise"] = how
-        if dtype == "tf32":
-            forms.pop("stepwise", None)  # there torch makes the products
-            forms = {} if chip.is_amd else forms  # they are float32's there
-        else:
-            forms["stepwise"] = flex.choose(gates, 9999, 9999, 9999, of, precision, chip)
-            forms["apart"] = flex.choose(0, 256, 256, 64, of, precision, chip)
+        if dtype in ("tf32", "bf16"):
+            forms = {} if chip.is_amd else {form: how for form, how in forms.items() if form != "stepwise"}
+        else:  # what makes no products is the same in the others, and there are no others on AMD
+            forms["stepwise"] = flex.choose(gates, 9999, 9999, 9999, products, chip)
+            forms["apart"] = flex.choose(0, 256, 256, 64, products, chip)
         yield from (Variant(target, kernel, name, form, dtype, how) for form, how in forms.items())
 
 
@@ -66,12 +67,13 @@ def compile(variant: Variant) -> Resources:
     states, units = (tensor,) * len(cell.states), (tensor,) * len(cell.weights)
     read = units + (tensor,) * len(cell.scalars)
     sizes = dict.fromkeys(("first", "last", "T", "N", "H", "W"), "i32")
+    is_shared = variant.form == "shared"
+    multiplied = "*bf16" if variant.dtype == "bf16" else tensor
     given: dict[str, Any] = {"p_x": tensor, "p_a": tensor, "p_before": states, "p_units": read}
     given |= {"p_states": states, "p_every": states} if variant.kernel == "forward" else {"p_d_every": states}
-    given |= {"p_d_states": states, "p_dx": tensor, "p_da": tensor, "p_d_units": units}
-    is_shared = variant.form == "shared"
-    w = tensor if is_shared or variant.form == "fused" else None
-    given |= {"p_w": w, "p_b": w, "p_h": w if is_shared else None, "p_met": "*i32" if is_shared else None}
+    given |= {"p_d_states": states, "p_dx": tensor, "p_da": multiplied, "p_d_units": units}
+    w, b = (multiplied, tensor) if is_shared or variant.form == "fused" else (None, None)
+    given |= {"p_w": w, "p_b": b, "p_h": w if is_shared else None, "p_met": "*i32" if is_shared else None}
     given |= {"p_lengths": "*i64", "p_resets": "*u8", **sizes}
     step = flex.steps_of(cell)[variant.kernel == "backward"]
     constants = {
@@ -88,7 +90,7 @@ def compile(variant: Variant) -> Resources:
         "BN": how.rows,
         "BK": how.depth * (2 if variant.kernel == "backward" else 1),
     }
-    constants |= {"ALIGN": 16, "ENDS": is_shared, "PRECISION": how.precision}
+    constants |= {"ALIGN": 16, "ENDS": is_shared, "PRECISION": how.products.precision}
 
     kernel = getattr(flex_kernels, variant.kernel)
     signature: dict[str, Any] = {}

@@ -74,6 +74,11 @@ def states_of(cell: cells.Cell, hidden: int, dtype: torch.dtype) -> tuple[Tensor
     return tuple((state.abs() + 0.5 if name == "n" else state).to(dtype) for name, state in made)
 
 
+def with_zeros(found: dict[str, Tensor], others: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Where nothing was read there is no gradient, or one of zero."""
+    return {name: found.get(name, torch.zeros(t.shape)) for name, t in others.items()}
+
+
 @pytest.mark.parametrize("cell, precision, size, form", CHOSEN, indirect=["size"])
 def test_error_is_at_most_twice_torchs(cell: str, precision: str, size: str, form: str) -> None:
     """Against float64 ours may be off by twice what a loop in plain torch is in the same precision, plus the floor."""
@@ -92,7 +97,8 @@ def test_error_is_at_most_twice_torchs(cell: str, precision: str, size: str, for
     with rnnfast.use_backend("reference"):
         exact = values_and_grads(net.double(), x.double(), tuple(state.double() for state in states), **given)
     assert_close([inferred], [actual["output[0]"]], floor)
-    assert_off_by_twice_at_most(actual, baseline, {name: t.cpu() for name, t in exact.items()}, dtype, 2 * floor)
+    exact, baseline = (with_zeros({name: t.cpu() for name, t in of.items()}, actual) for of in (exact, baseline))
+    assert_off_by_twice_at_most(actual, baseline, exact, dtype, 2 * floor)
 
 
 def test_what_runs(size: str) -> None:
@@ -105,12 +111,15 @@ def test_what_runs(size: str) -> None:
 @pytest.mark.parametrize("hidden", [40, 300])
 @pytest.mark.parametrize("name", OF_TORCH)
 def test_torchs_cells_written_anew(name: str, hidden: int) -> None:
-    """Stacks of both directions, against cuDNN."""
+    """Stacks of both directions: off by twice what cuDNN is, at most."""
     options = {"num_layers": 2, "bidirectional": True, "device": DEVICE}
     theirs, ours = getattr(torch.nn, name)(I, hidden, **options), AsTorchs(name, I, hidden, **options)
     ours.net.load_state_dict(theirs.state_dict())
     x = torch.randn(T, N, I, device=DEVICE)
-    assert_close(*(list(values_and_grads(net, x).values()) for net in (ours, theirs)))
+    actual = {name.replace("net.", ""): t for name, t in values_and_grads(ours, x).items()}
+    baseline = values_and_grads(theirs, x)
+    exact = {k: t.cpu() for k, t in values_and_grads(theirs.double(), x.double()).items()}
+    assert_off_by_twice_at_most(actual, baseline, exact, torch.float32, 2 * PRECISIONS["float32"][2])
 
 
 def test_in_a_graph(size: str) -> None:
@@ -129,8 +138,10 @@ def test_in_a_graph(size: str) -> None:
 def test_compiled_is_eager(size: str) -> None:
     hidden, options = SIZES[size]
     net, x = FlexRNN(cells.slstm, I, hidden, device=DEVICE, **options), torch.randn(T, N, I, device=DEVICE)
-    compiled = torch.compile(net, fullgraph=True)
-    assert_close(*(list(values_and_grads(of, x).values()) for of in (compiled, net)))
+    expected = values_and_grads(net, x)
+    with rnnfast.use_backend("reference"):  # compiled it is the loop
+        found = values_and_grads(torch.compile(net, fullgraph=True), x)
+    assert_close(list(found.values()), list(expected.values()))
 
 
 def test_second_derivatives() -> None:
@@ -144,7 +155,7 @@ def test_second_derivatives() -> None:
 
 @pytest.mark.parametrize("hidden", [24, 300])
 @pytest.mark.parametrize("option", FLEX)
-@pytest.mark.parametrize("name", [*LAYERS, "FlexRNN"])
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "FlexRNN"])
 def test_options(name: str, option: str, hidden: int) -> None:
     of, options = getattr(rnnfast, name), dict(FLEX[option])
     if name == "FlexRNN":

@@ -29,17 +29,34 @@ from . import flex_kernels
 from .layer import _chip
 from .plan import Chip
 
-_MOST = 6 * 1024  # sums of a program that shares a head, beside which no registers spill
 _TILE = 128  # numbers, one a thread: of units that lie side by side, and rows where there are fewer units
 
 
+class Products(NamedTuple):
+    """Of W_hh and states, which are float32 at least: what both are rounded to, and tl.dot's precision of float32."""
+
+    dtype: torch.dtype
+    precision: str = "ieee"
+
+    @classmethod
+    def of(cls, dtype: torch.dtype, device: torch.device) -> Products:
+        """Of a layer's dtype: as torch.nn's, which rounds h to it."""
+        if _chip(device).is_amd or dtype == torch.float64:
+            return cls(torch.promote_types(dtype, torch.float32))
+        if dtype.itemsize == 2:
+            return cls(dtype)
+        return cls(
+            dtype, "tf32" if gpu.allows_tf32() else "tf32x3"
+        )  # three of TF32 parts are as exact as one of float32
+
+
 class How(NamedTuple):
-    """Which kernels run, on which tiles: those of all steps, in tl.dot's precision, or of a step each."""
+    """Which kernels run, on which tiles: those of all steps, or of a step each."""
 
     fused: bool
     units: int
     rows: int
-    precision: str
+    products: Products
     options: dict[str, Any]  # of the launch
     depth: int = 0  # of what a program multiplies at once, where programs share a head
 
@@ -76,67 +93,59 @@ def steps_of(cell: Cell) -> tuple[Any, Any]:
     return _module(forward).step, _module(backward).step
 
 
-def choose(gates: int, hidden: int, width: int, rows: int, dtype: torch.dtype, precision: str, chip: Chip) -> How:
+def choose(gates: int, hidden: int, width: int, rows: int, products: Products, chip: Chip) -> How:
     """How a direction runs that has so many gates of W_hh h, of H units in heads of W, and N rows."""
+    dtype, precision = products
     units = max(16, 1 << (width - 1).bit_length())  # as the tensor cores want them
     size = gates * units * units * dtype.itemsize * (2 if precision == "tf32x3" else 1)
     room = min(chip.room, 32 * 1024) if chip.is_amd else chip.room  # beside 48 KB cells spill there
     # What plan.py says of RDNA's cells with weights of the units' own holds for all cells here; and products of float64
     # tiles, which are slow anyway, Triton 3.6 does not compile in the backward.
-    fits = size <= room and not chip.is_rdna and dtype != torch.float64
     options: dict[str, Any] = {"enable_fp_fusion": True}
-    if gates and fits:  # as plan.py has it
+    if gates and size <= room and not chip.is_rdna and dtype != torch.float64:  # as plan.py has it
         options["num_warps"] = 8 if units * dtype.itemsize > 128 else 4
         options |= {} if chip.is_amd else {"maxnreg": 255}
-        return How(True, units, 16 if chip.is_amd else 8, precision, options)
-    if gates and dtype == torch.float32 and (how := _shared(gates, hidden, width, rows, precision, chip)):
+        return How(True, units, 16 if chip.is_amd else 8, products, options)
+    if gates and (how := _shared(gates, hidden, width, rows, products, chip)):
         return how
     units = min(_TILE, 1 << (hidden - 1).bit_length())
     options["num_warps"] = _TILE // chip.warp_size
-    return How(not gates, units, _TILE // units, precision, options)
+    products = Products(torch.promote_types(dtype, torch.float32))  # torch's
+    return How(not gates, units, _TILE // units, products, options)
 
 
-def _shared(gates: int, hidden: int, width: int, rows: int, precision: str, chip: Chip) -> How | None:
-    """By programs that share heads: one a multiprocessor at most, as each waits for others; so that a step reads least.
+def _shared(gates: int, hidden: int, width: int, rows: int, products: Products, chip: Chip) -> How | None:
+    """By programs that share heads, one a multiprocessor at most, as each waits for others.
 
-    AMD's launches do not promise that all programs run at once.
+    What a step takes are bytes from L2: a program's own, or of more than a third of the multiprocessors, which is as
+    many as it serves at their full rate, all programs'. AMD's launches do not promise that all programs run at once.
     """
-    depth, found = 32 if precision == "tf32x3" else 64, []
+    dtype, precision = products
+    if chip.is_amd or dtype == torch.float64:
+        return None
+    depth, found = 128 // dtype.itemsize // (2 if precision == "tf32x3" else 1), []
     for units, of_rows in itertools.product((16, 32, 64), (8, 16, 32, 64)):
         programs = triton.cdiv(width, units) * (hidden // width) * triton.cdiv(rows, of_rows)
-        # Bytes on their way for the next part of a product, forward and backward.
-        stage = max(gates * units + of_rows, 2 * (units + of_rows)) * depth * 4
-        stages = min(4, (chip.shared_memory - 16 * 1024) // stage)
-        if programs <= chip.processors and stages > 1 and gates * units * of_rows <= _MOST:
-            found.append((gates * units + of_rows, units, of_rows, stages))
-    if not found or chip.is_amd:
-        return None
-    _, units, of_rows, stages = min(found)
-    options = {"num_warps": 8 if units * of_rows > 512 else 4, "num_stages": stages, "launch_cooperative_grid": True}
-    return How(True, units, of_rows, precision, options, depth)
-
-
-def _precision(dtype: torch.dtype, device: torch.device) -> str:
-    """Of products of the states, which are float32 at least, with W_hh in this dtype, in tl.dot's words.
-
-    TF32 holds half types' weights as they are, and more digits of h than they do. Three products of TF32 parts are as
-    exact as one of float32.
-    """
-    if dtype == torch.float64 or _chip(device).is_amd:
-        return "ieee"
-    return "tf32" if dtype.itemsize == 2 or gpu.allows_tf32() else "tf32x3"
+        forward, backward = gates * units + of_rows, units + of_rows  # lines of a product's next part
+        stages = min(4, (chip.shared_memory - 16 * 1024) // (max(forward, 2 * backward) * depth * dtype.itemsize))
+        read = (forward + gates * backward) * max(chip.processors, 3 * programs)
+        if programs <= chip.processors and stages > 1 and (units == 16 or gates * units <= 96):  # else registers spill
+            options = {"num_warps": 8 if units * of_rows > 512 else 4, "num_stages": stages}
+            options["launch_cooperative_grid"] = True
+            found.append((read, How(True, units, of_rows, products, options, depth)))
+    return min(found, key=lambda of: of[0])[1] if found else None
 
 
 def reason(cell: Cell, hidden: int, heads: int, dtype: torch.dtype, device: torch.device, rows: int = 1) -> str:
-    wide, precision = torch.promote_types(dtype, torch.float32), _precision(dtype, device)
-    how = choose(len(cell.gates_of_a), hidden, hidden // heads, rows, wide, precision, _chip(device))
+    products = Products.of(dtype, device)
+    how = choose(len(cell.gates_of_a), hidden, hidden // heads, rows, products, _chip(device))
     return "all steps in one launch" if how.fused else "a launch and a product a step"
 
 
 class _Recurrence:
     """A direction on contiguous tensors; letters as in ``evaluator.py``, and W units of a head."""
 
-    def __init__(self, precision: str, plan: Plan, inputs: Sequence[Any]) -> None:
+    def __init__(self, products: Products, plan: Plan, inputs: Sequence[Any]) -> None:
         x_gates, w_hh, b_hh, lengths, resets, *others = inputs[3:]
         count = len(plan.cell.states)
         self.plan, self.x_gates = plan, x_gates.contiguous()
@@ -151,8 +160,11 @@ class _Recurrence:
         self.W = self.H // self.K
         by_head = None if b_hh is None else b_hh.view(self.A, self.K, 1, self.W).permute(1, 2, 0, 3)
         self.bias = None if by_head is None else by_head.flatten(2).contiguous()  # flat, it may still be a view
-        self.how = choose(self.A, self.H, self.W, self.N, x_gates.dtype, precision, _chip(x_gates.device))
-        self.own_w = w_hh.contiguous() if self.A and self.how.fused else None  # for products within the kernel
+        self.how = choose(self.A, self.H, self.W, self.N, products, _chip(x_gates.device))
+        self.multiplied = self.how.products.dtype
+        self.own_w = None  # for products within the kernel
+        if self.A and self.how.fused:
+            self.own_w = w_hh.to(self.multiplied, memory_format=torch.contiguous_format)
         self.programs = triton.cdiv(self.N, self.how.rows), self.K * triton.cdiv(self.W, self.how.units), 1
         self.met = None
         if self.how.depth:
@@ -171,7 +183,7 @@ class _Recurrence:
             *operands, self.met, self.lengths, self.resets, first=first, last=last, T=self.T, N=self.N, H=self.H,
             W=self.W, CELL=cell, X=len(self.plan.cell.gates_of_x), A=self.A, REVERSE=int(self.plan.reverse),
             FUSED=self.at_once, BH=how.units, BN=how.rows, BK=how.depth * (2 if kernel is flex_kernels.backward else 1),
-            ALIGN=math.gcd(self.W, 16), PRECISION=how.precision, **how.options, **of_kernel,
+            ALIGN=math.gcd(self.W, 16), PRECISION=how.products.precision, **how.options, **of_kernel,
         )  # fmt: skip
 
     @property
@@ -185,15 +197,15 @@ class _Recurrence:
         return range(0, self.T, self.T if self.at_once else 1)
 
 
-def _forward(precision: str, plan: Plan, inputs: Sequence[Any], keep: bool) -> Any:
-    k, (step, _) = _Recurrence(precision, plan, inputs), steps_of(plan.cell)
+def _forward(products: Products, plan: Plan, inputs: Sequence[Any], keep: bool) -> Any:
+    k, (step, _) = _Recurrence(products, plan, inputs), steps_of(plan.cell)
     T, N, H, A = k.T, k.N, k.H, k.A
     after = tuple(state.clone(memory_format=torch.contiguous_format) for state in k.states)
     every = tuple(k.new_rows(T, N, H) for _ in after)
     before = tuple(k.new_rows(T, N, H) for _ in after) if keep else None
     a_gates = k.new_rows(T if keep else 1, N, A * H)
     if k.x_gates.numel():
-        given_h = None if k.met is None else torch.stack((after[0], after[0]))
+        given_h = None if k.met is None else after[0].to(k.multiplied).repeat(2, 1, 1)
         launch = functools.partial(
             k.launch, flex_kernels.forward, step, k.x_gates, a_gates, after, every, before,
             tuple(k.units), k.own_w, None if k.own_w is None else k.bias, given_h, INITIAL=tuple(plan.cell.initial),
@@ -210,14 +222,14 @@ def _forward(precision: str, plan: Plan, inputs: Sequence[Any], keep: bool) -> A
 
 
 def _backward(
-    precision: str, plan: Plan, inputs: Sequence[Any], kept: Sequence[Tensor], needs: Sequence[bool],
+    products: Products, plan: Plan, inputs: Sequence[Any], kept: Sequence[Tensor], needs: Sequence[bool],
     d_every: Sequence[Tensor | None], d_after: Sequence[Tensor],
 ) -> Sequence[Tensor | None]:  # fmt: skip
-    k, (_, step) = _Recurrence(precision, plan, inputs), steps_of(plan.cell)
+    k, (_, step) = _Recurrence(products, plan, inputs), steps_of(plan.cell)
     T, N, H, A = k.T, k.N, k.H, k.A
     *before, a_gates = kept
     d_states = tuple(grad.clone(memory_format=torch.contiguous_format) for grad in d_after)
-    dx_gates, da_gates = k.new_rows(k.x_gates.shape), k.new_rows(T, N, A * H)
+    dx_gates, da_gates = k.new_rows(k.x_gates.shape), k.new_rows(T, N, A * H, dtype=k.multiplied)
     d_units = k.x_gates.new_zeros(len(plan.cell.weights), 1, N, H)
     if k.x_gates.numel():
         launch = functools.partial(
@@ -237,23 +249,24 @@ def _backward(
     dw_hh = db_hh = None
     if k.w_hh is not None:
         by_head = da_gates.view(T * N, k.K, A * k.W)
-        dw_hh = torch.bmm(by_head.permute(1, 2, 0), before[0].view(T * N, k.K, k.W).transpose(0, 1))
+        h = before[0].view(T * N, k.K, k.W).transpose(0, 1)
+        dw_hh = torch.bmm(by_head.permute(1, 2, 0), h.to(k.multiplied)).to(k.w_hh.dtype)
         if k.bias is not None:
-            db_hh = by_head.sum(0).view(k.K, A, k.W).transpose(0, 1).flatten()
+            db_hh = by_head.sum(0, dtype=k.bias.dtype).view(k.K, A, k.W).transpose(0, 1).flatten()
     return None, None, None, dx_gates, dw_hh, db_hh, None, None, *d_states, *d_units.sum((1, 2))
 
 
-def _on_device(function: Callable[..., Any], precision: str) -> Callable[..., Any]:
+def _on_device(function: Callable[..., Any], products: Products) -> Callable[..., Any]:
     def on_device(plan: Plan, inputs: Sequence[Any], *others: Any) -> Any:
         with gpu._on(inputs[3].device):
-            return function(precision, plan, inputs, *others)
+            return function(products, plan, inputs, *others)
 
     return on_device
 
 
 @functools.cache
-def _kernels(precision: str) -> evaluator.Kernels:
-    return evaluator.Kernels(_on_device(_forward, precision), _on_device(_backward, precision))
+def _kernels(products: Products) -> evaluator.Kernels:
+    return evaluator.Kernels(_on_device(_forward, products), _on_device(_backward, products))
 
 
 def run(plan: Plan, *inputs: Any) -> tuple[Tensor, ...]:
@@ -265,5 +278,5 @@ def run(plan: Plan, *inputs: Any) -> tuple[Tensor, ...]:
         count = len(plan.cell.states)
         cut = [torch.where(begins[:, None], value, state) for value, state in zip(plan.cell.initial, others)]
         others = [*cut, *others[count:]]
-    kernels = _kernels(_precision((x_gates if x is None else x).dtype, x_gates.device))
+    kernels = _kernels(Products.of((x_gates if x is None else x).dtype, x_gates.device))
     return evaluator.by_kernels(kernels, plan, [None, None, None, x_gates, w_hh, b_hh, lengths, resets, *others])

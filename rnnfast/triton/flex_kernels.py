@@ -95,10 +95,20 @@ def meet(p_met, K, times, programs):
 
 @triton.jit
 def product_with_h(
-    at, p_w, p_h, own, head, H, W, A: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr
+    at,
+    p_w,
+    p_h,
+    own,
+    head,
+    H,
+    W,
+    acc: tl.constexpr,
+    A: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """Of each gate the tile's units of W_hh h, of all the head's h in memory, [N, H]."""
-    acc: tl.constexpr = p_h.dtype.element_ty
     sums = (tl.zeros([own.shape[0], BN], acc),) * A
     for start in range(0, W, BK):
         k = start + tl.arange(0, BK)
@@ -123,13 +133,13 @@ def product_with_da(
     head,
     H,
     W,
+    acc: tl.constexpr,
     A: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """The gradient of the tile's units of h before step t, through the head's a of that step; of none beyond them 0."""
-    acc: tl.constexpr = p_da.dtype.element_ty
     through = tl.zeros([own.shape[0], BN], acc)
     of_row, is_there = p_da + row(at, t) * (A * H) + head * (A * W), tl.where(t >= 0, t, at.T) < at.length
     for start in range(0, A * W, BK):
@@ -210,9 +220,9 @@ def forward(
             if BK == 0:
                 h = tl.where(inside, states[0], 0.0)  # not even a NaN of padded units may enter the product
                 for j in tl.static_range(A):
-                    a = a + (tl.dot(w[j], h, zeros, out_dtype=acc, input_precision=PRECISION) + b[j],)
+                    a = a + (tl.dot(w[j], h.to(w[j].dtype), zeros, out_dtype=acc, input_precision=PRECISION) + b[j],)
             else:
-                a = add(product_with_h(at, p_w, p_h + s % 2 * N * H, own, head, H, W, A, BN, BK, PRECISION), b, A)
+                a = add(product_with_h(at, p_w, p_h + s % 2 * N * H, own, head, H, W, acc, A, BN, BK, PRECISION), b, A)
             if p_before is not None:
                 store(p_a + of_a, a, A, W, inside & valid)
         elif A > 0:
@@ -312,7 +322,7 @@ def backward(
         if BK > 0:  # there is the product to wait for, and no room to have two steps
             x, a, before, d_every = load_backward(at, t, p_x, p_a, p_before, p_d_every, H, W, X, A, EVERY)
             after = time(at, s + 1, steps)  # what the step after this one has left
-            through = product_with_da(at, after, p_w, p_da, own, head, H, W, A, BN, BK, PRECISION)
+            through = product_with_da(at, after, p_w, p_da, own, head, H, W, acc, A, BN, BK, PRECISION)
             d_states = (d_states[0] + through,) + d_states[1:]
         else:
             t_ahead = time(at, tl.maximum(s - 1, first), steps)
@@ -330,7 +340,7 @@ def backward(
             through = tl.zeros([BH, BN], acc)
             for j in tl.static_range(A):
                 of_gate = tl.where(inside, da[j], 0.0)
-                through = tl.dot(w[j], of_gate, through, out_dtype=acc, input_precision=PRECISION)
+                through = tl.dot(w[j], of_gate.to(w[j].dtype), through, out_dtype=acc, input_precision=PRECISION)
             d_before = (d_before[0] + through,) + d_before[1:]
         d_states = chosen(valid, d_before, d_states)
         d_units = add(d_units, where(valid, of_units, U), U)
@@ -340,7 +350,7 @@ def backward(
             meet(p_met, H // W, i + 1, programs)
     if ENDS:
         begin = time(at, first, steps)
-        through = product_with_da(at, begin, p_w, p_da, own, head, H, W, A, BN, BK, PRECISION)
+        through = product_with_da(at, begin, p_w, p_da, own, head, H, W, acc, A, BN, BK, PRECISION)
         d_states = (d_states[0] + through,) + d_states[1:]
     store_at(p_d_states, n * H + unit, d_states, inside)
     store_at(p_d_units, n * H + unit, d_units, inside)
