@@ -2,6 +2,7 @@
 # make examples  run all examples in their short form; ARGS="--compare" also times torch.nn
 # make test      run the tests on all cores, in a few minutes; ARGS="-k lstm" goes to pytest
 # make test-full run every combination, what takes long, and the core tests as on lesser processors
+# make test-triton  compile the Triton kernels with the oldest Triton that they are for, which some torch brings along
 # make cuda      build rnnfast/_cuda.so, which needs nvcc, but neither a GPU nor a torch that can use one
 # make wheel-cuda  a wheel with both libraries, dist/rnnfast-*.whl; CUDA_ARCHS="80 90" names the GPUs that it is for
 # make gpu       test and measure on a GPU, in half an hour; ARGS="--minutes 9" goes to bench/gpu_day.py
@@ -28,7 +29,7 @@ sources := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' 
 core := $(addprefix tests/test_,recurrence.py modules.py module_db.py errors.py properties.py threads.py)
 core += -m "not full" -k "not ([reference or [triton or [cuda)"
 
-.PHONY: demo examples test test-full test-lesser cells cuda wheel-cuda gpu lint clean
+.PHONY: demo examples test test-full test-lesser test-triton cells cuda wheel-cuda gpu lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/demo.py $(ARGS)
@@ -41,7 +42,7 @@ test: $(VENV)/installed
 
 test-full: $(VENV)/installed
 	$(TEST) $(ARGS)
-	$(MAKE) test-lesser
+	$(MAKE) test-lesser test-triton
 
 # As on a processor with AVX2, where this one has more, and on one with SSE4: the kernels, and what torch's libraries
 # choose there.
@@ -51,6 +52,10 @@ ifneq ($(shell grep -s -m 1 -o avx512f /proc/cpuinfo),)
 endif
 	ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 ONEDNN_MAX_CPU_ISA=SSE41 RNNFAST_TEST_ISA=portable \
 		$(TEST) $(core)
+
+test-triton: $(VENV)/installed $(VENV)/oldest-triton
+	PYTHONPATH=$(VENV)/oldest-triton $(BIN)/python tests/named_gpu.py sm_90
+	PYTHONPATH=$(VENV)/oldest-triton $(BIN)/python tests/named_gpu.py sm_90 --flex
 
 cells: $(VENV)/torch
 	$(BIN)/python -m rnnfast.codegen
@@ -80,6 +85,10 @@ clean:
 $(VENV)/made:
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed" if sys.version_info < (3, 10) else 0)'
 	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/oldest-triton: $(VENV)/made
+	$(PIP) --no-deps --target $@ triton==3.6.0
 	touch $@
 
 $(VENV)/linters: $(VENV)/torch

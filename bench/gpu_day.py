@@ -92,12 +92,12 @@ def stages(rehearsed: bool) -> list[Stage]:
 
     return [
         work("versions", 56, 200, 40, max, "largest error"),
-        tests("smoke", 100, 240, 30, workers=8),
-        tests("triton", 60, 120, 90, workers=14),
-        tests("cells", 80, 160, 90, workers=14),
-        work("cudnn", 65, 160, 60, min, "least ratio"),
+        tests("smoke", 150, 240, 30, workers=8),
+        tests("triton", 70, 120, 90, workers=14),
+        tests("cells", 130, 160, 90, workers=14),
+        work("cudnn", 90, 160, 60, min, "least ratio"),
         work("costs", 60, 120, 30, max, "largest error"),
-        work("flex", 60, 120, 60, min, "least ratio"),
+        work("flex", 40, 120, 60, min, "least ratio"),
         tests("forms", 250, 400, 60, workers=8),
         tests("sanitizer", 150, 300, 200, workers=8),
         tests("deep", 320, 480, 120, workers=12),

@@ -368,6 +368,7 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
     ],
     "rnnfast/triton/flex.py": [
         ("no episode begins first", FLEX_TRITON, "resets is not None and not plan.reverse", "False"),
+        ("more programs than run at once", FLEX_TRITON, "programs <= chip.processors and", ""),
         (
             "rows beyond their ends",
             FLEX_TRITON,
@@ -378,6 +379,15 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
     "rnnfast/triton/flex_kernels.py": [
         ("border of the reverse direction", FLEX_TRITON, "border = t + 1 - at.d", "border = t + 1"),
         ("gradient across a border", FLEX_TRITON, "where(is_cut(at, t) == 0, d_states, S)", "d_states"),
+        ("h of the step before", FLEX_TRITON, "p_h + s % 2 * N * H", "p_h + (s + 1) % 2 * N * H"),
+        (
+            "the first head's W_hh",
+            FLEX_TRITON,
+            "head.to(tl.int64) * (A * W * W) + own * W + k[None, :]",
+            "own * W + k[None, :]",
+        ),
+        ("gradient of the first step's h", FLEX_TRITON, "    if ENDS:\n", "    if False:\n"),
+        ("gates beyond a row's end", FLEX_TRITON, "tl.where(t >= 0, t, at.T) < at.length", "at.is_row & (t >= 0)"),
         ("infinite padding", FLEX_TRITON, "h = tl.where(inside, states[0], 0.0)", "h = states[0]"),
         ("gradient of padding", FLEX_TRITON, "of_gate = tl.where(inside, da[j], 0.0)", "of_gate = da[j]"),
         ("the first head's product", FLEX_TRITON, "at.unit // W * (A * W) + at.unit % W", "at.unit % W"),

@@ -135,6 +135,7 @@ class FlexCall(NamedTuple):
 FLEX = [
     FlexCall("slstm", "float32", 256, "resets", True, {"num_heads": 4, "bidirectional": True}),
     FlexCall("janet", "bfloat16", 5, "lengths", True, {"bias": False}),
+    FlexCall("slstm", "bfloat16", 600, "resets", True, {"num_heads": 2}),
     FlexCall("sru", "float16", 40, "rectangular", True, {}),
     FlexCall("leaky_rnn", "float64", 3, "rectangular", False, {"recurrent": "diagonal"}),
 ]

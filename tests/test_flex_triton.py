@@ -6,6 +6,7 @@ Their numbers are tested with those of every other backend, in test_flex.py.
 from __future__ import annotations
 
 import inspect
+import itertools
 import linecache
 import os
 import subprocess
@@ -36,7 +37,7 @@ def test_the_largest_cell_compiles_without_spills(target: str) -> None:
     """The command fails if it spills; bench/results/flex-resources.txt has all cells, which take minutes."""
     lines = compiled("bench/flex_resources.py", "--target", target, "-k", "slstm fused").splitlines()
     found = [line.split()[1] for line in lines if line.startswith(target)]
-    dtypes = 1 if target.startswith("gfx") else 2  # there is no TF32, and nowhere fused float64
+    dtypes = 1 if target.startswith("gfx") else 3  # there is no other than float32, and nowhere fused float64
     assert sorted(found) == ["backward"] * dtypes + ["forward"] * dtypes
 
 
@@ -129,22 +130,51 @@ def test_another_process_prints_the_same() -> None:
 # What a layer does with them.
 
 
+LARGE = {"step by step": "a launch and a product a step", "shared": "all steps in one launch"}
+
+
 @interpreted
 @pytest.mark.parametrize("cell", [cells.slstm, again(cells.gru)], ids=str)
-@pytest.mark.parametrize("heads", [1, 3])
+@pytest.mark.parametrize("heads", [1, 2])
 @pytest.mark.parametrize("form", OF_FORM)
-def test_step_by_step(cell: Cell, heads: int, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As of heads that are too large for the chip."""
+@pytest.mark.parametrize("way", LARGE)
+@pytest.mark.few(2, "cell", "heads", "form", "way")
+def test_heads_that_are_too_large_for_the_chip(
+    cell: Cell, heads: int, form: str, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A launch a step; and programs that share a head, which here wait for no other, but have a launch a step, too."""
+    how = flex.How(True, 16, 2, flex.Products(DOUBLE), {}, depth=16) if way == "shared" else None
     monkeypatch.setattr(flex, "_chip", lambda device: H200._replace(shared_memory=0))
-    net = FlexRNN(cell, 3, 6, num_heads=heads, bidirectional=True, dtype=DOUBLE)
-    x, states = torch.randn(5, 4, 3, dtype=DOUBLE), states_of(cell)
+    monkeypatch.setattr(flex, "_shared", lambda *args: how)
+    hidden = 40 if way == "shared" else 6  # several programs, parts of products and tiles of rows
+    net = FlexRNN(cell, 3, hidden, num_heads=heads, bidirectional=True, dtype=DOUBLE)
+    x, states = torch.randn(5, 4, 3, dtype=DOUBLE), states_of(cell, hidden)
     expected = values_and_grads(net, x, states, **OF_FORM[form])
     with rnnfast.use_backend("triton"):
-        assert rnnfast.explain(net)[0].reason.endswith("a launch and a product a step")
+        assert rnnfast.explain(net)[0].reason.endswith(LARGE[way])
         assert_same_or_zero(values_and_grads(net, x, states, **OF_FORM[form]), expected)
         with torch.no_grad():
             y = net(x, states, **OF_FORM[form])[0]
     torch.testing.assert_close(y, expected["output[0]"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_how_heads_are_shared(dtype: torch.dtype) -> None:
+    """All programs of a launch run at once, read little, and have room; where that cannot be, a launch is a step."""
+    products = flex.Products.of(dtype, torch.device("cpu"))  # the interpreter's H200
+    assert products == (dtype, "tf32" if dtype == torch.float32 else "ieee")  # as torch's default is
+    for gates, width, heads, rows in itertools.product((1, 3, 4, 6), (256, 300, 1024, 2048), (1, 4), (1, 64, 500)):
+        how = flex.choose(gates, width * heads, width, rows, products, H200)
+        programs = heads * -(-width // how.units) * -(-rows // how.rows)
+        assert how.fused == bool(how.depth) or gates * width**2 * dtype.itemsize <= H200.room
+        if how.depth:
+            assert programs <= H200.processors and how.options["launch_cooperative_grid"]
+            assert how.options["num_stages"] * how.depth * (gates * how.units + how.rows) * dtype.itemsize < 200 * 1024
+    assert flex.choose(4, 1024, 1024, 64, products, H200)[1:3] == (16, 32)
+    assert flex.choose(4, 1024, 1024, 8, products, H200)[1:3] == (16, 8)
+    assert not flex.choose(4, 1024, 1024, 500, products, H200).fused
+    assert not flex.choose(4, 1024, 1024, 8, products, H200._replace(generation=0)).fused  # AMD's
+    assert not flex.choose(4, 1024, 1024, 8, flex.Products(torch.float64), H200).fused
 
 
 @interpreted
@@ -225,8 +255,8 @@ def test_a_gpu_gets_triton(gpus: Callable[..., None], monkeypatch: pytest.Monkey
     backend, why = net._backend(CUDA, torch.float16)
     assert backend == "triton"
     assert why == "cuda has no kernels of this cell, Triton compiles it: all steps in one launch"
-    assert FlexRNN(cells.janet, 3, 400)._backend(CUDA, torch.float32)[1].endswith(": a launch and a product a step")
-    for options in ({"num_heads": 10}, {"recurrent": "none"}, {"recurrent": "diagonal"}):
+    assert FlexRNN(cells.janet, 3, 9000)._backend(CUDA, torch.float32)[1].endswith(": a launch and a product a step")
+    for options in ({}, {"num_heads": 10}, {"recurrent": "none"}, {"recurrent": "diagonal"}):
         assert FlexRNN(cells.janet, 3, 400, **options)._backend(CUDA, torch.float32)[1].endswith("in one launch")
     assert net._backend(CUDA, torch.complex64) == ("reference", "no kernel for torch.complex64")
     assert net._backend(torch.device("mps"), torch.float32) == ("reference", "no kernels for device 'mps'")

@@ -240,7 +240,7 @@ Plan joint(void (*kernel)(Arguments), int blocking, const Layer& layer, const Ch
 constexpr int kFewestJointSteps = 4;  // with fewer, what a call arranges takes longer than the launches that it spares
 
 // The plan of a layer: the cheapest of all, or of a regime, or the regime's cut of that number. Of float64 there are no
-// variants. Steps in one launch have never been timed, so they are compared with nothing but the other steps.
+// variants. Steps in one launch were not timed cut by cut, so they are compared with nothing but the other steps.
 template <class Arguments, class Joint>
 Plan make_plan(const Persistent<Arguments>* variants, const Joint& joint_kernels, const Layer& layer, const Chip& chip,
                Regime forced, std::optional<int> only) {

@@ -115,10 +115,9 @@ def choose(gates: int, hidden: int, width: int, rows: int, products: Products, c
 
 
 def _shared(gates: int, hidden: int, width: int, rows: int, products: Products, chip: Chip) -> How | None:
-    """By programs that share heads, one a multiprocessor at most, as each waits for others.
+    """By programs that share heads, one a multiprocessor at most, as each waits for others; so that each reads least.
 
-    What a step takes are bytes from L2: a program's own, or of more than a third of the multiprocessors, which is as
-    many as it serves at their full rate, all programs'. AMD's launches do not promise that all programs run at once.
+    AMD's launches do not promise that all programs run at once.
     """
     dtype, precision = products
     if chip.is_amd or dtype == torch.float64:
@@ -128,7 +127,7 @@ def _shared(gates: int, hidden: int, width: int, rows: int, products: Products, 
         programs = triton.cdiv(width, units) * (hidden // width) * triton.cdiv(rows, of_rows)
         forward, backward = gates * units + of_rows, units + of_rows  # lines of a product's next part
         stages = min(4, (chip.shared_memory - 16 * 1024) // (max(forward, 2 * backward) * depth * dtype.itemsize))
-        read = (forward + gates * backward) * max(chip.processors, 3 * programs)
+        read = forward + gates * backward
         if programs <= chip.processors and stages > 1 and (units == 16 or gates * units <= 96):  # else registers spill
             options = {"num_warps": 8 if units * of_rows > 512 else 4, "num_stages": stages}
             options["launch_cooperative_grid"] = True

@@ -189,8 +189,10 @@ def forward(
     acc: tl.constexpr = p_x.dtype.element_ty
     zeros = tl.zeros([BH, BN], acc)
     if p_w is not None:
-        W, H = aligned(W, ALIGN), aligned(H, ALIGN)
-        programs = tl.cdiv(W, BH)
+        programs = 1
+        if BK > 0:
+            W, H = aligned(W, ALIGN), aligned(H, ALIGN)
+            programs = tl.cdiv(W, BH)
         head, own, unit, is_own = of_head(W, programs, BH)
         inside = is_own & is_row
         if BK == 0:
@@ -299,8 +301,10 @@ def backward(
     acc: tl.constexpr = p_x.dtype.element_ty
     d, unit, n, is_unit, is_row, inside, length = tile(tl.program_id(0), p_lengths, T, N, H, BH, BN)
     if p_w is not None:
-        W, H = aligned(W, ALIGN), aligned(H, ALIGN)
-        programs = tl.cdiv(W, BH)
+        programs = 1
+        if BK > 0:
+            W, H = aligned(W, ALIGN), aligned(H, ALIGN)
+            programs = tl.cdiv(W, BH)
         head, own, unit, is_own = of_head(W, programs, BH)
         inside = is_own & is_row
         if BK == 0:
