@@ -239,10 +239,11 @@ for chosen in sys.argv[2:]:
 
 @pytest.mark.full
 def test_each_test_of_a_gpu_is_in_one_set(day):
-    command = [sys.executable, "-c", COUNT, ROOT / "tests" / "test_gpu.py", "", *day.TESTS.values()]
+    chosen = [words for words in day.TESTS.values() if words]  # the one without is of another file
+    command = [sys.executable, "-c", COUNT, ROOT / "tests" / "test_gpu.py", "", *chosen]
     printed = subprocess.run(command, capture_output=True, text=True, cwd=ROOT / "tests", check=True).stdout
     all_of_them, *sets = (int(count) for count in re.findall(r"^found (\d+)$", printed, re.MULTILINE))
-    assert len(sets) == len(day.TESTS) and sum(sets) == all_of_them > 0
+    assert len(sets) == len(chosen) and sum(sets) == all_of_them > 0
 
 
 def _rehearse(folder: Path, *args: object, status: int = 0) -> str:
@@ -325,7 +326,7 @@ def test_the_model_chooses_as_the_plan_does(costs, cell, dtype, tf32):
 
 @pytest.mark.full
 def test_rehearsal(tmp_path):
-    assert _rehearse(tmp_path).count("predicted") == 9
+    assert _rehearse(tmp_path).count("predicted") == 11
     assert (tmp_path / "failures.txt").read_text() == ""
     with (tmp_path / "table.csv").open(newline="") as file:
         assert {row["dtype"] for row in csv.DictReader(file)} == {"bfloat16", "float32", "float16"}
