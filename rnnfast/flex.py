@@ -9,7 +9,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -142,6 +142,7 @@ class FlexRNN(_Module):
                 shapes["weight_ih"] = (*shapes["weight_ih"][:1], hidden_size * (1 + bidirectional))
             for name, shape in shapes.items():
                 self.register_parameter(name + suffix, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+        self._all_names = [name + suffix for _, suffix in self._suffixes() for name in self._names]
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -286,7 +287,7 @@ class FlexRNN(_Module):
         if states is not None:
             self._check_batch(states, x.size(1))
         names, count = self._names, 1 + self.bidirectional
-        flat: Sequence[Tensor] = [getattr(self, name + suffix) for _, suffix in self._suffixes() for name in names]
+        flat: Sequence[Tensor] = [self._weight(name) for name in self._all_names]
         variant = self._variant()
         if mode := self._mode(variant):
             return self._by_kernels(mode, x, states, lengths, resets, return_states, flat)
@@ -315,6 +316,11 @@ class FlexRNN(_Module):
                 every.append(after)
         of_steps = [torch.stack(of) for of in zip(*every)] if return_states else []
         return y, finals[0] if len(finals) == 1 else [torch.cat(of) for of in zip(*finals)], of_steps
+
+    def _weight(self, name: str) -> Tensor:
+        """As getattr, in a tenth of the time; but a parametrized weight is no parameter."""
+        weight = self._parameters.get(name)
+        return cast(Tensor, getattr(self, name)) if weight is None else weight
 
     def _plans(self) -> list[Plan]:
         """Of each direction."""

@@ -305,7 +305,7 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
     "rnnfast/evaluator.py": [
         ("initial values of zero", FLEX, "sequence.cut(t, state, value)", "sequence.cut(t, state)"),
         ("gates where they are read", FLEX, "zip(cell.gates_of_a, _recurrent", "zip(cell.gates_of_x, _recurrent"),
-        ("a projection of heads", FLEX, "w_hh = w_hh.unsqueeze(0)", "w_hh = w_hh.T.unsqueeze(0)"),
+        ("a projection of heads", FLEX, "F.linear(h, w_hh, b_hh)", "F.linear(h, w_hh.T, b_hh)"),
         ("clipped on one side", VARIANTS, "minimum(maximum(d, -bound), bound)", "minimum(d, bound)"),
         ("a clip that is not derived", VARIANTS, "return grad.clamp(-bound, bound), None", "return grad, None"),
         ("biases by head", FLEX, "view(w_hh.size(0), -1, w_hh.size(2)).transpose(0, 1).flatten()", "flatten()"),

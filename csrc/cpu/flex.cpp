@@ -35,9 +35,13 @@ class Arguments {
       check_tensor("w_ih", *w_ih, {l.X * H, l.I}, dtype);
     }
     if (w_hh) {
-      RNNFAST_CHECK(w_hh->dim() == 3 && w_hh->size(0) > 0 && H % w_hh->size(0) == 0, "w_hh has to be [K, A*H/K, H/K]");
-      l.K = w_hh->size(0), l.A = w_hh->size(1) / (H / l.K);
-      check_tensor("w_hh", *w_hh, {l.K, l.A * (H / l.K), H / l.K}, dtype);
+      const bool of_heads = w_hh->dim() == 3;
+      l.K = of_heads ? w_hh->size(0) : 1;
+      RNNFAST_CHECK((of_heads || w_hh->dim() == 2) && l.K > 0 && H % l.K == 0,
+                    "w_hh has to be [A*H, H] or [K, A*H/K, H/K]");
+      l.A = w_hh->size(of_heads) / (H / l.K);
+      const int64_t width = H / l.K;
+      check_tensor("w_hh", *w_hh, of_heads ? Shape{l.K, l.A * width, width} : Shape{l.A * H, H}, dtype);
     }
     for (const Tensor& unit : units) {
       check_tensor("a weight of units", unit, {H}, dtype);
@@ -132,11 +136,13 @@ std::vector<void*> data(const std::vector<Tensor>& tensors) {
   return found;
 }
 
-// New tensors with the values of others.
+// New tensors with the values of others, or zeros.
 std::vector<Tensor> copied(const Arguments& given, const std::vector<const void*>& from, const Shape& shape) {
   std::vector<Tensor> made = given.make(from.size(), shape);
   for (size_t k = 0; k < made.size(); k++) {
-    if (made[k].numel()) std::memcpy(made[k].data_ptr(), from[k], made[k].numel() * made[k].element_size());
+    const size_t bytes = made[k].numel() * made[k].element_size();
+    if (bytes && from[k]) std::memcpy(made[k].data_ptr(), from[k], bytes);
+    if (bytes && !from[k]) std::memset(made[k].data_ptr(), 0, bytes);
   }
   return made;
 }
@@ -211,15 +217,16 @@ void flex_backward(StableIValue* values, uint64_t arguments, uint64_t results_) 
   const auto from_before = given.pointers("before", before, of_steps);
   const auto from_after = given.pointers("every", every, of_steps);
   const auto from_every = given.pointers("d_every", d_every, of_steps, true);
-  const std::vector<Tensor> d_states = copied(given, given.pointers("d_final", d_final, of_state), of_state);
+  const std::vector<Tensor> d_states = copied(given, given.pointers("d_final", d_final, of_state, true), of_state);
   const auto to_states = data(d_states);
   const bool of_x = need_dw && l.X > 0, of_a = need_dw && l.A > 0, gives_dx = need_dx && l.X > 0;
   const Tensor dx = empty_if(gives_dx, {l.T, l.N, l.I}, given.dtype);
   const Tensor dw_ih = empty_if(of_x, {l.X * l.H, l.I}, given.dtype), db_ih = empty_if(of_x, {l.X * l.H}, given.dtype);
   const Tensor dz_gates = empty_if(need_dz, {l.T, l.N, l.Z * l.H}, given.dtype);
-  const Shape of_w_hh{l.K, l.A * (l.H / l.K), l.H / l.K};
-  const Tensor dw_hh = empty_if(of_a, of_w_hh, given.dtype);
-  const Tensor db_hh = empty_if(of_a, {of_w_hh[0], of_w_hh[1]}, given.dtype);
+  Shape of_w_hh;
+  for (int64_t k = 0; of_a && k < w_hh->dim(); k++) of_w_hh.push_back(w_hh->size(k));
+  const Shape of_b_hh(of_w_hh.begin(), of_w_hh.end() - of_a);
+  const Tensor dw_hh = empty_if(of_a, of_w_hh, given.dtype), db_hh = empty_if(of_a, of_b_hh, given.dtype);
   const Tensor d_units = empty({(l.T + kUnitSteps - 1) / kUnitSteps, l.N, l.U * l.H}, given.dtype);
   if (d_units.numel()) std::memset(d_units.data_ptr(), 0, d_units.numel() * d_units.element_size());
 

@@ -165,12 +165,13 @@ def _forward(plan: Plan, inputs: Sequence[Any], keep: bool) -> Any:
 
 def _backward(
     plan: Plan, inputs: Sequence[Any], kept: Sequence[Tensor], needs: Sequence[bool],
-    d_every: Sequence[Tensor | None], d_after: Sequence[Tensor],
+    d_every: Sequence[Tensor | None], d_after: Sequence[Tensor | None],
 ) -> Sequence[Tensor | None]:  # fmt: skip
     k, (_, step) = _Recurrence(plan, inputs), steps_of(plan.cell)
     T, N, H, A = k.T, k.N, k.H, k.A
     *before, a_gates = kept
-    d_states = tuple(grad.clone(memory_format=torch.contiguous_format) for grad in d_after)
+    d_states = tuple(state.new_zeros(N, H) if grad is None else grad.clone(memory_format=torch.contiguous_format)
+                     for state, grad in zip(k.states, d_after))  # fmt: skip
     dx_gates, da_gates = k.new_rows(k.x_gates.shape), k.new_rows(T, N, A * H)
     d_units = k.x_gates.new_zeros(len(plan.cell.weights), 1, N, H)
     if k.x_gates.numel():
@@ -209,6 +210,8 @@ _KERNELS = evaluator.Kernels(_on_device(_forward), _on_device(_backward))
 def run(plan: Plan, *inputs: Any) -> tuple[Tensor, ...]:
     """As ``evaluator.in_plain_torch``, of float32 or float64."""
     x, w_ih, b_ih, z_gates, w_hh, b_hh, lengths, resets, *others = inputs
+    if w_hh is not None and w_hh.dim() == 2:
+        w_hh = w_hh.unsqueeze(0)
     x_gates = evaluator.gates_of_x(x, w_ih, b_ih, z_gates, others[0].dtype)
     if resets is not None and not plan.reverse and x_gates.size(0):  # the kernels cut what leaves a step
         begins = resets[0] if lengths is None else resets[0] & (lengths > 0)
