@@ -81,58 +81,97 @@ struct Operand {
   int64_t row, block;
 };
 
-// to[row][block] = of(a, b, c), with rows so far apart
-template <class Number, class Of>
-RNNFAST_INLINE void each(Number* to, int64_t stride, const Operand<Number>* given, int64_t rows, int64_t blocks,
-                         const Of& of) {
-  Operand<Number> args[] = {given[0], given[1], given[2]};
-  for (int64_t i = 0; i < rows; i++, to += stride) {
+// Of an operation that reads a, or a and b, or all three.
+template <class Number>
+RNNFAST_INLINE Vec<Number> result_of(int op, Vec<Number> a, Vec<Number> b, Vec<Number> c) {
+  const Vec<Number> one(1), zero(0);
+  switch (op) {
+    case kAdd:
+      return a + b;
+    case kSubtract:
+      return a - b;
+    case kMultiply:
+      return a * b;
+    case kDivide:
+      return a / b;
+    case kNegate:
+      return -a.v;
+    case kSigmoid:
+      return sigmoid(a);
+    case kTanh:
+      return tanh(a);
+    case kRelu:
+      return relu(a);
+    case kExp:
+      return exp(a);
+    case kLog:
+      return log(a);
+    case kLog1p:
+      return log1p(a);
+    case kSqrt:
+      return root(a);
+    case kAbs:
+      return abs(a);
+    case kMinimum:  // NaN of either, as torch has it
+      return select(a.v < b.v || a.v != a.v, a, b);
+    case kMaximum:
+      return select(a.v > b.v || a.v != a.v, a, b);
+    case kWhere:
+      return select(a.v != 0, b, c);
+    case kLess:
+      return select(a.v < b.v, one, zero);
+    case kLessEqual:
+      return select(a.v <= b.v, one, zero);
+    case kWherePositive:
+      return zero_where_not_positive(a, b);
+    case kSigmoidOfSum:
+      return sigmoid(a + b);
+    case kTanhOfSum:
+      return tanh(a + b);
+    case kMultiplyAdd:
+      return a * b + c;
+    case kSubtractProduct:
+      return c - a * b;
+    case kMultiplyDifference:
+      return (a - b) * c;
+    case kMultiplyTwice:
+      return a * b * c;
+  }
+  return a;
+}
+
+// An operation with where it reads and writes: to[row][block], with rows so far apart.
+template <class Number>
+struct Instruction {
+  void (*apply)(const Instruction&, int64_t rows, int64_t blocks);
+  const Operand<Number>* args[3];
+  Number* to;
+  int64_t stride;
+  bool of_row;  // it makes one number for all units of a row
+};
+
+template <class Number, int op>
+void apply(const Instruction<Number>& i, int64_t rows, int64_t blocks) {
+  Operand<Number> a = *i.args[0], b = *i.args[1], c = *i.args[2];
+  Number* to = i.to;
+  for (const int64_t stride = i.stride; rows > 0; rows--) {
     for (int64_t j = 0; j < blocks; j++) {
-      store(to + j * kLanes<Number>, of([&](int k) { return load(args[k].data + j * args[k].block); }));
+      store(to + j * kLanes<Number>,
+            result_of(op, load(a.data + j * a.block), load(b.data + j * b.block), load(c.data + j * c.block)));
     }
-    for (auto& arg : args) arg.data += arg.row;
+    to += stride, a.data += a.row, b.data += b.row, c.data += c.row;
   }
 }
 
-template <class Number>
-void apply(int64_t op, Number* to, int64_t stride, const Operand<Number>* args, int64_t rows, int64_t blocks) {
-  using V = Vec<Number>;
-  const V one(1), zero(0);
-#define RNNFAST_CASE(Op, expression)                            \
-  case Op:                                                      \
-    return each(to, stride, args, rows, blocks, [&](auto arg) { \
-      [[maybe_unused]] const V a = arg(0);                      \
-      return V(expression);                                     \
-    })
-  switch (op) {
-    RNNFAST_CASE(kAdd, a + arg(1));
-    RNNFAST_CASE(kSubtract, a - arg(1));
-    RNNFAST_CASE(kMultiply, a * arg(1));
-    RNNFAST_CASE(kDivide, a / arg(1));
-    RNNFAST_CASE(kNegate, -a.v);
-    RNNFAST_CASE(kSigmoid, sigmoid(a));
-    RNNFAST_CASE(kTanh, tanh(a));
-    RNNFAST_CASE(kRelu, relu(a));
-    RNNFAST_CASE(kExp, exp(a));
-    RNNFAST_CASE(kLog, log(a));
-    RNNFAST_CASE(kLog1p, log1p(a));
-    RNNFAST_CASE(kSqrt, root(a));
-    RNNFAST_CASE(kAbs, abs(a));
-    RNNFAST_CASE(kMinimum, select(a.v < arg(1).v || a.v != a.v, a, arg(1)));  // NaN of either, as torch has it
-    RNNFAST_CASE(kMaximum, select(a.v > arg(1).v || a.v != a.v, a, arg(1)));
-    RNNFAST_CASE(kWhere, select(a.v != 0, arg(1), arg(2)));
-    RNNFAST_CASE(kLess, select(a.v < arg(1).v, one, zero));
-    RNNFAST_CASE(kLessEqual, select(a.v <= arg(1).v, one, zero));
-    RNNFAST_CASE(kWherePositive, zero_where_not_positive(a, arg(1)));
-    RNNFAST_CASE(kSigmoidOfSum, sigmoid(a + arg(1)));
-    RNNFAST_CASE(kTanhOfSum, tanh(a + arg(1)));
-    RNNFAST_CASE(kMultiplyAdd, a * arg(1) + arg(2));
-    RNNFAST_CASE(kSubtractProduct, arg(2) - a * arg(1));
-    RNNFAST_CASE(kMultiplyDifference, (a - arg(1)) * arg(2));
-    RNNFAST_CASE(kMultiplyTwice, a * arg(1) * arg(2));
-  }
-#undef RNNFAST_CASE
+template <class Number, size_t... op>
+constexpr auto applies_of(std::index_sequence<op...>) {
+  struct {
+    decltype(Instruction<Number>::apply) at[sizeof...(op)];
+  } found = {{apply<Number, op>...}};
+  return found;
 }
+template <class Number>
+constexpr auto kApply = applies_of<Number>(std::make_index_sequence<kOps>());  // by operation
 
 // How rows of units lie, [K][H/K] in tensors, and in buffers with each head padded to whole blocks; and which rows and
 // units belong to a step.
@@ -337,10 +376,16 @@ class Evaluator {
         kept_(schedule_.kept * pass_rows_ * rows.padded),
         totals_(schedule_.means * pass_rows_ * U),
         means_(schedule_.means * pass_rows_ * U),
-        places_(p.places()) {
+        places_(p.places()),
+        code_(p.operations) {
     for (int64_t k = 0; k < p.numbers; k++) {
       store(numbers_ + k * U, Vec<Number>(Number(p.number[k])));
       places_[p.inputs + k] = {numbers_ + k * U, 0, 0};
+    }
+    for (int64_t k = 0; k < p.operations; k++) {
+      const Operation& o = p.operation[k];
+      code_[k] = {kApply<Number>.at[o.op]};
+      for (int i = 0; i < 3; i++) code_[k].args[i] = places_ + o.args[i];
     }
     clear(totals_, schedule_.means * pass_rows_ * U * sizeof(Number));
   }
@@ -383,26 +428,20 @@ class Evaluator {
   }
 
   void run(const Strip& strip) {
-    const int64_t first = p_.inputs + p_.numbers;
+    if (strip.blocks != blocks_) place(strip.blocks);
     const Range operations = schedule_.operations(segment_);
     for (int64_t k = 0; k < operations.begin; k++) {
       const bool is_mean = p_.operation[k].op == kMean;
-      if (is_mean || schedule_[k].is_kept) places_[first + k] = is_mean ? mean(k, strip) : kept(k, strip);
+      if (is_mean || schedule_[k].is_kept) made(k) = is_mean ? mean(k, strip) : kept(k, strip);
     }
     for (int64_t k = operations.begin; k < operations.end; k++) {
-      const Operation& o = p_.operation[k];
-      const Operand<Number> args[] = {places_[o.args[0]], places_[o.args[1]], places_[o.args[2]]};
-      if (o.op == kMean) {
-        add_up(k, args[0], strip);
+      Instruction<Number>& i = code_[k];
+      if (p_.operation[k].op == kMean) {
+        add_up(k, *i.args[0], strip);
         continue;
       }
-      const auto step = schedule_[k];
-      const int64_t blocks = step.of_row ? 1 : strip.blocks;
-      Number* to = made_ + step.slot * kStrip * U;
-      int64_t stride = blocks * U;
-      if (step.is_kept) to = kept_at(k, strip), stride = rows_.padded;
-      apply(o.op, to, stride, args, strip.rows, blocks);
-      places_[first + k] = {to, stride, step.of_row ? 0 : U};
+      if (schedule_[k].is_kept) i.to = kept_at(k, strip), made(k) = kept(k, strip);
+      i.apply(i, strip.rows, i.of_row ? 1 : strip.blocks);
     }
   }
 
@@ -435,6 +474,19 @@ class Evaluator {
   }
 
  private:
+  Operand<Number>& made(int64_t k) { return places_[p_.inputs + p_.numbers + k]; }
+  // Deals out the memory for what is made of strips of so many blocks.
+  void place(int64_t blocks) {
+    blocks_ = blocks;
+    for (int64_t k = 0; k < p_.operations; k++) {
+      const auto& step = schedule_[k];
+      Instruction<Number>& i = code_[k];
+      i.of_row = step.of_row, i.stride = step.is_kept ? rows_.padded : step.of_row ? U : blocks * U;
+      if (step.is_kept || p_.operation[k].op == kMean) continue;
+      i.to = made_ + step.slot * kStrip * U;
+      made(k) = {i.to, i.stride, step.of_row ? 0 : U};
+    }
+  }
   // What stays beyond its segment lies in a pass's rows as in a buffer's.
   Number* kept_at(int64_t k, const Strip& strip) const {
     const auto& step = schedule_[k];
@@ -472,9 +524,10 @@ class Evaluator {
   const Rows<Number>& rows_;
   const Schedule schedule_;
   const int64_t pass_rows_;  // as many as make a strip
-  int64_t segment_ = 0;
+  int64_t segment_ = 0, blocks_ = 0;
   Buffer<Number> numbers_, ends_, made_, kept_, totals_, means_;
   Buffer<Operand<Number>> places_;
+  Buffer<Instruction<Number>> code_;
 };
 
 // All panels of W^T; w [gates*units,K].
