@@ -174,8 +174,7 @@ def on_cpu(plan: Plan, x: Any, w_ih: Any, b_ih: Any, *inputs: Any) -> tuple[Tens
 class Kernels(NamedTuple):
     """A backend's, of float32 or float64."""
 
-    # plan, inputs, whether for a backward -> states after, every, and what the backward is given: h before every step,
-    # and what else it wants; or nothing
+    # plan, inputs, whether for a backward -> states after, every, and what the backward is given, if there is one
     forward: Callable[[Plan, Sequence[Any], bool], tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]]
     # plan, inputs, that, which inputs want gradients, gradients of every and of the states after, each or None -> those
     # of the inputs
@@ -276,11 +275,11 @@ def _forward(plan: Plan, inputs: Sequence[Any], keep: bool) -> Any:
     states, units = others[: len(plan.cell.states)], others[len(plan.cell.states) :]
     made = _programs(plan, w_ih, w_hh, states[0])
     program = made.keeping if keep else made.forward
-    after, every, before, saved = torch.ops.rnnfast.cpu_flex_forward(
+    after, every, saved = torch.ops.rnnfast.cpu_flex_forward(
         *program, x, w_ih, b_ih, z_gates, w_hh, b_hh, states, units, made.initial, lengths, resets, plan.reverse, keep,
         made.of_rows if keep else 0,
     )  # fmt: skip
-    return after, every, (*before, *every, saved) if keep else ()
+    return after, every, (*every, saved) if keep else ()
 
 
 def _backward(
@@ -288,13 +287,13 @@ def _backward(
     d_after: Sequence[Tensor | None],
 ) -> Sequence[Tensor | None]:  # fmt: skip
     x, w_ih, _, z_gates, w_hh, _, lengths, resets, *others = inputs
-    count = len(d_after)
-    before, every, units = kept[:count], kept[count : 2 * count], others[count:]
-    absent = kept[-1].new_empty(0)
+    *every, saved = kept
+    states, units = others[: len(every)], others[len(every) :]
+    absent = saved.new_empty(0)
     given, of_final = ([absent if grad is None else grad for grad in grads] for grads in (d_every, d_after))
     made, hidden = _programs(plan, w_ih, w_hh, others[0]), others[0].size(1)
     dx, dw_ih, db_ih, dz, dw_hh, db_hh, d_states, d_units = torch.ops.rnnfast.cpu_flex_backward(
-        *made.backward, x, w_ih, w_hh, before, every, units, kept[-1], lengths, resets, given, of_final,
+        *made.backward, x, w_ih, w_hh, states, every, units, made.initial, saved, lengths, resets, given, of_final,
         0 if z_gates is None else z_gates.size(2) // hidden, plan.reverse, needs[0], needs[3],
         any((*needs[1:3], *needs[4:6])), made.of_rows,
     )  # fmt: skip
@@ -317,9 +316,9 @@ def _forward_fake(
     steps = z_gates if x is None else x
     assert steps is not None
     (rows, hidden), count = states[0].shape, len(states)
-    every, before = ([s.new_empty(steps.size(0), rows, hidden) for s in states[:k]] for k in (count, count * keep))
+    every = [s.new_empty(steps.size(0), rows, hidden) for s in states]
     saved = (steps.size(0), rows, (results.size(0) - count - R) * hidden + R) if keep else (0,)
-    return [s.new_empty(s.shape) for s in states], every, before, states[0].new_empty(saved)
+    return [s.new_empty(s.shape) for s in states], every, states[0].new_empty(saved)
 
 
 _UNIT_STEPS = 64  # as kUnitSteps in csrc/cpu/flex.h
@@ -327,11 +326,11 @@ _UNIT_STEPS = 64  # as kUnitSteps in csrc/cpu/flex.h
 
 def _backward_fake(
     operations: Tensor, numbers: Tensor, results: Tensor, x: Tensor | None, w_ih: Tensor | None, w_hh: Tensor | None,
-    before: Sequence[Tensor], every: Sequence[Tensor], units: Sequence[Tensor], saved: Tensor, lengths: Tensor | None,
-    resets: Tensor | None, d_every: Sequence[Tensor], d_final: Sequence[Tensor], Z: int, reverse: bool, need_dx: bool,
-    need_dz: bool, need_dw: bool, R: int = 0,
+    states: Sequence[Tensor], every: Sequence[Tensor], units: Sequence[Tensor], initial: Tensor, saved: Tensor,
+    lengths: Tensor | None, resets: Tensor | None, d_every: Sequence[Tensor], d_final: Sequence[Tensor], Z: int,
+    reverse: bool, need_dx: bool, need_dz: bool, need_dw: bool, R: int = 0,
 ) -> Any:  # fmt: skip
-    steps, rows, hidden = before[0].shape
+    steps, rows, hidden = every[0].shape
 
     def like(tensor: Tensor | None, needed: bool, dims: int | None = None) -> Tensor:
         return saved.new_empty(tensor.shape[:dims] if needed and tensor is not None else 0)

@@ -17,14 +17,16 @@ class Arguments {
  public:
   Arguments(const Tensor& operations, const Tensor& numbers, const Tensor& results, const char* name,
             const OptionalTensor& rows, const OptionalTensor& x, const OptionalTensor& w_ih, const OptionalTensor& w_hh,
-            const std::vector<Tensor>& units, const OptionalTensor& lengths, const OptionalTensor& resets, bool reverse,
-            int64_t H, int64_t S) {
+            const std::vector<Tensor>& states, const std::vector<Tensor>& units, const Tensor& initial,
+            const OptionalTensor& lengths, const OptionalTensor& resets, bool reverse) {
+    RNNFAST_CHECK(!states.empty() && states[0].defined() && states[0].dim() == 2, "states have to be [N, H]");
     const Tensor& known = x ? *x : *rows;
     RNNFAST_CHECK(known.defined() && known.dim() == 3, x ? "x" : name, " has to be [T, N, columns]");
     dtype = known.scalar_type();
     RNNFAST_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, x ? "x" : name,
                   " has to be float32 or float64");
-    l.T = known.size(0), l.N = known.size(1), l.H = H, l.S = S, l.U = units.size(), l.K = 1;
+    const int64_t H = states[0].size(1);
+    l.T = known.size(0), l.N = known.size(1), l.H = H, l.S = states.size(), l.U = units.size(), l.K = 1;
     RNNFAST_CHECK(H > 0, "a layer needs units");
     RNNFAST_CHECK(x.has_value() == w_ih.has_value(), "x and w_ih need each other");
     if (x) {
@@ -47,6 +49,9 @@ class Arguments {
       check_tensor("a weight of units", unit, {H}, dtype);
       units_.push_back(read(unit));
     }
+    states_ = pointers("states", states, {l.N, H});
+    check_tensor("initial", initial, {l.S}, ScalarType::Double);
+    l.initial = static_cast<const double*>(read(initial));
     check_tensor("lengths", lengths, {l.N}, ScalarType::Long);
     check_tensor("resets", resets, {l.T, l.N}, ScalarType::Bool);
     l.lengths = static_cast<const int64_t*>(read(lengths));
@@ -122,12 +127,14 @@ class Arguments {
     return found;
   }
 
+  const std::vector<const void*>& states() const { return states_; }
+
   Reader read;
   FlexLayer l{};
   ScalarType dtype;
 
  private:
-  std::vector<const void*> units_;
+  std::vector<const void*> units_, states_;
 };
 
 std::vector<void*> data(const std::vector<Tensor>& tensors) {
@@ -159,10 +166,9 @@ void flex_forward(StableIValue* values, uint64_t arguments, uint64_t results_) {
   const bool reverse = stack.flag(), keep = stack.flag();
   const int64_t R = stack.number();
 
-  RNNFAST_CHECK(!states.empty() && states[0].defined() && states[0].dim() == 2, "states have to be [N, H]");
   RNNFAST_CHECK(x || z_gates, "a layer needs x or z_gates");
-  Arguments given(operations, numbers, results, "z_gates", z_gates, x, w_ih, w_hh, units, lengths, resets, reverse,
-                  states[0].size(1), states.size());
+  Arguments given(operations, numbers, results, "z_gates", z_gates, x, w_ih, w_hh, states, units, initial, lengths,
+                  resets, reverse);
   FlexLayer& l = given.l;
   RNNFAST_CHECK(R >= 0 && R <= l.program.results, "the program cannot have ", R, " results of rows");
   l.Z = z_gates ? given.columns("z_gates", *z_gates) : 0, l.Y = l.program.results - l.S - R, l.R = R;
@@ -171,37 +177,33 @@ void flex_forward(StableIValue* values, uint64_t arguments, uint64_t results_) {
   check_tensor("b_ih", b_ih, {l.X * l.H}, given.dtype);
   given.check_program(l.X + l.Z + l.A + l.S + l.U, l.S + l.Y + R, l.S);
   check_tensor("b_hh", b_hh, {l.A * l.H}, given.dtype);
-  check_tensor("initial", initial, {l.S}, ScalarType::Double);
-  const Shape of_state{l.N, l.H}, of_steps{l.T, l.N, l.H};
-  const std::vector<Tensor> after = copied(given, given.pointers("states", states, of_state), of_state);
-  const std::vector<Tensor> every = given.make(l.S, of_steps), before = given.make(keep ? l.S : 0, of_steps);
+  const std::vector<Tensor> after = copied(given, given.states(), {l.N, l.H});
+  const std::vector<Tensor> every = given.make(l.S, {l.T, l.N, l.H});
   const Tensor saved = empty_if(keep, {l.T, l.N, l.Y * l.H + R}, given.dtype);
-  const auto to_states = data(after), to_every = data(every), to_before = data(before);
+  const auto to_states = data(after), to_every = data(every);
 
   FlexForward f{l};
   f.b_ih = given.read(b_ih), f.z_gates = given.read(z_gates), f.b_hh = given.read(b_hh);
-  f.initial = static_cast<const double*>(given.read(initial));
-  f.states = to_states.data(), f.every = to_every.data(), f.before = keep ? to_before.data() : nullptr;
+  f.states = to_states.data(), f.every = to_every.data();
   f.saved = data_if(keep, saved);
   chosen_flex().forward[given.dtype == ScalarType::Double](f);
-  stack.give(after, every, before, saved);
+  stack.give(after, every, saved);
 }
 
 void flex_backward(StableIValue* values, uint64_t arguments, uint64_t results_) {
   Stack stack(values, arguments, results_);
   const Tensor operations = stack.tensor(), numbers = stack.tensor(), results = stack.tensor();
   const OptionalTensor x = stack.optional_tensor(), w_ih = stack.optional_tensor(), w_hh = stack.optional_tensor();
-  const std::vector<Tensor> before = stack.tensors(), every = stack.tensors(), units = stack.tensors();
-  const Tensor saved = stack.tensor();
+  const std::vector<Tensor> states = stack.tensors(), every = stack.tensors(), units = stack.tensors();
+  const Tensor initial = stack.tensor(), saved = stack.tensor();
   const OptionalTensor lengths = stack.optional_tensor(), resets = stack.optional_tensor();
   const std::vector<Tensor> d_every = stack.tensors(), d_final = stack.tensors();
   const int64_t Z = stack.number();
   const bool reverse = stack.flag(), need_dx = stack.flag(), need_dz = stack.flag(), need_dw = stack.flag();
   const int64_t R = stack.number();
 
-  RNNFAST_CHECK(!before.empty() && before[0].defined() && before[0].dim() == 3, "before has to be [T, N, H]");
-  Arguments given(operations, numbers, results, "saved", saved, x, w_ih, w_hh, units, lengths, resets, reverse,
-                  before[0].size(2), before.size());
+  Arguments given(operations, numbers, results, "saved", saved, x, w_ih, w_hh, states, units, initial, lengths, resets,
+                  reverse);
   FlexLayer& l = given.l;
   RNNFAST_CHECK(Z >= 0 && Z < kMost / l.H, "there cannot be ", Z, " gates beside those of x");
   RNNFAST_CHECK(l.X + Z > 0, "a layer needs gates");
@@ -210,11 +212,10 @@ void flex_backward(StableIValue* values, uint64_t arguments, uint64_t results_) 
   l.program.row_inputs[0] = l.Y, l.program.row_inputs[1] = l.Y + R;
   // Where the gradients of a's gates are those of x's first ones, too, the program has them once.
   const int64_t of_inputs = l.X + l.Z + l.S + l.U;
-  const bool is_both = l.A <= l.X && l.K == 1 && l.program.results == of_inputs;
-  const int64_t of_results = of_inputs + (is_both ? 0 : l.A);
+  const bool shares_gates = l.A <= l.X && l.K == 1 && l.program.results == of_inputs;
+  const int64_t of_results = of_inputs + (shares_gates ? 0 : l.A);
   given.check_program(l.Y + R + 3 * l.S + l.U, of_results, of_results);
   const Shape of_state{l.N, l.H}, of_steps{l.T, l.N, l.H};
-  const auto from_before = given.pointers("before", before, of_steps);
   const auto from_after = given.pointers("every", every, of_steps);
   const auto from_every = given.pointers("d_every", d_every, of_steps, true);
   const std::vector<Tensor> d_states = copied(given, given.pointers("d_final", d_final, of_state, true), of_state);
@@ -231,8 +232,8 @@ void flex_backward(StableIValue* values, uint64_t arguments, uint64_t results_) 
   if (d_units.numel()) std::memset(d_units.data_ptr(), 0, d_units.numel() * d_units.element_size());
 
   FlexBackward b{l};
-  b.before = from_before.data(), b.every = from_after.data(), b.saved = given.read(saved);
-  b.d_every = from_every.data(), b.d_states = to_states.data(), b.is_both = is_both, b.need_dw = need_dw;
+  b.states = given.states().data(), b.every = from_after.data(), b.saved = given.read(saved);
+  b.d_every = from_every.data(), b.d_states = to_states.data(), b.shares_gates = shares_gates, b.need_dw = need_dw;
   b.dx = data_if(gives_dx, dx), b.dw_ih = dw_ih.data_ptr(), b.db_ih = db_ih.data_ptr();
   b.dz_gates = data_if(need_dz, dz_gates), b.dw_hh = dw_hh.data_ptr(), b.db_hh = db_hh.data_ptr();
   b.d_units = d_units.data_ptr();
@@ -248,11 +249,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rnnfast, m) {
       "cpu_flex_forward(Tensor operations, Tensor numbers, Tensor results, Tensor? x, Tensor? w_ih, Tensor? b_ih, "
       "Tensor? z_gates, Tensor? w_hh, Tensor? b_hh, Tensor[] states, Tensor[] units, Tensor initial, Tensor? lengths, "
       "Tensor? resets, bool reverse, bool keep, int R=0) -> "
-      "(Tensor[] states_after, Tensor[] every, Tensor[] before, Tensor saved)");
+      "(Tensor[] states_after, Tensor[] every, Tensor saved)");
   m.def(
       "cpu_flex_backward(Tensor operations, Tensor numbers, Tensor results, Tensor? x, Tensor? w_ih, Tensor? w_hh, "
-      "Tensor[] before, Tensor[] every, Tensor[] units, Tensor saved, Tensor? lengths, Tensor? resets, "
-      "Tensor[] d_every, Tensor[] d_final, int Z, bool reverse, bool need_dx, bool need_dz, bool need_dw, int R=0) -> "
+      "Tensor[] states, Tensor[] every, Tensor[] units, Tensor initial, Tensor saved, Tensor? lengths, "
+      "Tensor? resets, Tensor[] d_every, Tensor[] d_final, int Z, bool reverse, bool need_dx, bool need_dz, "
+      "bool need_dw, int R=0) -> "
       "(Tensor dx, Tensor dw_ih, Tensor db_ih, Tensor dz_gates, Tensor dw_hh, Tensor db_hh, Tensor[] d_states, Tensor "
       "d_units)");
 }
