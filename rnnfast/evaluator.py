@@ -11,7 +11,7 @@ Letters as in ``flex.py``; S states, and U weights of each unit's own. Both take
     units             U of [H]
 
 all of one dtype but x, w_ih and b_ih, which may be narrower, and return each state after every step, [T, N, H] and zero
-beyond a row's end, then those after the last one, [N, H].
+beyond a row's end, or anything where the Plan does not want it, then those after the last one, [N, H].
 """
 
 from __future__ import annotations
@@ -88,6 +88,7 @@ class Plan(NamedTuple):
     cell: Cell
     scalars: tuple[float, ...]
     reverse: bool
+    wanted: int | None = None  # how many states, the first ones, are asked for after every step; None: all
 
 
 @functools.cache
@@ -277,7 +278,7 @@ def _forward(plan: Plan, inputs: Sequence[Any], keep: bool) -> Any:
     program = made.keeping if keep else made.forward
     after, every, saved = torch.ops.rnnfast.cpu_flex_forward(
         *program, x, w_ih, b_ih, z_gates, w_hh, b_hh, states, units, made.initial, lengths, resets, plan.reverse, keep,
-        made.of_rows if keep else 0,
+        made.of_rows if keep else 0, -1 if keep or plan.wanted is None else plan.wanted,
     )  # fmt: skip
     return after, every, (*every, saved) if keep else ()
 
@@ -311,12 +312,13 @@ def _forward_fake(
     operations: Tensor, numbers: Tensor, results: Tensor, x: Tensor | None, w_ih: Tensor | None, b_ih: Tensor | None,
     z_gates: Tensor | None, w_hh: Tensor | None, b_hh: Tensor | None, states: Sequence[Tensor],
     units: Sequence[Tensor], initial: Tensor, lengths: Tensor | None, resets: Tensor | None, reverse: bool, keep: bool,
-    R: int = 0,
+    R: int = 0, wanted: int = -1,
 ) -> Any:  # fmt: skip
     steps = z_gates if x is None else x
     assert steps is not None
     (rows, hidden), count = states[0].shape, len(states)
-    every = [s.new_empty(steps.size(0), rows, hidden) for s in states]
+    of_steps, made = (steps.size(0), rows, hidden), count if wanted < 0 else wanted
+    every = [s.new_empty(of_steps if k < made else 0) for k, s in enumerate(states)]
     saved = (steps.size(0), rows, (results.size(0) - count - R) * hidden + R) if keep else (0,)
     return [s.new_empty(s.shape) for s in states], every, states[0].new_empty(saved)
 
@@ -447,7 +449,8 @@ def layer(
     resets: Tensor | None,
     directions: Sequence[_Weights],
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Of each state what it is after every step, [T, N, D*H], and in the end, [D, N, H]; run is one of RUN."""
+    """Of each state that the plans want what it is after every step, [T, N, D*H], and of each what it is in the end,
+    [D, N, H]; run is one of RUN."""
     acc = torch.promote_types(x.dtype, torch.float32)
     same = x.dtype == acc
     runs = []
@@ -470,7 +473,7 @@ def layer(
         runs.append((found[: len(before)], found[len(before) :]))
     is_one = len(runs) == 1
     every, final = ([*zip(*of)] for of in zip(*runs))  # of each state, by direction
-    joined = [of[0] if is_one else torch.cat(of, 2) for of in every]
+    joined = [of[0] if is_one else torch.cat(of, 2) for of in every[: plans[0].wanted]]
     stacked = [of[0].unsqueeze(0) if is_one else torch.stack(of) for of in final]
     return (joined, stacked) if same else ([of.to(x.dtype) for of in joined], [of.to(x.dtype) for of in stacked])
 

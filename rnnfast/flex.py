@@ -300,7 +300,7 @@ class FlexRNN(_Module):
         serve = RUN[backend]
         if variant is not None:
             serve = functools.partial(variants.run, serve, variant)
-        run: Callable[..., Any] = functools.partial(layer, serve, self._plans())
+        run: Callable[..., Any] = functools.partial(layer, serve, self._plans(None if return_states else 1))
         run = recomputed(run) if self.recompute else run
         if lengths is not None:  # a NaN beyond a row's end times a gradient of zero is a NaN
             x = torch.where(reference.valid_steps(x.size(0), lengths), x, 0)
@@ -322,10 +322,10 @@ class FlexRNN(_Module):
         weight = self._parameters.get(name)
         return cast(Tensor, getattr(self, name)) if weight is None else weight
 
-    def _plans(self) -> list[Plan]:
+    def _plans(self, wanted: int | None) -> list[Plan]:
         """Of each direction."""
         scalars = tuple(self.scalars[name] for name in self.cell.scalars) + (0.0,) * self._has_own_a
-        return [Plan(self._run_cell, scalars, reverse) for reverse in (False, True)[: 1 + self.bidirectional]]
+        return [Plan(self._run_cell, scalars, reverse, wanted) for reverse in (False, True)[: 1 + self.bidirectional]]
 
     def _mode(self, variant: variants.Variant | None) -> str | None:
         """The mode by which ``functional.rnn`` has the cell, with all its backends; None if it has not."""

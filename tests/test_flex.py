@@ -899,6 +899,10 @@ def test_operators_and_their_fakes(given: str, heads: int) -> None:
         program = made.keeping if keep else made.forward
         call = *program, *of_gates, states, units, made.initial, lengths, resets, True, keep
         torch.library.opcheck(forward, call, test_utils=("test_schema", "test_faketensor"))
+    for wanted in (0, 1, 2):
+        torch.library.opcheck(forward, (*call[:-1], False, 0, wanted), test_utils=("test_schema", "test_faketensor"))
+    with pytest.raises(RuntimeError, match="of 2 states, and of all for a backward, not of 1"):
+        forward(*call, 0, 1)
     _, every, saved = forward(*call)
     of_steps = x, w_ih, w_hh, states, every, units, made.initial, saved, lengths, resets
     for needs in ((True, True, True), (False, False, False)):

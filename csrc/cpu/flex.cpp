@@ -137,7 +137,7 @@ class Arguments {
   std::vector<const void*> units_, states_;
 };
 
-std::vector<void*> data(const std::vector<Tensor>& tensors) {
+std::vector<void*> places_of(const std::vector<Tensor>& tensors) {
   std::vector<void*> found;
   for (const Tensor& t : tensors) found.push_back(t.data_ptr());
   return found;
@@ -164,7 +164,7 @@ void flex_forward(StableIValue* values, uint64_t arguments, uint64_t results_) {
   const Tensor initial = stack.tensor();
   const OptionalTensor lengths = stack.optional_tensor(), resets = stack.optional_tensor();
   const bool reverse = stack.flag(), keep = stack.flag();
-  const int64_t R = stack.number();
+  const int64_t R = stack.number(), asked = stack.number();
 
   RNNFAST_CHECK(x || z_gates, "a layer needs x or z_gates");
   Arguments given(operations, numbers, results, "z_gates", z_gates, x, w_ih, w_hh, states, units, initial, lengths,
@@ -178,9 +178,15 @@ void flex_forward(StableIValue* values, uint64_t arguments, uint64_t results_) {
   given.check_program(l.X + l.Z + l.A + l.S + l.U, l.S + l.Y + R, l.S);
   check_tensor("b_hh", b_hh, {l.A * l.H}, given.dtype);
   const std::vector<Tensor> after = copied(given, given.states(), {l.N, l.H});
-  const std::vector<Tensor> every = given.make(l.S, {l.T, l.N, l.H});
+  const int64_t wanted = asked == -1 ? l.S : asked;
+  RNNFAST_CHECK(0 <= wanted && wanted <= l.S && (!keep || wanted == l.S), "every step is made of ", l.S,
+                " states, and of all for a backward, not of ", wanted);
+  std::vector<Tensor> every = given.make(wanted, {l.T, l.N, l.H});
   const Tensor saved = empty_if(keep, {l.T, l.N, l.Y * l.H + R}, given.dtype);
-  const auto to_states = data(after), to_every = data(every);
+  const auto to_states = places_of(after);
+  auto to_every = places_of(every);
+  to_every.resize(l.S);
+  while (int64_t(every.size()) < l.S) every.push_back(empty({0}, given.dtype));
 
   FlexForward f{l};
   f.b_ih = given.read(b_ih), f.z_gates = given.read(z_gates), f.b_hh = given.read(b_hh);
@@ -219,7 +225,7 @@ void flex_backward(StableIValue* values, uint64_t arguments, uint64_t results_) 
   const auto from_after = given.pointers("every", every, of_steps);
   const auto from_every = given.pointers("d_every", d_every, of_steps, true);
   const std::vector<Tensor> d_states = copied(given, given.pointers("d_final", d_final, of_state, true), of_state);
-  const auto to_states = data(d_states);
+  const auto to_states = places_of(d_states);
   const bool of_x = need_dw && l.X > 0, of_a = need_dw && l.A > 0, gives_dx = need_dx && l.X > 0;
   const Tensor dx = empty_if(gives_dx, {l.T, l.N, l.I}, given.dtype);
   const Tensor dw_ih = empty_if(of_x, {l.X * l.H, l.I}, given.dtype), db_ih = empty_if(of_x, {l.X * l.H}, given.dtype);
@@ -248,7 +254,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rnnfast, m) {
   m.def(
       "cpu_flex_forward(Tensor operations, Tensor numbers, Tensor results, Tensor? x, Tensor? w_ih, Tensor? b_ih, "
       "Tensor? z_gates, Tensor? w_hh, Tensor? b_hh, Tensor[] states, Tensor[] units, Tensor initial, Tensor? lengths, "
-      "Tensor? resets, bool reverse, bool keep, int R=0) -> "
+      "Tensor? resets, bool reverse, bool keep, int R=0, int wanted=-1) -> "
       "(Tensor[] states_after, Tensor[] every, Tensor saved)");
   m.def(
       "cpu_flex_backward(Tensor operations, Tensor numbers, Tensor results, Tensor? x, Tensor? w_ih, Tensor? w_hh, "

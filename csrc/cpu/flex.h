@@ -77,7 +77,7 @@ struct FlexForward : FlexLayer {
   const void* z_gates;  // [T,N,Z*H]
   const void* b_hh;     // [A*H]  or null
   void* const* states;  // S of [N,H]: before all steps on entry, after them on return
-  void* const* every;   // S of [T,N,H]: after every step
+  void* const* every;   // S of [T,N,H]: after every step; or null each
   void* saved;          // [T,N,Y*H+R]
 };
 
