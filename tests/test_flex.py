@@ -900,7 +900,9 @@ def test_operators_and_their_fakes(given: str, heads: int) -> None:
         call = *program, *of_gates, states, units, made.initial, lengths, resets, True, keep
         torch.library.opcheck(forward, call, test_utils=("test_schema", "test_faketensor"))
     for wanted in (0, 1, 2):
-        torch.library.opcheck(forward, (*call[:-1], False, 0, wanted), test_utils=("test_schema", "test_faketensor"))
+        torch.library.opcheck(
+            forward, (*made.forward, *call[3:-1], False, 0, wanted), test_utils=("test_schema", "test_faketensor")
+        )
     with pytest.raises(RuntimeError, match="of 2 states, and of all for a backward, not of 1"):
         forward(*call, 0, 1)
     _, every, saved = forward(*call)
