@@ -873,6 +873,19 @@ def test_two_operations_as_one() -> None:
     assert results.tolist() == [5 + len(names) - 1]
 
 
+@pytest.mark.parametrize("options", [{}, {"recurrent_dropout": 0.3}, {"bidirectional": True}], ids=str)
+def test_states_that_nobody_asks_for(options: dict[str, Any]) -> None:
+    """Without autograd they are not made, and change nothing."""
+    net, x = FlexRNN(cells.slstm, I, H, num_layers=2, **options), torch.randn(T, N, I)
+    with torch.no_grad():
+        torch.manual_seed(0)
+        y, states = net(x)
+        torch.manual_seed(0)
+        expected, of_states, every = net(x, return_states=True)
+    assert torch.equal(y, expected) and torch.equal(y, every[0][-1]) and len(every) == 4
+    assert all(map(torch.equal, states, of_states))
+
+
 def test_zeros_of_either_sign() -> None:
     """Scalars that are equal, and are not the same."""
     cell = rnnfast.cell(gates="f", scalars={"zero": 0.0})(lambda x, a, s, w: 1 / (0 * x.f + w.zero))
