@@ -447,6 +447,7 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         ),
     ],
     "rnnfast/variants.py": [
+        ("the states wanted without the dropped one", FLEX, "plan.wanted + (p is not None)", "plan.wanted"),
         ("masks that are not scaled", VARIANTS, "1 / (1 - p) if p < 1 else 0.0", "1.0"),
         (
             "another mask for the first step",
