@@ -51,7 +51,7 @@ class Scan(torch.nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor]:
         cell, hidden = self.net.cell, self.net.hidden_size
         w_ih, w_hh, b_ih, b_hh = self.net.parameters()
-        w_hh, numbers = w_hh if w_hh.dim() == 3 else w_hh.unsqueeze(0), cell.program.tensors(x)
+        numbers = cell.program.tensors(x)
 
         def step(states: tuple[Tensor, ...], of_x: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
             of_a = _recurrent(states[0], w_hh, b_hh)

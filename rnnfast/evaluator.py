@@ -5,13 +5,13 @@ Letters as in ``flex.py``; S states, and U weights of each unit's own. Both take
 
     x, w_ih, b_ih     [T, N, I], [X*H, I] and [X*H]: W_ih x + b_ih are the first gates whose x the cell reads; or None
     z_gates           [T, N, Z*H], those that follow; or None
-    w_hh, b_hh        [K, A*H/K, H/K] and [A*H], of the gates whose a it reads; or None
+    w_hh, b_hh        [A*H, H], or of heads [K, A*H/K, H/K], and [A*H], of the gates whose a it reads; or None
     lengths, resets   int64 [N] and bool [T, N]; or None
     states            S of [N, H], before all steps
     units             U of [H]
 
 all of one dtype but x, w_ih and b_ih, which may be narrower, and return each state after every step, [T, N, H] and zero
-beyond a row's end, then those after the last one, [N, H].
+beyond a row's end, or anything where the Plan does not want it, then those after the last one, [N, H].
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import FunctionType
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor
@@ -88,6 +88,7 @@ class Plan(NamedTuple):
     cell: Cell
     scalars: tuple[float, ...]
     reverse: bool
+    wanted: int | None = None  # how many states, the first ones, are asked for after every step; None: all
 
 
 @functools.cache
@@ -156,8 +157,8 @@ def in_plain_torch(plan: Plan, x: Tensor | None, w_ih: Tensor | None, b_ih: Tens
 
 def _recurrent(h: Tensor, w_hh: Tensor, b_hh: Tensor | None) -> Tensor:
     """``W_hh h + b_hh``, [N, A*H], of h [N, H]."""
-    if w_hh.size(0) == 1:
-        return F.linear(h, w_hh[0], b_hh)
+    if w_hh.dim() == 2:
+        return F.linear(h, w_hh, b_hh)
     by_gate = w_hh.unflatten(1, (-1, w_hh.size(2)))  # [K, A, H/K, H/K]
     product = torch.einsum("nkj,kgij->ngki", h.unflatten(1, (w_hh.size(0), -1)), by_gate).flatten(1)
     return product if b_hh is None else product + b_hh
@@ -174,13 +175,12 @@ def on_cpu(plan: Plan, x: Any, w_ih: Any, b_ih: Any, *inputs: Any) -> tuple[Tens
 class Kernels(NamedTuple):
     """A backend's, of float32 or float64."""
 
-    # plan, inputs, whether for a backward -> states after, every, and what the backward is given: h before every step,
-    # and what else it wants; or nothing
+    # plan, inputs, whether for a backward -> states after, every, and what the backward is given, if there is one
     forward: Callable[[Plan, Sequence[Any], bool], tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]]
-    # plan, inputs, that, which inputs want gradients, gradients of every (or None) and of the states after -> those of
-    # the inputs
+    # plan, inputs, that, which inputs want gradients, gradients of every and of the states after, each or None -> those
+    # of the inputs
     backward: Callable[
-        [Plan, Sequence[Any], Sequence[Tensor], Sequence[bool], Sequence[Any], Sequence[Tensor]],
+        [Plan, Sequence[Any], Sequence[Tensor], Sequence[bool], Sequence[Any], Sequence[Any]],
         Sequence[Tensor | None],
     ]
 
@@ -262,8 +262,12 @@ def _fused(
     return [(op, tuple(places[arg] for arg in args)) for op, args in found.values()], [places[k] for k in results]
 
 
+def _is_of_heads(w_hh: Tensor | None) -> TypeGuard[Tensor]:
+    return w_hh is not None and w_hh.dim() == 3
+
+
 def _programs(plan: Plan, w_ih: Tensor | None, w_hh: Tensor | None, state: Tensor) -> _Programs:
-    made, heads = 0 if w_ih is None else w_ih.size(0) // state.size(-1), 1 if w_hh is None else w_hh.size(0)
+    made, heads = 0 if w_ih is None else w_ih.size(0) // state.size(-1), w_hh.size(0) if _is_of_heads(w_hh) else 1
     return programs(plan.cell, tuple(float(scalar).hex() for scalar in plan.scalars), heads, made)
 
 
@@ -272,28 +276,29 @@ def _forward(plan: Plan, inputs: Sequence[Any], keep: bool) -> Any:
     states, units = others[: len(plan.cell.states)], others[len(plan.cell.states) :]
     made = _programs(plan, w_ih, w_hh, states[0])
     program = made.keeping if keep else made.forward
-    after, every, before, saved = torch.ops.rnnfast.cpu_flex_forward(
+    after, every, saved = torch.ops.rnnfast.cpu_flex_forward(
         *program, x, w_ih, b_ih, z_gates, w_hh, b_hh, states, units, made.initial, lengths, resets, plan.reverse, keep,
-        made.of_rows if keep else 0,
+        made.of_rows if keep else 0, -1 if keep or plan.wanted is None else plan.wanted,
     )  # fmt: skip
-    return after, every, (*before, *every, saved) if keep else ()
+    return after, every, (*every, saved) if keep else ()
 
 
 def _backward(
     plan: Plan, inputs: Sequence[Any], kept: Sequence[Tensor], needs: Sequence[bool], d_every: Sequence[Tensor | None],
-    d_after: Sequence[Tensor],
+    d_after: Sequence[Tensor | None],
 ) -> Sequence[Tensor | None]:  # fmt: skip
     x, w_ih, _, z_gates, w_hh, _, lengths, resets, *others = inputs
-    count = len(d_after)
-    before, every, units = kept[:count], kept[count : 2 * count], others[count:]
-    given = [kept[-1].new_empty(0) if grad is None else grad for grad in d_every]
+    *every, saved = kept
+    states, units = others[: len(every)], others[len(every) :]
+    absent = saved.new_empty(0)
+    given, of_final = ([absent if grad is None else grad for grad in grads] for grads in (d_every, d_after))
     made, hidden = _programs(plan, w_ih, w_hh, others[0]), others[0].size(1)
     dx, dw_ih, db_ih, dz, dw_hh, db_hh, d_states, d_units = torch.ops.rnnfast.cpu_flex_backward(
-        *made.backward, x, w_ih, w_hh, before, every, units, kept[-1], lengths, resets, given, d_after,
+        *made.backward, x, w_ih, w_hh, states, every, units, made.initial, saved, lengths, resets, given, of_final,
         0 if z_gates is None else z_gates.size(2) // hidden, plan.reverse, needs[0], needs[3],
         any((*needs[1:3], *needs[4:6])), made.of_rows,
     )  # fmt: skip
-    if w_hh is not None and needs[5]:
+    if _is_of_heads(w_hh) and needs[5]:
         db_hh = db_hh.view(w_hh.size(0), -1, w_hh.size(2)).transpose(0, 1).flatten()
     of_units = d_units.sum((0, 1)).split(hidden) if units else ()
     found = dx, dw_ih, db_ih, dz, dw_hh, db_hh, None, None, *d_states, *of_units
@@ -307,14 +312,15 @@ def _forward_fake(
     operations: Tensor, numbers: Tensor, results: Tensor, x: Tensor | None, w_ih: Tensor | None, b_ih: Tensor | None,
     z_gates: Tensor | None, w_hh: Tensor | None, b_hh: Tensor | None, states: Sequence[Tensor],
     units: Sequence[Tensor], initial: Tensor, lengths: Tensor | None, resets: Tensor | None, reverse: bool, keep: bool,
-    R: int = 0,
+    R: int = 0, wanted: int = -1,
 ) -> Any:  # fmt: skip
     steps = z_gates if x is None else x
     assert steps is not None
     (rows, hidden), count = states[0].shape, len(states)
-    every, before = ([s.new_empty(steps.size(0), rows, hidden) for s in states[:k]] for k in (count, count * keep))
+    of_steps, made = (steps.size(0), rows, hidden), count if wanted < 0 else wanted
+    every = [s.new_empty(of_steps if k < made else 0) for k, s in enumerate(states)]
     saved = (steps.size(0), rows, (results.size(0) - count - R) * hidden + R) if keep else (0,)
-    return [s.new_empty(s.shape) for s in states], every, before, states[0].new_empty(saved)
+    return [s.new_empty(s.shape) for s in states], every, states[0].new_empty(saved)
 
 
 _UNIT_STEPS = 64  # as kUnitSteps in csrc/cpu/flex.h
@@ -322,19 +328,19 @@ _UNIT_STEPS = 64  # as kUnitSteps in csrc/cpu/flex.h
 
 def _backward_fake(
     operations: Tensor, numbers: Tensor, results: Tensor, x: Tensor | None, w_ih: Tensor | None, w_hh: Tensor | None,
-    before: Sequence[Tensor], every: Sequence[Tensor], units: Sequence[Tensor], saved: Tensor, lengths: Tensor | None,
-    resets: Tensor | None, d_every: Sequence[Tensor], d_final: Sequence[Tensor], Z: int, reverse: bool, need_dx: bool,
-    need_dz: bool, need_dw: bool, R: int = 0,
+    states: Sequence[Tensor], every: Sequence[Tensor], units: Sequence[Tensor], initial: Tensor, saved: Tensor,
+    lengths: Tensor | None, resets: Tensor | None, d_every: Sequence[Tensor], d_final: Sequence[Tensor], Z: int,
+    reverse: bool, need_dx: bool, need_dz: bool, need_dw: bool, R: int = 0,
 ) -> Any:  # fmt: skip
-    steps, rows, hidden = before[0].shape
+    steps, rows, hidden = every[0].shape
 
-    def like(tensor: Tensor | None, needed: bool, dims: int = 3) -> Tensor:
+    def like(tensor: Tensor | None, needed: bool, dims: int | None = None) -> Tensor:
         return saved.new_empty(tensor.shape[:dims] if needed and tensor is not None else 0)
 
-    of_w_ih, of_w_hh = ((like(w, need_dw), like(w, need_dw, dims)) for w, dims in ((w_ih, 1), (w_hh, 2)))
+    of_w_ih, of_w_hh = ((like(w, need_dw), like(w, need_dw, -1)) for w in (w_ih, w_hh))
     dz_gates = saved.new_empty((steps, rows, Z * hidden) if need_dz else 0)
     d_units = saved.new_empty(-(-steps // _UNIT_STEPS), rows, len(units) * hidden)
-    d_states = [d.new_empty(d.shape) for d in d_final]
+    d_states = [saved.new_empty(rows, hidden) for _ in d_final]
     return like(x, need_dx), *of_w_ih, dz_gates, *of_w_hh, d_states, d_units
 
 
@@ -361,10 +367,8 @@ class _Recurrence(torch.autograd.Function):
         inputs, kept = values[: ctx.given], values[ctx.given :]
         if torch.is_grad_enabled():
             return None, None, *_derivable_backward(plan, inputs, ctx.needs_input_grad[2:], grads)
-        states = inputs[8 : 8 + count]
-        d_after = [torch.zeros_like(s) if grad is None else grad for s, grad in zip(states, grads[count:])]
         needs = ctx.needs_input_grad[2:]
-        return None, None, *ctx.kernels.backward(plan, inputs, kept, needs, grads[:count], d_after)
+        return None, None, *ctx.kernels.backward(plan, inputs, kept, needs, grads[:count], grads[count:])
 
 
 def _derivable_backward(plan: Plan, inputs: Sequence[Any], needs: Sequence[bool], grads: Sequence[Any]) -> list[Any]:
@@ -401,7 +405,8 @@ def choose(device: torch.device, dtype: torch.dtype, cell: Cell, hidden: int, he
         return name, "asked for by use_backend" if asked else f"no kernels for device {device.type!r}"
     if name not in RUN:
         why_not = "its kernels are of torch's cells"
-    elif made._replace(forced=None) != USUAL:  # first: torch.compile cannot trace what asks for a GPU
+    elif made is not USUAL and made._replace(forced=None) != USUAL:
+        # This is asked first: torch.compile cannot trace what asks for a GPU.
         why_not = "derivatives, graphs and transforms of torch's go through plain torch"
     elif name == "triton" and cell.sees_rows:
         why_not = "a step sees whole rows of units, which Triton's kernels have in pieces"
@@ -444,7 +449,8 @@ def layer(
     resets: Tensor | None,
     directions: Sequence[_Weights],
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Of each state what it is after every step, [T, N, D*H], and in the end, [D, N, H]; run is one of RUN."""
+    """Of each state that the plans want what it is after every step, [T, N, D*H], and of each what it is in the end,
+    [D, N, H]; run is one of RUN."""
     acc = torch.promote_types(x.dtype, torch.float32)
     same = x.dtype == acc
     runs = []
@@ -458,8 +464,6 @@ def layer(
         if w_hh is not None and w_hh.dim() == 1:  # of a cell without_matrix
             units += [*w_hh.split(hidden), *(() if b_hh is None else b_hh.split(hidden))]
             w_hh = b_hh = None
-        elif w_hh is not None and w_hh.dim() == 2:
-            w_hh = w_hh.unsqueeze(0)
         before = (
             [x.new_full((x.size(1), hidden), value, dtype=acc) for value in plan.cell.initial]
             if states is None
@@ -467,9 +471,11 @@ def layer(
         )
         found = run(plan, x, w_ih, b_ih, None, w_hh, b_hh, lengths, resets, *before, *units)
         runs.append((found[: len(before)], found[len(before) :]))
-    every, final = zip(*runs)
-    joined = every[0] if len(runs) == 1 else [torch.cat(of, 2) for of in zip(*every)]
-    return [of.to(x.dtype) for of in joined], [torch.stack(of).to(x.dtype) for of in zip(*final)]
+    is_one = len(runs) == 1
+    every, final = ([*zip(*of)] for of in zip(*runs))  # of each state, by direction
+    joined = [of[0] if is_one else torch.cat(of, 2) for of in every[: plans[0].wanted]]
+    stacked = [of[0].unsqueeze(0) if is_one else torch.stack(of) for of in final]
+    return (joined, stacked) if same else ([of.to(x.dtype) for of in joined], [of.to(x.dtype) for of in stacked])
 
 
 def recomputed(layer: Callable[..., Any]) -> Callable[..., Any]:

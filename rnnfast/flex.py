@@ -9,7 +9,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -142,6 +142,7 @@ class FlexRNN(_Module):
                 shapes["weight_ih"] = (*shapes["weight_ih"][:1], hidden_size * (1 + bidirectional))
             for name, shape in shapes.items():
                 self.register_parameter(name + suffix, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+        self._all_names = [name + suffix for _, suffix in self._suffixes() for name in self._names]
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -286,7 +287,7 @@ class FlexRNN(_Module):
         if states is not None:
             self._check_batch(states, x.size(1))
         names, count = self._names, 1 + self.bidirectional
-        flat: Sequence[Tensor] = [getattr(self, name + suffix) for _, suffix in self._suffixes() for name in names]
+        flat: Sequence[Tensor] = [self._weight(name) for name in self._all_names]
         variant = self._variant()
         if mode := self._mode(variant):
             return self._by_kernels(mode, x, states, lengths, resets, return_states, flat)
@@ -299,7 +300,7 @@ class FlexRNN(_Module):
         serve = RUN[backend]
         if variant is not None:
             serve = functools.partial(variants.run, serve, variant)
-        run: Callable[..., Any] = functools.partial(layer, serve, self._plans())
+        run: Callable[..., Any] = functools.partial(layer, serve, self._plans(None if return_states else 1))
         run = recomputed(run) if self.recompute else run
         if lengths is not None:  # a NaN beyond a row's end times a gradient of zero is a NaN
             x = torch.where(reference.valid_steps(x.size(0), lengths), x, 0)
@@ -316,10 +317,15 @@ class FlexRNN(_Module):
         of_steps = [torch.stack(of) for of in zip(*every)] if return_states else []
         return y, finals[0] if len(finals) == 1 else [torch.cat(of) for of in zip(*finals)], of_steps
 
-    def _plans(self) -> list[Plan]:
+    def _weight(self, name: str) -> Tensor:
+        """As getattr, in a tenth of the time; but a parametrized weight is no parameter."""
+        weight = self._parameters.get(name)
+        return cast(Tensor, getattr(self, name)) if weight is None else weight
+
+    def _plans(self, wanted: int | None) -> list[Plan]:
         """Of each direction."""
         scalars = tuple(self.scalars[name] for name in self.cell.scalars) + (0.0,) * self._has_own_a
-        return [Plan(self._run_cell, scalars, reverse) for reverse in (False, True)[: 1 + self.bidirectional]]
+        return [Plan(self._run_cell, scalars, reverse, wanted) for reverse in (False, True)[: 1 + self.bidirectional]]
 
     def _mode(self, variant: variants.Variant | None) -> str | None:
         """The mode by which ``functional.rnn`` has the cell, with all its backends; None if it has not."""

@@ -77,9 +77,9 @@ def _flex_forward_flops(  # of any cell
 
 def _flex_backward_flops(
     operations: Tensor, numbers: Tensor, results: Tensor, x: Tensor | None, w_ih: Tensor | None, w_hh: Tensor | None,
-    before: Sequence[Tensor], every: Sequence[Tensor], units: Sequence[Tensor], saved: Tensor, lengths: Tensor | None,
-    resets: Tensor | None, d_every: Sequence[Tensor], d_final: Sequence[Tensor], Z: int, reverse: bool, need_dx: bool,
-    need_dz: bool, need_dw: bool, *args: Any, **kwargs: Any,
+    states: Sequence[Tensor], every: Sequence[Tensor], units: Sequence[Tensor], initial: Tensor, saved: Tensor,
+    lengths: Tensor | None, resets: Tensor | None, d_every: Sequence[Tensor], d_final: Sequence[Tensor], Z: int,
+    reverse: bool, need_dx: bool, need_dz: bool, need_dw: bool, *args: Any, **kwargs: Any,
 ) -> int:  # fmt: skip
     of_x, of_h = (0 if w is None else 2 * w.numel() for w in (w_ih, w_hh))
     return _rows(saved, lengths) * (of_x * (need_dx + need_dw) + of_h * (1 + need_dw))

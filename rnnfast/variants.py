@@ -85,7 +85,8 @@ def run(serve: Callable[..., tuple[Tensor, ...]], variant: Variant, plan: Plan, 
     more = [*([] if z_gates is None else [z_gates]), *random]
     z_gates = torch.cat(more, 2) if len(more) > 1 else more[0] if more else None
     inputs = x, w_ih, b_ih, z_gates, w_hh, b_hh, lengths, resets
-    found = serve(Plan(made, tuple(scalars), plan.reverse), *inputs, *others)
+    wanted = None if plan.wanted is None else plan.wanted + (p is not None)
+    found = serve(Plan(made, tuple(scalars), plan.reverse, wanted), *inputs, *others)
     return (*found[1 : 1 + count], *found[2 + count :]) if p is not None else found
 
 

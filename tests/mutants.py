@@ -305,7 +305,7 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
     "rnnfast/evaluator.py": [
         ("initial values of zero", FLEX, "sequence.cut(t, state, value)", "sequence.cut(t, state)"),
         ("gates where they are read", FLEX, "zip(cell.gates_of_a, _recurrent", "zip(cell.gates_of_x, _recurrent"),
-        ("a projection of heads", FLEX, "w_hh = w_hh.unsqueeze(0)", "w_hh = w_hh.T.unsqueeze(0)"),
+        ("a projection of heads", FLEX, "F.linear(h, w_hh, b_hh)", "F.linear(h, w_hh.T, b_hh)"),
         ("clipped on one side", VARIANTS, "minimum(maximum(d, -bound), bound)", "minimum(d, bound)"),
         ("a clip that is not derived", VARIANTS, "return grad.clamp(-bound, bound), None", "return grad, None"),
         ("biases by head", FLEX, "view(w_hh.size(0), -1, w_hh.size(2)).transpose(0, 1).flatten()", "flatten()"),
@@ -326,9 +326,9 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         ),
     ],
     "csrc/cpu/flex_kernels.cpp": [
-        ("gradient across a border", FLEX, "!valid(n) || !rows.cut(t, n)", "true"),
+        ("gradient across a border", FLEX, "!rows.valid(t, n) || !rows.cut(t, n)", "true"),
         ("border of the reverse direction", FLEX, "l.reverse ? t + 1 : t", "t"),
-        ("the first head's h", FLEX, "state(0, n, step) + head * rows.blocks * U", "state(0, n, step)"),
+        ("the first head's h", FLEX, "state(0, n, step) + piece.head * rows.blocks * U", "state(0, n, step)"),
         ("the first head's gradient", FLEX, "live.begin) * of_a + head * columns", "live.begin) * of_a"),
         (
             "chunks that begin anew",
@@ -337,7 +337,7 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
             "row_at<Number>(f.x, rows.time(s - s0) *",
         ),
         ("the first head's W_hh", FLEX, "const int64_t first = k * b.A * width;", "const int64_t first = 0;"),
-        ("a head's end of another row", FLEX, "load(from + i * stride, strip.lanes)", "load(from, strip.lanes)"),
+        ("a head's end of another row", FLEX, "return from + i * stride;", "return from;"),
         ("memory that is in use still", FLEX, "last[arg] != k", "false"),
         (
             "a mean of what lies beyond a head",
@@ -353,7 +353,11 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
             "means_ + (schedule_[k].slot * pass_rows_) * U",
         ),
         ("a number of a row where units are written", VARIANTS, " && !steps_[k].of_row", ""),
-        ("relu of NaN", FLEX, "zero_where_not_positive(a, arg(1))", "select(a.v > 0, arg(1), zero)"),
+        ("relu of NaN", FLEX, "return zero_where_not_positive(a, b);", "return select(a.v > 0, b, zero);"),
+        ("states before a border", FLEX, "if (rows_.cut(t, n)) return initial_ + s * b_.H;", ""),
+        ("states where a reversed row begins", FLEX, "(b_.reverse && !rows_.valid(before, n))", "false"),
+        ("states before those of the first row alone", FLEX, "(b_.reverse && !rows_.valid(", "(!rows_.valid("),
+        ("memory of strips of another size", FLEX, "if (strip.blocks != blocks_) place", "if (!blocks_) place"),
         ("log1p without its rest", FLEX, "log(u) + (x - (u - Vec<Number>(1))) / u", "log(u)"),
     ],
     "csrc/cpu/flex.cpp": [
@@ -453,6 +457,7 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         ),
     ],
     "rnnfast/variants.py": [
+        ("the states wanted without the dropped one", FLEX, "plan.wanted + (p is not None)", "plan.wanted"),
         ("masks that are not scaled", VARIANTS, "1 / (1 - p) if p < 1 else 0.0", "1.0"),
         (
             "another mask for the first step",

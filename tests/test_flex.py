@@ -873,6 +873,19 @@ def test_two_operations_as_one() -> None:
     assert results.tolist() == [5 + len(names) - 1]
 
 
+@pytest.mark.parametrize("options", [{}, {"recurrent_dropout": 0.3}, {"bidirectional": True}], ids=str)
+def test_states_that_nobody_asks_for(options: dict[str, Any]) -> None:
+    """Without autograd they are not made, and change nothing."""
+    net, x = FlexRNN(cells.slstm, I, H, num_layers=2, **options), torch.randn(T, N, I)
+    with torch.no_grad():
+        torch.manual_seed(0)
+        y, states = net(x)
+        torch.manual_seed(0)
+        expected, of_states, every = net(x, return_states=True)
+    assert torch.equal(y, expected) and torch.equal(y, every[0][-1]) and len(every) == 4
+    assert all(map(torch.equal, states, of_states))
+
+
 def test_zeros_of_either_sign() -> None:
     """Scalars that are equal, and are not the same."""
     cell = rnnfast.cell(gates="f", scalars={"zero": 0.0})(lambda x, a, s, w: 1 / (0 * x.f + w.zero))
@@ -899,10 +912,16 @@ def test_operators_and_their_fakes(given: str, heads: int) -> None:
         program = made.keeping if keep else made.forward
         call = *program, *of_gates, states, units, made.initial, lengths, resets, True, keep
         torch.library.opcheck(forward, call, test_utils=("test_schema", "test_faketensor"))
-    after, every, before, saved = forward(*call)
-    of_steps = x, w_ih, w_hh, before, every, units, saved, lengths, resets
+    for wanted in (0, 1, 2):
+        torch.library.opcheck(
+            forward, (*made.forward, *call[3:-1], False, 0, wanted), test_utils=("test_schema", "test_faketensor")
+        )
+    with pytest.raises(RuntimeError, match="of 2 states, and of all for a backward, not of 1"):
+        forward(*call, 0, 1)
+    _, every, saved = forward(*call)
+    of_steps = x, w_ih, w_hh, states, every, units, made.initial, saved, lengths, resets
     for needs in ((True, True, True), (False, False, False)):
-        grads = [torch.randn(T, N, H), torch.zeros(0)], [torch.randn(N, H)] * 2
+        grads = [torch.randn(T, N, H), torch.zeros(0)], [torch.zeros(0), torch.randn(N, H)]
         call = *made.backward, *of_steps, *grads, 4 - of_x, True, *needs
         torch.library.opcheck(backward, call, test_utils=("test_schema", "test_faketensor"))
 
@@ -976,13 +995,14 @@ BAD_BACKWARD = {
     "x alone": (3, torch.zeros(2, 3, 5), "x and w_ih need each other"),
     "w_ih": (4, torch.zeros(4, 6), "x and w_ih need each other"),
     "w_hh": (5, torch.zeros(1, 8, 4), "has 3 results, expected 4"),
-    "before": (6, [torch.zeros(3, 4)], r"before has to be \[T, N, H\]"),
+    "states": (6, [torch.zeros(2, 3, 4)], r"states have to be \[N, H\]"),
     "every": (7, [torch.zeros(2, 3, 5)], "every has shape"),
-    "saved": (9, torch.zeros(2, 3, 6), "saved has to have columns for every unit"),
-    "rows": (9, torch.zeros(2, 2, 4), "before has shape"),
-    "d_final": (13, [torch.zeros(3, 4)] * 2, "got 2 d_final, expected 1"),
-    "no gates": (14, 0, "a layer needs gates"),
-    "gates": (14, -1, "there cannot be -1 gates"),
+    "initial": (9, torch.zeros(2, dtype=DOUBLE), "initial has shape"),
+    "saved": (10, torch.zeros(2, 3, 6), "saved has to have columns for every unit"),
+    "rows": (10, torch.zeros(2, 2, 4), "states has shape"),
+    "d_final": (14, [torch.zeros(3, 4)] * 2, "got 2 d_final, expected 1"),
+    "no gates": (15, 0, "a layer needs gates"),
+    "gates": (15, -1, "there cannot be -1 gates"),
 }
 
 
@@ -991,11 +1011,12 @@ def test_malformed_backward(what: str) -> None:
     """Of a cell of one gate: the gradients are d times what was saved, of x and of a, and d of h."""
     program = [torch.tensor([[2, 0, 3, 0], [0, 3, 3, 0]]), torch.zeros(0, dtype=DOUBLE), torch.tensor([4, 4, 5])]
     steps = torch.ones(2, 3, 4)
-    args = [*program, None, None, torch.zeros(1, 4, 4), [steps], [steps], [], steps, None, None, [steps]]
+    initial = torch.zeros(1, dtype=DOUBLE)
+    args = [*program, None, None, torch.zeros(4, 4), [steps[0]], [steps], [], initial, steps, None, None, [steps]]
     args += [[torch.zeros(3, 4)], 1, False, True, True, True]
     dx, dw_ih, _, dz, dw_hh, db_hh, (dh,), _ = torch.ops.rnnfast.cpu_flex_backward(*args)
     assert dx.numel() == 0 == dw_ih.numel() and dz[0, 0, 0] == 3 and dh[0, 0] == 6
-    assert dw_hh.shape == (1, 4, 4) and dw_hh[0, 0, 0] == 12 == db_hh[0, 0]
+    assert dw_hh.shape == (4, 4) and dw_hh[0, 0] == 12 == db_hh[0]
     index, value, message = BAD_BACKWARD[what]
     args[index] = value
     with pytest.raises(RuntimeError, match=message):

@@ -286,8 +286,8 @@ def test_operators_and_their_fakes() -> None:
     call = *made.keeping, None, None, None, z_gates, w_hh, None, states, units, made.initial, None, None, False, True
     forward, backward = torch.ops.rnnfast.cpu_flex_forward.default, torch.ops.rnnfast.cpu_flex_backward.default
     torch.library.opcheck(forward, (*call, made.of_rows), test_utils=("test_schema", "test_faketensor"))
-    after, every, before, saved = forward(*call, made.of_rows)
-    of_steps = None, None, w_hh, before, every, units, saved, None, None, [torch.zeros(0)] * 2, states
+    _, every, saved = forward(*call, made.of_rows)
+    of_steps = None, None, w_hh, states, every, units, made.initial, saved, None, None, [torch.zeros(0)] * 2, states
     call = *made.backward, *of_steps, 2, False, False, True, True, made.of_rows
     torch.library.opcheck(backward, call, test_utils=("test_schema", "test_faketensor"))
     assert backward(*call)[-1].shape == (2, N, 6)

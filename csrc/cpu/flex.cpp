@@ -17,14 +17,16 @@ class Arguments {
  public:
   Arguments(const Tensor& operations, const Tensor& numbers, const Tensor& results, const char* name,
             const OptionalTensor& rows, const OptionalTensor& x, const OptionalTensor& w_ih, const OptionalTensor& w_hh,
-            const std::vector<Tensor>& units, const OptionalTensor& lengths, const OptionalTensor& resets, bool reverse,
-            int64_t H, int64_t S) {
+            const std::vector<Tensor>& states, const std::vector<Tensor>& units, const Tensor& initial,
+            const OptionalTensor& lengths, const OptionalTensor& resets, bool reverse) {
+    RNNFAST_CHECK(!states.empty() && states[0].defined() && states[0].dim() == 2, "states have to be [N, H]");
     const Tensor& known = x ? *x : *rows;
     RNNFAST_CHECK(known.defined() && known.dim() == 3, x ? "x" : name, " has to be [T, N, columns]");
     dtype = known.scalar_type();
     RNNFAST_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, x ? "x" : name,
                   " has to be float32 or float64");
-    l.T = known.size(0), l.N = known.size(1), l.H = H, l.S = S, l.U = units.size(), l.K = 1;
+    const int64_t H = states[0].size(1);
+    l.T = known.size(0), l.N = known.size(1), l.H = H, l.S = states.size(), l.U = units.size(), l.K = 1;
     RNNFAST_CHECK(H > 0, "a layer needs units");
     RNNFAST_CHECK(x.has_value() == w_ih.has_value(), "x and w_ih need each other");
     if (x) {
@@ -35,14 +37,21 @@ class Arguments {
       check_tensor("w_ih", *w_ih, {l.X * H, l.I}, dtype);
     }
     if (w_hh) {
-      RNNFAST_CHECK(w_hh->dim() == 3 && w_hh->size(0) > 0 && H % w_hh->size(0) == 0, "w_hh has to be [K, A*H/K, H/K]");
-      l.K = w_hh->size(0), l.A = w_hh->size(1) / (H / l.K);
-      check_tensor("w_hh", *w_hh, {l.K, l.A * (H / l.K), H / l.K}, dtype);
+      const bool of_heads = w_hh->dim() == 3;
+      l.K = of_heads ? w_hh->size(0) : 1;
+      RNNFAST_CHECK((of_heads || w_hh->dim() == 2) && l.K > 0 && H % l.K == 0,
+                    "w_hh has to be [A*H, H] or [K, A*H/K, H/K]");
+      l.A = w_hh->size(of_heads) / (H / l.K);
+      const int64_t width = H / l.K;
+      check_tensor("w_hh", *w_hh, of_heads ? Shape{l.K, l.A * width, width} : Shape{l.A * H, H}, dtype);
     }
     for (const Tensor& unit : units) {
       check_tensor("a weight of units", unit, {H}, dtype);
       units_.push_back(read(unit));
     }
+    states_ = pointers("states", states, {l.N, H});
+    check_tensor("initial", initial, {l.S}, ScalarType::Double);
+    l.initial = static_cast<const double*>(read(initial));
     check_tensor("lengths", lengths, {l.N}, ScalarType::Long);
     check_tensor("resets", resets, {l.T, l.N}, ScalarType::Bool);
     l.lengths = static_cast<const int64_t*>(read(lengths));
@@ -118,25 +127,29 @@ class Arguments {
     return found;
   }
 
+  const std::vector<const void*>& states() const { return states_; }
+
   Reader read;
   FlexLayer l{};
   ScalarType dtype;
 
  private:
-  std::vector<const void*> units_;
+  std::vector<const void*> units_, states_;
 };
 
-std::vector<void*> data(const std::vector<Tensor>& tensors) {
+std::vector<void*> places_of(const std::vector<Tensor>& tensors) {
   std::vector<void*> found;
   for (const Tensor& t : tensors) found.push_back(t.data_ptr());
   return found;
 }
 
-// New tensors with the values of others.
+// New tensors with the values of others, or zeros.
 std::vector<Tensor> copied(const Arguments& given, const std::vector<const void*>& from, const Shape& shape) {
   std::vector<Tensor> made = given.make(from.size(), shape);
   for (size_t k = 0; k < made.size(); k++) {
-    if (made[k].numel()) std::memcpy(made[k].data_ptr(), from[k], made[k].numel() * made[k].element_size());
+    const size_t bytes = made[k].numel() * made[k].element_size();
+    if (bytes && from[k]) std::memcpy(made[k].data_ptr(), from[k], bytes);
+    if (bytes && !from[k]) std::memset(made[k].data_ptr(), 0, bytes);
   }
   return made;
 }
@@ -151,12 +164,11 @@ void flex_forward(StableIValue* values, uint64_t arguments, uint64_t results_) {
   const Tensor initial = stack.tensor();
   const OptionalTensor lengths = stack.optional_tensor(), resets = stack.optional_tensor();
   const bool reverse = stack.flag(), keep = stack.flag();
-  const int64_t R = stack.number();
+  const int64_t R = stack.number(), asked = stack.number();
 
-  RNNFAST_CHECK(!states.empty() && states[0].defined() && states[0].dim() == 2, "states have to be [N, H]");
   RNNFAST_CHECK(x || z_gates, "a layer needs x or z_gates");
-  Arguments given(operations, numbers, results, "z_gates", z_gates, x, w_ih, w_hh, units, lengths, resets, reverse,
-                  states[0].size(1), states.size());
+  Arguments given(operations, numbers, results, "z_gates", z_gates, x, w_ih, w_hh, states, units, initial, lengths,
+                  resets, reverse);
   FlexLayer& l = given.l;
   RNNFAST_CHECK(R >= 0 && R <= l.program.results, "the program cannot have ", R, " results of rows");
   l.Z = z_gates ? given.columns("z_gates", *z_gates) : 0, l.Y = l.program.results - l.S - R, l.R = R;
@@ -165,37 +177,39 @@ void flex_forward(StableIValue* values, uint64_t arguments, uint64_t results_) {
   check_tensor("b_ih", b_ih, {l.X * l.H}, given.dtype);
   given.check_program(l.X + l.Z + l.A + l.S + l.U, l.S + l.Y + R, l.S);
   check_tensor("b_hh", b_hh, {l.A * l.H}, given.dtype);
-  check_tensor("initial", initial, {l.S}, ScalarType::Double);
-  const Shape of_state{l.N, l.H}, of_steps{l.T, l.N, l.H};
-  const std::vector<Tensor> after = copied(given, given.pointers("states", states, of_state), of_state);
-  const std::vector<Tensor> every = given.make(l.S, of_steps), before = given.make(keep ? l.S : 0, of_steps);
+  const std::vector<Tensor> after = copied(given, given.states(), {l.N, l.H});
+  const int64_t wanted = asked == -1 ? l.S : asked;
+  RNNFAST_CHECK(0 <= wanted && wanted <= l.S && (!keep || wanted == l.S), "every step is made of ", l.S,
+                " states, and of all for a backward, not of ", wanted);
+  std::vector<Tensor> every = given.make(wanted, {l.T, l.N, l.H});
   const Tensor saved = empty_if(keep, {l.T, l.N, l.Y * l.H + R}, given.dtype);
-  const auto to_states = data(after), to_every = data(every), to_before = data(before);
+  const auto to_states = places_of(after);
+  auto to_every = places_of(every);
+  to_every.resize(l.S);
+  while (int64_t(every.size()) < l.S) every.push_back(empty({0}, given.dtype));
 
   FlexForward f{l};
   f.b_ih = given.read(b_ih), f.z_gates = given.read(z_gates), f.b_hh = given.read(b_hh);
-  f.initial = static_cast<const double*>(given.read(initial));
-  f.states = to_states.data(), f.every = to_every.data(), f.before = keep ? to_before.data() : nullptr;
+  f.states = to_states.data(), f.every = to_every.data();
   f.saved = data_if(keep, saved);
   chosen_flex().forward[given.dtype == ScalarType::Double](f);
-  stack.give(after, every, before, saved);
+  stack.give(after, every, saved);
 }
 
 void flex_backward(StableIValue* values, uint64_t arguments, uint64_t results_) {
   Stack stack(values, arguments, results_);
   const Tensor operations = stack.tensor(), numbers = stack.tensor(), results = stack.tensor();
   const OptionalTensor x = stack.optional_tensor(), w_ih = stack.optional_tensor(), w_hh = stack.optional_tensor();
-  const std::vector<Tensor> before = stack.tensors(), every = stack.tensors(), units = stack.tensors();
-  const Tensor saved = stack.tensor();
+  const std::vector<Tensor> states = stack.tensors(), every = stack.tensors(), units = stack.tensors();
+  const Tensor initial = stack.tensor(), saved = stack.tensor();
   const OptionalTensor lengths = stack.optional_tensor(), resets = stack.optional_tensor();
   const std::vector<Tensor> d_every = stack.tensors(), d_final = stack.tensors();
   const int64_t Z = stack.number();
   const bool reverse = stack.flag(), need_dx = stack.flag(), need_dz = stack.flag(), need_dw = stack.flag();
   const int64_t R = stack.number();
 
-  RNNFAST_CHECK(!before.empty() && before[0].defined() && before[0].dim() == 3, "before has to be [T, N, H]");
-  Arguments given(operations, numbers, results, "saved", saved, x, w_ih, w_hh, units, lengths, resets, reverse,
-                  before[0].size(2), before.size());
+  Arguments given(operations, numbers, results, "saved", saved, x, w_ih, w_hh, states, units, initial, lengths, resets,
+                  reverse);
   FlexLayer& l = given.l;
   RNNFAST_CHECK(Z >= 0 && Z < kMost / l.H, "there cannot be ", Z, " gates beside those of x");
   RNNFAST_CHECK(l.X + Z > 0, "a layer needs gates");
@@ -204,28 +218,28 @@ void flex_backward(StableIValue* values, uint64_t arguments, uint64_t results_) 
   l.program.row_inputs[0] = l.Y, l.program.row_inputs[1] = l.Y + R;
   // Where the gradients of a's gates are those of x's first ones, too, the program has them once.
   const int64_t of_inputs = l.X + l.Z + l.S + l.U;
-  const bool is_both = l.A <= l.X && l.K == 1 && l.program.results == of_inputs;
-  const int64_t of_results = of_inputs + (is_both ? 0 : l.A);
+  const bool shares_gates = l.A <= l.X && l.K == 1 && l.program.results == of_inputs;
+  const int64_t of_results = of_inputs + (shares_gates ? 0 : l.A);
   given.check_program(l.Y + R + 3 * l.S + l.U, of_results, of_results);
   const Shape of_state{l.N, l.H}, of_steps{l.T, l.N, l.H};
-  const auto from_before = given.pointers("before", before, of_steps);
   const auto from_after = given.pointers("every", every, of_steps);
   const auto from_every = given.pointers("d_every", d_every, of_steps, true);
-  const std::vector<Tensor> d_states = copied(given, given.pointers("d_final", d_final, of_state), of_state);
-  const auto to_states = data(d_states);
+  const std::vector<Tensor> d_states = copied(given, given.pointers("d_final", d_final, of_state, true), of_state);
+  const auto to_states = places_of(d_states);
   const bool of_x = need_dw && l.X > 0, of_a = need_dw && l.A > 0, gives_dx = need_dx && l.X > 0;
   const Tensor dx = empty_if(gives_dx, {l.T, l.N, l.I}, given.dtype);
   const Tensor dw_ih = empty_if(of_x, {l.X * l.H, l.I}, given.dtype), db_ih = empty_if(of_x, {l.X * l.H}, given.dtype);
   const Tensor dz_gates = empty_if(need_dz, {l.T, l.N, l.Z * l.H}, given.dtype);
-  const Shape of_w_hh{l.K, l.A * (l.H / l.K), l.H / l.K};
-  const Tensor dw_hh = empty_if(of_a, of_w_hh, given.dtype);
-  const Tensor db_hh = empty_if(of_a, {of_w_hh[0], of_w_hh[1]}, given.dtype);
+  Shape of_w_hh;
+  for (int64_t k = 0; of_a && k < w_hh->dim(); k++) of_w_hh.push_back(w_hh->size(k));
+  const Shape of_b_hh(of_w_hh.begin(), of_w_hh.end() - of_a);
+  const Tensor dw_hh = empty_if(of_a, of_w_hh, given.dtype), db_hh = empty_if(of_a, of_b_hh, given.dtype);
   const Tensor d_units = empty({(l.T + kUnitSteps - 1) / kUnitSteps, l.N, l.U * l.H}, given.dtype);
   if (d_units.numel()) std::memset(d_units.data_ptr(), 0, d_units.numel() * d_units.element_size());
 
   FlexBackward b{l};
-  b.before = from_before.data(), b.every = from_after.data(), b.saved = given.read(saved);
-  b.d_every = from_every.data(), b.d_states = to_states.data(), b.is_both = is_both, b.need_dw = need_dw;
+  b.states = given.states().data(), b.every = from_after.data(), b.saved = given.read(saved);
+  b.d_every = from_every.data(), b.d_states = to_states.data(), b.shares_gates = shares_gates, b.need_dw = need_dw;
   b.dx = data_if(gives_dx, dx), b.dw_ih = dw_ih.data_ptr(), b.db_ih = db_ih.data_ptr();
   b.dz_gates = data_if(need_dz, dz_gates), b.dw_hh = dw_hh.data_ptr(), b.db_hh = db_hh.data_ptr();
   b.d_units = d_units.data_ptr();
@@ -240,12 +254,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rnnfast, m) {
   m.def(
       "cpu_flex_forward(Tensor operations, Tensor numbers, Tensor results, Tensor? x, Tensor? w_ih, Tensor? b_ih, "
       "Tensor? z_gates, Tensor? w_hh, Tensor? b_hh, Tensor[] states, Tensor[] units, Tensor initial, Tensor? lengths, "
-      "Tensor? resets, bool reverse, bool keep, int R=0) -> "
-      "(Tensor[] states_after, Tensor[] every, Tensor[] before, Tensor saved)");
+      "Tensor? resets, bool reverse, bool keep, int R=0, int wanted=-1) -> "
+      "(Tensor[] states_after, Tensor[] every, Tensor saved)");
   m.def(
       "cpu_flex_backward(Tensor operations, Tensor numbers, Tensor results, Tensor? x, Tensor? w_ih, Tensor? w_hh, "
-      "Tensor[] before, Tensor[] every, Tensor[] units, Tensor saved, Tensor? lengths, Tensor? resets, "
-      "Tensor[] d_every, Tensor[] d_final, int Z, bool reverse, bool need_dx, bool need_dz, bool need_dw, int R=0) -> "
+      "Tensor[] states, Tensor[] every, Tensor[] units, Tensor initial, Tensor saved, Tensor? lengths, "
+      "Tensor? resets, Tensor[] d_every, Tensor[] d_final, int Z, bool reverse, bool need_dx, bool need_dz, "
+      "bool need_dw, int R=0) -> "
       "(Tensor dx, Tensor dw_ih, Tensor db_ih, Tensor dz_gates, Tensor dw_hh, Tensor db_hh, Tensor[] d_states, Tensor "
       "d_units)");
 }

@@ -67,31 +67,30 @@ struct FlexLayer {
   const void* w_ih;          // [X*H,I]
   const void* w_hh;          // [K,A*H/K,H/K]  null where A is 0
   const void* const* units;  // U of [H]
+  const double* initial;     // [S]: of states at borders
 };
 
 // The inputs of the program are the gates of x, those that are given, those of a, the states before the step, and the
 // units' weights; its results are the states after it, and then what is saved.
 struct FlexForward : FlexLayer {
-  const double* initial;  // [S]
-  const void* b_ih;       // [X*H]  or null
-  const void* z_gates;    // [T,N,Z*H]
-  const void* b_hh;       // [A*H]  or null
-  void* const* states;    // S of [N,H]: before all steps on entry, after them on return
-  void* const* every;     // S of [T,N,H]: after every step
-  void* const* before;    // S of [T,N,H]: before every step; or null
-  void* saved;            // [T,N,Y*H+R]
+  const void* b_ih;     // [X*H]  or null
+  const void* z_gates;  // [T,N,Z*H]
+  const void* b_hh;     // [A*H]  or null
+  void* const* states;  // S of [N,H]: before all steps on entry, after them on return
+  void* const* every;   // S of [T,N,H]: after every step; or null each
+  void* saved;          // [T,N,Y*H+R]
 };
 
 // The inputs of the program are what the forward saved, the states before the step and after it, the units' weights,
 // and the gradients of the states after it; its results are the gradients of x's gates, of those that are given, of
 // a's, of the states before the step, and of the units' weights.
 struct FlexBackward : FlexLayer {
-  const void* const* before;
+  const void* const* states;  // before all steps
   const void* const* every;
   const void* saved;
   const void* const* d_every;  // S of [T,N,H]  or null each
   void* const* d_states;       // S of [N,H]: of the final states on entry, of the initial ones on return
-  bool is_both;                // the gradients of a's gates are those of x's first ones, and no results; needs K = 1
+  bool shares_gates;           // the gradients of a's gates are those of x's first ones, and no results; needs K = 1
   bool need_dw;                // of W_ih, W_hh and the biases, which are set even where the layer has none
   void* dx;                    // [T,N,I]        or null
   void* dw_ih;                 // [X*H,I]

@@ -81,58 +81,97 @@ struct Operand {
   int64_t row, block;
 };
 
-// to[row][block] = of(a, b, c), with rows so far apart
-template <class Number, class Of>
-RNNFAST_INLINE void each(Number* to, int64_t stride, const Operand<Number>* given, int64_t rows, int64_t blocks,
-                         const Of& of) {
-  Operand<Number> args[] = {given[0], given[1], given[2]};
-  for (int64_t i = 0; i < rows; i++, to += stride) {
+// Of an operation that reads a, or a and b, or all three.
+template <class Number>
+RNNFAST_INLINE Vec<Number> result_of(int op, Vec<Number> a, Vec<Number> b, Vec<Number> c) {
+  const Vec<Number> one(1), zero(0);
+  switch (op) {
+    case kAdd:
+      return a + b;
+    case kSubtract:
+      return a - b;
+    case kMultiply:
+      return a * b;
+    case kDivide:
+      return a / b;
+    case kNegate:
+      return -a.v;
+    case kSigmoid:
+      return sigmoid(a);
+    case kTanh:
+      return tanh(a);
+    case kRelu:
+      return relu(a);
+    case kExp:
+      return exp(a);
+    case kLog:
+      return log(a);
+    case kLog1p:
+      return log1p(a);
+    case kSqrt:
+      return root(a);
+    case kAbs:
+      return abs(a);
+    case kMinimum:  // NaN of either, as torch has it
+      return select(a.v < b.v || a.v != a.v, a, b);
+    case kMaximum:
+      return select(a.v > b.v || a.v != a.v, a, b);
+    case kWhere:
+      return select(a.v != 0, b, c);
+    case kLess:
+      return select(a.v < b.v, one, zero);
+    case kLessEqual:
+      return select(a.v <= b.v, one, zero);
+    case kWherePositive:
+      return zero_where_not_positive(a, b);
+    case kSigmoidOfSum:
+      return sigmoid(a + b);
+    case kTanhOfSum:
+      return tanh(a + b);
+    case kMultiplyAdd:
+      return a * b + c;
+    case kSubtractProduct:
+      return c - a * b;
+    case kMultiplyDifference:
+      return (a - b) * c;
+    case kMultiplyTwice:
+      return a * b * c;
+  }
+  return a;
+}
+
+// An operation with where it reads and writes: to[row][block], with rows so far apart.
+template <class Number>
+struct Instruction {
+  void (*apply)(const Instruction&, int64_t rows, int64_t blocks);
+  const Operand<Number>* args[3];
+  Number* to;
+  int64_t stride;
+  bool of_row;  // it makes one number for all units of a row
+};
+
+template <class Number, int op>
+void apply(const Instruction<Number>& i, int64_t rows, int64_t blocks) {
+  Operand<Number> a = *i.args[0], b = *i.args[1], c = *i.args[2];
+  Number* to = i.to;
+  for (const int64_t stride = i.stride; rows > 0; rows--) {
     for (int64_t j = 0; j < blocks; j++) {
-      store(to + j * kLanes<Number>, of([&](int k) { return load(args[k].data + j * args[k].block); }));
+      store(to + j * kLanes<Number>,
+            result_of(op, load(a.data + j * a.block), load(b.data + j * b.block), load(c.data + j * c.block)));
     }
-    for (auto& arg : args) arg.data += arg.row;
+    to += stride, a.data += a.row, b.data += b.row, c.data += c.row;
   }
 }
 
-template <class Number>
-void apply(int64_t op, Number* to, int64_t stride, const Operand<Number>* args, int64_t rows, int64_t blocks) {
-  using V = Vec<Number>;
-  const V one(1), zero(0);
-#define RNNFAST_CASE(Op, expression)                            \
-  case Op:                                                      \
-    return each(to, stride, args, rows, blocks, [&](auto arg) { \
-      [[maybe_unused]] const V a = arg(0);                      \
-      return V(expression);                                     \
-    })
-  switch (op) {
-    RNNFAST_CASE(kAdd, a + arg(1));
-    RNNFAST_CASE(kSubtract, a - arg(1));
-    RNNFAST_CASE(kMultiply, a * arg(1));
-    RNNFAST_CASE(kDivide, a / arg(1));
-    RNNFAST_CASE(kNegate, -a.v);
-    RNNFAST_CASE(kSigmoid, sigmoid(a));
-    RNNFAST_CASE(kTanh, tanh(a));
-    RNNFAST_CASE(kRelu, relu(a));
-    RNNFAST_CASE(kExp, exp(a));
-    RNNFAST_CASE(kLog, log(a));
-    RNNFAST_CASE(kLog1p, log1p(a));
-    RNNFAST_CASE(kSqrt, root(a));
-    RNNFAST_CASE(kAbs, abs(a));
-    RNNFAST_CASE(kMinimum, select(a.v < arg(1).v || a.v != a.v, a, arg(1)));  // NaN of either, as torch has it
-    RNNFAST_CASE(kMaximum, select(a.v > arg(1).v || a.v != a.v, a, arg(1)));
-    RNNFAST_CASE(kWhere, select(a.v != 0, arg(1), arg(2)));
-    RNNFAST_CASE(kLess, select(a.v < arg(1).v, one, zero));
-    RNNFAST_CASE(kLessEqual, select(a.v <= arg(1).v, one, zero));
-    RNNFAST_CASE(kWherePositive, zero_where_not_positive(a, arg(1)));
-    RNNFAST_CASE(kSigmoidOfSum, sigmoid(a + arg(1)));
-    RNNFAST_CASE(kTanhOfSum, tanh(a + arg(1)));
-    RNNFAST_CASE(kMultiplyAdd, a * arg(1) + arg(2));
-    RNNFAST_CASE(kSubtractProduct, arg(2) - a * arg(1));
-    RNNFAST_CASE(kMultiplyDifference, (a - arg(1)) * arg(2));
-    RNNFAST_CASE(kMultiplyTwice, a * arg(1) * arg(2));
-  }
-#undef RNNFAST_CASE
+template <class Number, size_t... op>
+constexpr auto applies_of(std::index_sequence<op...>) {
+  struct {
+    decltype(Instruction<Number>::apply) at[sizeof...(op)];
+  } found = {{apply<Number, op>...}};
+  return found;
 }
+template <class Number>
+constexpr auto kApply = applies_of<Number>(std::make_index_sequence<kOps>());  // by operation
 
 // How rows of units lie, [K][H/K] in tensors, and in buffers with each head padded to whole blocks; and which rows and
 // units belong to a step.
@@ -211,17 +250,34 @@ Teams teams_of(const FlexLayer& l, const Rows<Number>& rows) {
 // The units of all heads in pieces that a step takes at a time, shared by the parts of a team. They begin with a panel.
 template <class Number>
 struct Pieces {
-  int64_t blocks, size, of_head, count;
+  struct Piece {
+    int64_t head;
+    Range blocks;
+  };
+  int64_t size, of_head, count;
   int64_t at_once;  // all of a row, where a step sees them
 
   Pieces(const Rows<Number>& rows, const Teams& teams, int64_t per_panel)
-      : blocks(rows.blocks),
-        size(min(kStrip, round_up(ceil_div(rows.l.K * blocks, teams.parts), per_panel))),
-        of_head(ceil_div(blocks, size)),
+      : size(min(kStrip, round_up(ceil_div(rows.l.K * rows.blocks, teams.parts), per_panel))),
+        of_head(ceil_div(rows.blocks, size)),
         count(rows.l.K * of_head),
-        at_once(sees_rows(rows.l.program) ? count : 1) {}
-  int64_t head(int64_t k) const { return k / of_head; }
-  Range at(int64_t k) const { return {k % of_head * size, min(blocks, (k % of_head + 1) * size)}; }
+        at_once(sees_rows(rows.l.program) ? count : 1),
+        pieces_(count) {
+    for (int64_t k = 0; k < count; k++) {
+      pieces_[k] = {k / of_head, {k % of_head * size, min(rows.blocks, (k % of_head + 1) * size)}};
+    }
+  }
+  const Piece& operator[](int64_t k) const { return pieces_[k]; }
+
+  // Calls of(pieces) for a part's share of them, those that are taken at once.
+  template <class Of>
+  void each(int64_t part, int64_t parts, int64_t step, const Of& of) const {
+    to_and_fro(share(at_once > 1 ? 1 : count, part, parts), step,
+               [&](int64_t i) { of(Range{i * at_once, (i + 1) * at_once}); });
+  }
+
+ private:
+  Buffer<Piece> pieces_;
 };
 
 // When the operations of a program run, and where what they make lies.
@@ -337,10 +393,16 @@ class Evaluator {
         kept_(schedule_.kept * pass_rows_ * rows.padded),
         totals_(schedule_.means * pass_rows_ * U),
         means_(schedule_.means * pass_rows_ * U),
-        places_(p.places()) {
+        places_(p.places()),
+        code_(p.operations) {
     for (int64_t k = 0; k < p.numbers; k++) {
       store(numbers_ + k * U, Vec<Number>(Number(p.number[k])));
       places_[p.inputs + k] = {numbers_ + k * U, 0, 0};
+    }
+    for (int64_t k = 0; k < p.operations; k++) {
+      const Operation& o = p.operation[k];
+      code_[k] = {kApply<Number>.at[o.op]};
+      for (int i = 0; i < 3; i++) code_[k].args[i] = places_ + o.args[i];
     }
     clear(totals_, schedule_.means * pass_rows_ * U * sizeof(Number));
   }
@@ -354,7 +416,7 @@ class Evaluator {
       const Range of_pass{n, min(ns.end, n + at_once)};
       for (segment_ = 0; segment_ < schedule_.segments; segment_++) {
         for (int64_t k = ks.begin; k < ks.end; k++) {
-          rows_.strips(pieces.head(k), pieces.at(k), of_pass, [&](const Strip& strip) { of(strip, k); });
+          rows_.strips(pieces[k].head, pieces[k].blocks, of_pass, [&](const Strip& strip) { of(strip, k); });
         }
         finish_means(of_pass.end - of_pass.begin);
       }
@@ -368,11 +430,19 @@ class Evaluator {
   // In rows of a tensor, of which `rows` is the strip's first. The end of a head is copied: behind it there may be
   // nothing.
   void read(int64_t k, const void* rows, int64_t stride, const Strip& strip) {
-    const Number* from = static_cast<const Number*>(rows) + strip.unit;
-    if (strip.lanes == U) return read(k, {from, stride, U});
-    Number* end = ends_ + k * kStrip * U;
-    for (int64_t i = 0; i < strip.rows; i++) store(end + i * U, load(from + i * stride, strip.lanes));
-    read(k, {end, U, U});
+    const Number* from = static_cast<const Number*>(rows);
+    if (strip.lanes == U) return read(k, {from + strip.unit, stride, U});
+    read_each(k, strip, [&](int64_t i) { return from + i * stride; });
+  }
+  // In rows wherever they lie.
+  template <class RowAt>
+  void read_each(int64_t k, const Strip& strip, const RowAt& row_at) {
+    Number *to = ends_ + k * kStrip * U, *next = to;
+    for (int64_t i = 0; i < strip.rows; i++) {
+      const Number* from = row_at(i) + strip.unit;
+      for (int64_t j = 0; j < strip.blocks; j++, next += U) store(next, load(from + j * U, strip.lanes));
+    }
+    read(k, {to, strip.blocks * U, U});
   }
 
   // Numbers of rows, so far apart.
@@ -383,26 +453,20 @@ class Evaluator {
   }
 
   void run(const Strip& strip) {
-    const int64_t first = p_.inputs + p_.numbers;
+    if (strip.blocks != blocks_) place(strip.blocks);
     const Range operations = schedule_.operations(segment_);
     for (int64_t k = 0; k < operations.begin; k++) {
       const bool is_mean = p_.operation[k].op == kMean;
-      if (is_mean || schedule_[k].is_kept) places_[first + k] = is_mean ? mean(k, strip) : kept(k, strip);
+      if (is_mean || schedule_[k].is_kept) made(k) = is_mean ? mean(k, strip) : kept(k, strip);
     }
     for (int64_t k = operations.begin; k < operations.end; k++) {
-      const Operation& o = p_.operation[k];
-      const Operand<Number> args[] = {places_[o.args[0]], places_[o.args[1]], places_[o.args[2]]};
-      if (o.op == kMean) {
-        add_up(k, args[0], strip);
+      Instruction<Number>& i = code_[k];
+      if (p_.operation[k].op == kMean) {
+        add_up(k, *i.args[0], strip);
         continue;
       }
-      const auto step = schedule_[k];
-      const int64_t blocks = step.of_row ? 1 : strip.blocks;
-      Number* to = made_ + step.slot * kStrip * U;
-      int64_t stride = blocks * U;
-      if (step.is_kept) to = kept_at(k, strip), stride = rows_.padded;
-      apply(o.op, to, stride, args, strip.rows, blocks);
-      places_[first + k] = {to, stride, step.of_row ? 0 : U};
+      if (schedule_[k].is_kept) i.to = kept_at(k, strip), made(k) = kept(k, strip);
+      i.apply(i, strip.rows, i.of_row ? 1 : strip.blocks);
     }
   }
 
@@ -435,6 +499,19 @@ class Evaluator {
   }
 
  private:
+  Operand<Number>& made(int64_t k) { return places_[p_.inputs + p_.numbers + k]; }
+  // Deals out the memory for what is made of strips of so many blocks.
+  void place(int64_t blocks) {
+    blocks_ = blocks;
+    for (int64_t k = 0; k < p_.operations; k++) {
+      const auto& step = schedule_[k];
+      Instruction<Number>& i = code_[k];
+      i.of_row = step.of_row, i.stride = step.is_kept ? rows_.padded : step.of_row ? U : blocks * U;
+      if (step.is_kept || p_.operation[k].op == kMean) continue;
+      i.to = made_ + step.slot * kStrip * U;
+      made(k) = {i.to, i.stride, step.of_row ? 0 : U};
+    }
+  }
   // What stays beyond its segment lies in a pass's rows as in a buffer's.
   Number* kept_at(int64_t k, const Strip& strip) const {
     const auto& step = schedule_[k];
@@ -472,9 +549,10 @@ class Evaluator {
   const Rows<Number>& rows_;
   const Schedule schedule_;
   const int64_t pass_rows_;  // as many as make a strip
-  int64_t segment_ = 0;
+  int64_t segment_ = 0, blocks_ = 0;
   Buffer<Number> numbers_, ends_, made_, kept_, totals_, means_;
   Buffer<Operand<Number>> places_;
+  Buffer<Instruction<Number>> code_;
 };
 
 // All panels of W^T; w [gates*units,K].
@@ -605,133 +683,360 @@ const Number* row_at(const void* tensor, int64_t row, int64_t columns) {
   return static_cast<const Number*>(tensor) + row * columns;
 }
 
-template <class Number>
-void forward(const FlexForward& f) {
-  constexpr int U = kLanes<Number>;
-  const Rows<Number> rows{f};
-  const Gates<Number> gates(f, rows);
-  const InputGates<Number> x_gates(f);
-  const Units<Number> units(f, rows);
-  const Teams teams = teams_of(f, rows);
-  const Pieces<Number> pieces(rows, teams, gates.per_panel);
-  const int64_t H = f.H, P = rows.padded, of_x = x_gates.panels.width(), of_saved = f.Y * H + f.R,
-                of_piece = kBlockRows * pieces.size * f.A * U;
-  const int64_t chunk = chunk_steps(f.T, teams.rows(), of_x * sizeof(Number));
-  Buffer<Number> states((f.S + 1) * f.N * P), xs(f.N * chunk * f.I), projections(f.N * chunk * of_x);
-  // While a step lasts h is read by other units, so a new one goes elsewhere.
-  const auto state = [&](int64_t s, int64_t n, int64_t step) {
-    return states + ((s || step % 2 == 0 ? s : f.S) * f.N + n) * P;
-  };
+// As Teams::run, of a sweep over each(stage) that calls stage(rows of the batch, part, parts).
+template <class Sweep>
+void run_rows(const Teams& teams, const Sweep& sweep) {
   teams.run([&](const auto& each) {
-    Evaluator<Number> evaluator(f.program, rows);
-    Buffer<Number> sums(pieces.at_once * of_piece);
-    const auto each_group = [&](const auto& stage) {
-      each([&](int64_t g, int64_t part, int64_t parts) { stage(share(f.N, g, teams.groups()), part, parts); });
-    };
-    each_group([&](Range ns, int64_t part, int64_t) {
-      for (int64_t n = ns.begin; part == 0 && n < ns.end; n++) {
-        for (int64_t s = 0; s < f.S; s++) rows.to_buffer(state(s, n, 0), f.states[s], n);
-      }
-    });
-    for (int64_t s0 = 0; s0 < f.T; s0 += chunk) {
-      const int64_t s1 = min(s0 + chunk, f.T);
-      each_group([&](Range ns, int64_t part, int64_t parts) {
-        const size_t bytes = (ns.end - ns.begin) * f.I * sizeof(Number);
-        for (int64_t s = s0 + part; bytes && s < s1; s += parts) {
-          memcpy(xs + (ns.begin * chunk + (ns.end - ns.begin) * (s - s0)) * f.I,
-                 row_at<Number>(f.x, rows.time(s) * f.N + ns.begin, f.I), bytes);
-        }
-      });
-      each_group([&](Range ns, int64_t part, int64_t parts) {
-        x_gates.multiply(xs + ns.begin * chunk * f.I, (ns.end - ns.begin) * (s1 - s0),
-                         share(f.X ? x_gates.panels.count() : 0, part, parts), projections + ns.begin * chunk * of_x);
-      });
-      for (int64_t step = s0; step < s1; step++) {
-        const int64_t t = rows.time(step), first = t * f.N;
-        const auto valid = [&](int64_t n) { return rows.valid(t, n); };
-        if (f.before || f.lengths || f.resets) {
-          each_group([&](Range ns, int64_t part, int64_t) {
-            for (int64_t n = ns.begin; part == 0 && n < ns.end; n++) {
-              for (int64_t s = 0; s < f.S; s++) {
-                Number* const old = state(s, n, step);
-                for (int64_t u = 0; rows.cut(t, n) && u < P; u++) old[u] = Number(f.initial[s]);
-                if (f.before) rows.to_tensor(f.before[s], first + n, old);
-                if (!valid(n)) clear(row_at<Number>(f.every[s], first + n, H), H * sizeof(Number));
-              }
-              if (!valid(n)) memcpy(state(0, n, step + 1), state(0, n, step), P * sizeof(Number));
-            }
-          });
-        }
-        each_group([&](Range ns, int64_t part, int64_t parts) {
-          const Range live = rows.valid(t, ns);
-          const Number* x = projections + (ns.begin * chunk + (ns.end - ns.begin) * (step - s0)) * of_x;
-          to_and_fro(share(pieces.count / pieces.at_once, part, parts), step, [&](int64_t i) {
-            const Range ks{i * pieces.at_once, (i + 1) * pieces.at_once};
-            const auto sums_of = [&](int64_t k) { return sums + (k - ks.begin) * of_piece; };
-            for (int64_t n = live.begin; n < live.end; n += kBlockRows) {
-              const Range of_block{n, min(live.end, n + kBlockRows)};
-              to_and_fro(ks, step, [&](int64_t k) {
-                const int64_t head = pieces.head(k);
-                gates.multiply(state(0, n, step) + head * rows.blocks * U, P, of_block.end - n, head, pieces.at(k),
-                               sums_of(k));
-              });
-              evaluator.passes(pieces, ks, of_block, [&](const Strip& strip, int64_t piece) {
-                const Range bs = pieces.at(piece);
-                const int64_t row = first + strip.row;
-                int64_t k = 0;
-                for (int64_t g = 0; g < f.X; g++) {
-                  evaluator.read(k++, x + (strip.row - ns.begin) * of_x + g * H, of_x, strip);
-                }
-                for (int64_t g = 0; g < f.Z; g++) {
-                  evaluator.read(k++, row_at<Number>(f.z_gates, row, f.Z * H) + g * H, f.Z * H, strip);
-                }
-                for (int64_t g = 0; g < f.A; g++) {
-                  const int64_t of_row = (bs.end - bs.begin) * f.A * U;
-                  const Number* a =
-                      sums_of(piece) + (strip.row - n) * of_row + ((strip.block - bs.begin) * f.A + g) * U;
-                  evaluator.read(k++, {a, of_row, f.A * U});
-                }
-                for (int64_t s = 0; s < f.S; s++) {
-                  evaluator.read(k++, {state(s, strip.row, step) + strip.place, P, U});
-                }
-                units.read(evaluator, k, strip);
-                evaluator.run(strip);
-                if (!evaluator.is_last()) return;
-                Number* saved = row_at<Number>(f.saved, row, of_saved);
-                for (int64_t y = 0; y < f.Y; y++) {
-                  evaluator.write(f.S + y, saved + y * H + strip.unit, of_saved, strip, strip.lanes, valid);
-                }
-                for (int64_t r = 0; r < f.R; r++) {
-                  evaluator.write_of_rows(f.S + f.Y + r, saved + f.Y * H + r, of_saved, strip, valid);
-                }
-                for (int64_t s = 0; s < f.S; s++) {
-                  evaluator.write(s, state(s, strip.row, step + 1) + strip.place, P, strip, U, valid);
-                  evaluator.write(s, row_at<Number>(f.every[s], row, H) + strip.unit, H, strip, strip.lanes, valid);
-                }
-              });
-            }
-          });
-        });
-      }
-    }
-    each_group([&](Range ns, int64_t part, int64_t) {
-      for (int64_t n = ns.begin; part == 0 && n < ns.end; n++) {
-        for (int64_t s = 0; s < f.S; s++) rows.to_tensor(f.states[s], n, state(s, n, f.T));
-      }
+    sweep([&](const auto& stage) {
+      each([&](int64_t g, int64_t part, int64_t parts) { stage(share(teams.N, g, teams.groups()), part, parts); });
     });
   });
 }
 
-// The products that follow a sweep: the gradients of x, of W_ih, W_hh and the biases, of those at the gates; dx_gates
-// [T*N][X*H], da_gates [T*N][K*columns], a row `of_a` from the one before. A vector at a row's end may end beyond it.
+template <class Number>
+class ForwardSweep {
+  static constexpr int U = kLanes<Number>;
+
+ public:
+  explicit ForwardSweep(const FlexForward& f)
+      : f(f),
+        rows{f},
+        gates(f, rows),
+        x_gates(f),
+        units(f, rows),
+        teams(teams_of(f, rows)),
+        pieces(rows, teams, gates.per_panel),
+        H(f.H),
+        P(rows.padded),
+        of_x(x_gates.panels.width()),
+        of_saved(f.Y * H + f.R),
+        of_piece(kBlockRows * pieces.size * f.A * U),
+        chunk(chunk_steps(f.T, teams.rows(), of_x * sizeof(Number))),
+        states((f.S + 1) * f.N * P),
+        xs(f.N * chunk * f.I),
+        projections(f.N * chunk * of_x) {}
+
+  void run() const {
+    run_rows(teams, [&](const auto& each) {
+      Evaluator<Number> evaluator(f.program, rows);
+      const Buffer<Number> sums(pieces.at_once * of_piece);
+      each([&](Range ns, int64_t part, int64_t) {
+        for (int64_t n = ns.begin; part == 0 && n < ns.end; n++) {
+          for (int64_t s = 0; s < f.S; s++) rows.to_buffer(state(s, n, 0), f.states[s], n);
+        }
+      });
+      for (int64_t s0 = 0; s0 < f.T; s0 += chunk) {
+        const int64_t s1 = min(s0 + chunk, f.T);
+        each([&](Range ns, int64_t part, int64_t parts) { gather(ns, s0, s1, part, parts); });
+        each([&](Range ns, int64_t part, int64_t parts) {
+          x_gates.multiply(xs + ns.begin * chunk * f.I, (ns.end - ns.begin) * (s1 - s0),
+                           share(f.X ? x_gates.panels.count() : 0, part, parts), projection(ns, 0));
+        });
+        for (int64_t step = s0; step < s1; step++) {
+          if (f.lengths || f.resets) {
+            each([&](Range ns, int64_t part, int64_t) {
+              if (part == 0) cut_and_end(ns, step);
+            });
+          }
+          each([&](Range ns, int64_t part, int64_t parts) {
+            const Number* x = projection(ns, step - s0);
+            pieces.each(part, parts, step, [&](Range ks) { take(evaluator, sums, ks, ns, step, x); });
+          });
+        }
+      }
+      each([&](Range ns, int64_t part, int64_t) {
+        for (int64_t n = ns.begin; part == 0 && n < ns.end; n++) {
+          for (int64_t s = 0; s < f.S; s++) rows.to_tensor(f.states[s], n, state(s, n, f.T));
+        }
+      });
+    });
+  }
+
+ private:
+  // While a step lasts h is read by other units, so a new one goes elsewhere.
+  Number* state(int64_t s, int64_t n, int64_t step) const {
+    return states + ((s || step % 2 == 0 ? s : f.S) * f.N + n) * P;
+  }
+  // Of these rows in a step of the chunk.
+  Number* projection(Range ns, int64_t step) const {
+    return projections + (ns.begin * chunk + (ns.end - ns.begin) * step) * of_x;
+  }
+
+  void gather(Range ns, int64_t s0, int64_t s1, int64_t part, int64_t parts) const {
+    const size_t bytes = (ns.end - ns.begin) * f.I * sizeof(Number);
+    for (int64_t s = s0 + part; bytes && s < s1; s += parts) {
+      memcpy(xs + (ns.begin * chunk + (ns.end - ns.begin) * (s - s0)) * f.I,
+             row_at<Number>(f.x, rows.time(s) * f.N + ns.begin, f.I), bytes);
+    }
+  }
+
+  // Gives states their initial value at a border, and those beyond a row's end on to the next step.
+  void cut_and_end(Range ns, int64_t step) const {
+    const int64_t t = rows.time(step);
+    for (int64_t n = ns.begin; n < ns.end; n++) {
+      const bool cut = rows.cut(t, n), valid = rows.valid(t, n);
+      for (int64_t s = 0; s < f.S; s++) {
+        Number* const old = state(s, n, step);
+        for (int64_t u = 0; cut && u < P; u++) old[u] = Number(f.initial[s]);
+        if (!valid && f.every[s]) clear(row_at<Number>(f.every[s], t * f.N + n, H), H * sizeof(Number));
+      }
+      if (!valid) memcpy(state(0, n, step + 1), state(0, n, step), P * sizeof(Number));
+    }
+  }
+
+  // Some pieces of a step: the product, and the program on what it makes, some rows at a time.
+  void take(Evaluator<Number>& evaluator, Number* sums, Range ks, Range ns, int64_t step, const Number* x) const {
+    const int64_t t = rows.time(step), first = t * f.N;
+    const auto valid = [&](int64_t n) { return rows.valid(t, n); };
+    const auto sums_of = [&](int64_t k) { return sums + (k - ks.begin) * of_piece; };
+    const Range live = rows.valid(t, ns);
+    for (int64_t n = live.begin; n < live.end; n += kBlockRows) {
+      const Range of_block{n, min(live.end, n + kBlockRows)};
+      to_and_fro(ks, step, [&](int64_t k) {
+        const auto& piece = pieces[k];
+        gates.multiply(state(0, n, step) + piece.head * rows.blocks * U, P, of_block.end - n, piece.head, piece.blocks,
+                       sums_of(k));
+      });
+      evaluator.passes(pieces, ks, of_block, [&](const Strip& strip, int64_t piece) {
+        const Range bs = pieces[piece].blocks;
+        const int64_t row = first + strip.row, of_row = (bs.end - bs.begin) * f.A * U;
+        const Number *of_strip = x + (strip.row - ns.begin) * of_x, *z = row_at<Number>(f.z_gates, row, f.Z * H),
+                     *a = sums_of(piece) + (strip.row - n) * of_row + (strip.block - bs.begin) * f.A * U;
+        int64_t k = 0;
+        for (int64_t g = 0; g < f.X; g++) evaluator.read(k++, of_strip + g * H, of_x, strip);
+        for (int64_t g = 0; g < f.Z; g++) evaluator.read(k++, z + g * H, f.Z * H, strip);
+        for (int64_t g = 0; g < f.A; g++) evaluator.read(k++, {a + g * U, of_row, f.A * U});
+        for (int64_t s = 0; s < f.S; s++) evaluator.read(k++, {state(s, strip.row, step) + strip.place, P, U});
+        units.read(evaluator, k, strip);
+        evaluator.run(strip);
+        if (!evaluator.is_last()) return;
+        Number* saved = row_at<Number>(f.saved, row, of_saved);
+        for (int64_t y = 0; y < f.Y; y++) {
+          evaluator.write(f.S + y, saved + y * H + strip.unit, of_saved, strip, strip.lanes, valid);
+        }
+        for (int64_t r = 0; r < f.R; r++) {
+          evaluator.write_of_rows(f.S + f.Y + r, saved + f.Y * H + r, of_saved, strip, valid);
+        }
+        for (int64_t s = 0; s < f.S; s++) {
+          evaluator.write(s, state(s, strip.row, step + 1) + strip.place, P, strip, U, valid);
+          if (!f.every[s]) continue;
+          evaluator.write(s, row_at<Number>(f.every[s], row, H) + strip.unit, H, strip, strip.lanes, valid);
+        }
+      });
+    }
+  }
+
+  const FlexForward& f;
+  const Rows<Number> rows;
+  const Gates<Number> gates;
+  const InputGates<Number> x_gates;
+  const Units<Number> units;
+  const Teams teams;
+  const Pieces<Number> pieces;
+  const int64_t H, P, of_x, of_saved, of_piece;
+  const int64_t chunk;  // steps
+  const Buffer<Number> states, xs, projections;
+};
+
+// The states before a step: those after the one before it, unless there is none or a border.
+template <class Number>
+class StatesBefore {
+ public:
+  StatesBefore(const FlexBackward& b, const Rows<Number>& rows)
+      : b_(b), rows_(rows), initial_(b.resets ? b.S * b.H : 0) {
+    for (int64_t i = 0; b.resets && i < b.S * b.H; i++) initial_[i] = Number(b.initial[i / b.H]);
+  }
+  // [H] of row n; where step t lies beyond its end anything.
+  const Number* operator()(int64_t s, int64_t t, int64_t n) const {
+    if (rows_.cut(t, n)) return initial_ + s * b_.H;
+    const int64_t before = b_.reverse ? t + 1 : t - 1;
+    const bool is_first = before < 0 || before >= b_.T || (b_.reverse && !rows_.valid(before, n));
+    return is_first ? row_at<Number>(b_.states[s], n, b_.H) : row_at<Number>(b_.every[s], before * b_.N + n, b_.H);
+  }
+  // Whether those of a step lie in different tensors.
+  bool are_scattered() const { return b_.resets || (b_.lengths && b_.reverse); }
+
+ private:
+  const FlexBackward& b_;
+  const Rows<Number>& rows_;
+  const Buffer<Number> initial_;  // [S][H]
+};
+
+// From the last step to the first: the gradients at the gates, which stay, and those of the states.
+template <class Number>
+class BackwardSweep {
+  static constexpr int U = kLanes<Number>;
+
+ public:
+  explicit BackwardSweep(const FlexBackward& b)
+      : b(b),
+        rows{b},
+        before(b, rows),
+        of_x(b.X * b.H),
+        of_a(b.shares_gates ? of_x : b.A * b.H),
+        dx_gates(b.T * b.N * of_x + U),
+        own_da(b.shares_gates ? 0 : b.T * b.N * of_a + U),
+        da_gates(b.shares_gates ? dx_gates : own_da),
+        units(b, rows),
+        teams(teams_of(b, rows)),
+        pieces(rows, teams, 1),
+        H(b.H),
+        P(rows.padded),
+        width(rows.width),
+        columns(b.A * width),
+        of_saved(b.Y * H + b.R),
+        panels(width),
+        w_hh(b.K * panels.width() * columns),
+        d_states(b.S * b.N * P) {
+    const int64_t count = panels.count();
+    parallel_for(b.A ? b.K * count : 0, min(b.threads, 1 + b.A * H * width / kThreadWork), [&](int64_t k) {
+      pack_rows<Plain<Number>>(packed(k / count), columns, Range{0, columns}, panels, k % count,
+                               [&](int64_t row) { return row_at<Number>(b.w_hh, k / count * columns + row, width); });
+    });
+  }
+
+  void run() const {
+    run_rows(teams, [&](const auto& each) {
+      Evaluator<Number> evaluator(b.program, rows);
+      each([&](Range ns, int64_t part, int64_t) {
+        for (int64_t n = ns.begin; part == 0 && n < ns.end; n++) {
+          for (int64_t s = 0; s < b.S; s++) rows.to_buffer(d_state(s, n), b.d_states[s], n);
+        }
+      });
+      for (int64_t step = b.T - 1; step >= 0; step--) {
+        const int64_t t = rows.time(step);
+        each([&](Range ns, int64_t part, int64_t parts) {
+          const Range live = rows.valid(t, ns);
+          if (b.lengths && part == 0) clear_ends(ns, t);
+          pieces.each(part, parts, step, [&](Range ks) { take(evaluator, ks, live, t); });
+        });
+        if (b.A) {
+          each([&](Range ns, int64_t part, int64_t parts) {
+            const Range live = rows.valid(t, ns);
+            to_and_fro(share(b.K * panels.count(), part, parts), step, [&](int64_t k) { carry(live, t, k); });
+          });
+        }
+        if (b.resets) {
+          each([&](Range ns, int64_t part, int64_t) {
+            for (int64_t n = ns.begin; part == 0 && n < ns.end; n++) {
+              if (!rows.valid(t, n) || !rows.cut(t, n)) continue;
+              for (int64_t s = 0; s < b.S; s++) memset(d_state(s, n), 0, P * sizeof(Number));
+            }
+          });
+        }
+      }
+      each([&](Range ns, int64_t part, int64_t) {
+        for (int64_t n = ns.begin; part == 0 && n < ns.end; n++) {
+          for (int64_t s = 0; s < b.S; s++) rows.to_tensor(b.d_states[s], n, d_state(s, n));
+        }
+      });
+    });
+  }
+
+  const FlexBackward& b;
+  const Rows<Number> rows;
+  const StatesBefore<Number> before;
+  const int64_t of_x, of_a;               // in a row of dx_gates, and of da_gates: [T*N][X*H], [T*N][K*columns]
+  const Buffer<Number> dx_gates, own_da;  // a vector at a row's end may end beyond it
+  Number* const da_gates;
+
+ private:
+  Number* packed(int64_t head) const { return w_hh + head * panels.width() * columns; }
+  Number* d_state(int64_t s, int64_t n) const { return d_states + (s * b.N + n) * P; }
+
+  void clear_ends(Range ns, int64_t t) const {
+    for (int64_t n = ns.begin; n < ns.end; n++) {
+      if (rows.valid(t, n)) continue;
+      const int64_t row = t * b.N + n;
+      clear(dx_gates + row * of_x, of_x * sizeof(Number));
+      if (!b.shares_gates) clear(da_gates + row * of_a, of_a * sizeof(Number));
+      if (b.dz_gates) clear(row_at<Number>(b.dz_gates, row, b.Z * H), b.Z * H * sizeof(Number));
+    }
+  }
+
+  // Some pieces of a step, back through the program.
+  void take(Evaluator<Number>& evaluator, Range ks, Range live, int64_t t) const {
+    const auto valid = [&](int64_t n) { return rows.valid(t, n); };
+    evaluator.passes(pieces, ks, live, [&](const Strip& strip, int64_t piece) {
+      const int64_t row = t * b.N + strip.row;
+      const Number* saved = row_at<Number>(b.saved, row, of_saved);
+      int64_t k = 0;
+      for (int64_t y = 0; y < b.Y; y++) evaluator.read(k++, saved + y * H, of_saved, strip);
+      for (int64_t r = 0; r < b.R; r++) evaluator.read_of_rows(k++, saved + b.Y * H + r, of_saved, strip);
+      for (int64_t s = 0; s < b.S; s++, k++) {
+        if (before.are_scattered()) {
+          evaluator.read_each(k, strip, [&](int64_t i) { return before(s, t, strip.row + i); });
+        } else {
+          evaluator.read(k, before(s, t, strip.row), H, strip);
+        }
+      }
+      for (int64_t s = 0; s < b.S; s++) evaluator.read(k++, row_at<Number>(b.every[s], row, H), H, strip);
+      units.read(evaluator, k, strip);
+      k += b.U;
+      for (int64_t s = 0; s < b.S; s++) {
+        Number* const d = d_state(s, strip.row) + strip.place;
+        for (int64_t i = 0; evaluator.is_first() && b.d_every[s] && i < strip.rows; i++) {
+          if (!valid(strip.row + i)) continue;
+          const Number* more = row_at<Number>(b.d_every[s], row + i, H) + strip.unit;
+          for (int64_t j = 0; j < strip.blocks * U; j += U) {
+            store(d + i * P + j, load(d + i * P + j) + load(more + j, strip.lanes));
+          }
+        }
+        evaluator.read(k++, {d, P, U});
+      }
+      evaluator.run(strip);
+      if (evaluator.is_last()) write(evaluator, strip, piece, t, valid);
+    });
+  }
+
+  template <class Valid>
+  void write(const Evaluator<Number>& evaluator, const Strip& strip, int64_t piece, int64_t t,
+             const Valid& valid) const {
+    const int64_t row = t * b.N + strip.row;
+    int64_t result = 0;
+    const auto write = [&](Number* to, int64_t stride) {
+      evaluator.write(result++, to, stride, strip, strip.lanes, valid);
+    };
+    for (int64_t g = 0; g < b.X; g++) write(dx_gates + row * of_x + g * H + strip.unit, of_x);
+    for (int64_t g = 0; b.dz_gates && g < b.Z; g++) {
+      write(row_at<Number>(b.dz_gates, row, b.Z * H) + g * H + strip.unit, b.Z * H);
+    }
+    result = b.X + b.Z;
+    for (int64_t g = 0; !b.shares_gates && g < b.A; g++) {
+      write(da_gates + row * of_a + pieces[piece].head * columns + g * width + strip.block * U, of_a);
+    }
+    for (int64_t s = 0; s < b.S; s++) {
+      evaluator.write(result++, d_state(s, strip.row) + strip.place, P, strip, U, valid);
+    }
+    Number* du = row_at<Number>(b.d_units, t / kUnitSteps * b.N + strip.row, b.U * H) + strip.unit;
+    for (int64_t j = 0; j < b.U; j++) evaluator.add(result++, du + j * H, b.U * H, strip, valid);
+  }
+
+  // Adds what comes through a panel of W_hh to the gradient of h.
+  void carry(Range live, int64_t t, int64_t k) const {
+    const int64_t head = k / panels.count(), p = k % panels.count();
+    Number* d = d_state(0, live.begin) + head * rows.blocks * U + panels.start(p);
+    product_in_registers<Number, Number>(da_gates + (t * b.N + live.begin) * of_a + head * columns, of_a,
+                                         live.end - live.begin, packed(head) + panels.start(p) * columns,
+                                         panels.vectors(p), columns, d, P, d, P);
+  }
+
+  const Units<Number> units;
+  const Teams teams;
+  const Pieces<Number> pieces;
+  const int64_t H, P, width, columns, of_saved;
+  const Panels<Number> panels;
+  const Buffer<Number> w_hh, d_states;  // [head][panel][columns][vector][U], [S][N][P]
+};
+
+// The products that follow a sweep: the gradients of x, of W_ih, W_hh and the biases, of those at the gates.
 template <class Number>
 class GateProducts {
   static constexpr int U = kLanes<Number>;
   using Product = TransposedProduct<Number, Plain<Number>, Plain<Number>>;
 
  public:
-  GateProducts(const FlexBackward& b, const Number* dx_gates, const Number* da_gates, int64_t of_a)
-      : b(b), dx_gates(dx_gates), da_gates(da_gates), of_a(of_a) {}
+  explicit GateProducts(const BackwardSweep<Number>& sweep) : sweep(sweep), b(sweep.b) {}
 
   void inputs() const {
     const Panels<Number> panels(b.I);
@@ -745,7 +1050,7 @@ class GateProducts {
       const int64_t p = task % panels.count(), q0 = task / panels.count() * kBlockRows;
       const int64_t count = min(kBlockRows, rows - q0), next = panels.vectors(p) * U;
       Number sums[kBlockRows * kMaxVectors * U];
-      product_in_registers<Number, Number>(dx_gates + q0 * depth, depth, count, packed + panels.start(p) * depth,
+      product_in_registers<Number, Number>(sweep.dx_gates + q0 * depth, depth, count, packed + panels.start(p) * depth,
                                            panels.vectors(p), depth, kZeros<Number>, 0, sums, next);
       for (int64_t i = 0; i < count; i++) {
         Number* to = row_at<Number>(b.dx, q0 + i, b.I);
@@ -763,23 +1068,28 @@ class GateProducts {
     const auto head = [&](int64_t k) { return h + k * stretches * kStretch * width; };
     parallel_for(ceil_div(rows, U), b.threads, [&](int64_t block) {
       const int64_t q0 = block * U;
-      const auto put = [&](Number* to, const void* from, int64_t columns, int64_t first, int64_t size) {
+      const auto put = [&](Number* to, int64_t size, const auto& row_of) {
         const Number* of_rows[U] = {};
-        for (int64_t q = q0; q < min(q0 + U, rows); q++) of_rows[q - q0] = row_at<Number>(from, q, columns) + first;
+        for (int64_t q = q0; q < min(q0 + U, rows); q++) of_rows[q - q0] = row_of(q);
         Product::put_rows(to, q0, size, of_rows);
       };
-      if (b.X) put(x, b.x, b.I, 0, b.I);
-      for (int64_t k = 0; k < heads; k++) put(head(k), b.before[0], b.H, k * width, width);
+      if (b.X) put(x, b.I, [&](int64_t q) { return row_at<Number>(b.x, q, b.I); });
+      for (int64_t k = 0; k < heads; k++) {
+        put(head(k), width, [&](int64_t q) -> const Number* {
+          const int64_t t = q / b.N, n = q % b.N;
+          return sweep.rows.valid(t, n) ? sweep.before(0, t, n) + k * width : nullptr;
+        });
+      }
     });
     const Buffer<Product> products(1 + heads);
     int64_t count = 0;
-    if (b.X) products[count++] = {x, b.I, dx_gates, b.X * b.H, &of_x, {}, 0, b.dw_ih, b.db_ih};
+    if (b.X) products[count++] = {x, b.I, sweep.dx_gates, b.X * b.H, &of_x, {}, 0, b.dw_ih, b.db_ih};
     for (int64_t k = 0; k < heads; k++) {
       const int64_t first = k * b.A * width;
       products[count++] = {head(k),
                            width,
-                           da_gates + first,
-                           of_a,
+                           sweep.da_gates + first,
+                           sweep.of_a,
                            &of_h,
                            {},
                            0,
@@ -795,126 +1105,21 @@ class GateProducts {
     return min(b.threads, 1 + count * max(b.X, b.A) * b.H * columns / kThreadWork);
   }
 
+  const BackwardSweep<Number>& sweep;
   const FlexBackward& b;
-  const Number *const dx_gates, *const da_gates;
-  const int64_t of_a, rows = b.T * b.N;
+  const int64_t rows = b.T * b.N;
 };
 
 template <class Number>
+void forward(const FlexForward& f) {
+  ForwardSweep<Number>(f).run();
+}
+
+template <class Number>
 void backward(const FlexBackward& b) {
-  constexpr int U = kLanes<Number>;
-  const Rows<Number> rows{b};
-  const Units<Number> units(b, rows);
-  const Teams teams = teams_of(b, rows);
-  const Pieces<Number> pieces(rows, teams, 1);
-  const int64_t H = b.H, P = rows.padded, width = rows.width, columns = b.A * width;
-  const int64_t of_x = b.X * H, of_a = b.is_both ? of_x : b.A * H, of_saved = b.Y * H + b.R;
-  const Panels<Number> panels(width);
-  const int64_t panel_width = panels.width();
-  Buffer<Number> packed(b.K * panel_width * columns);
-  parallel_for(b.A ? b.K * panels.count() : 0, min(b.threads, 1 + b.A * H * width / kThreadWork), [&](int64_t k) {
-    const int64_t head = k / panels.count();
-    pack_rows<Plain<Number>>(packed + head * panel_width * columns, columns, Range{0, columns}, panels,
-                             k % panels.count(),
-                             [&](int64_t k) { return row_at<Number>(b.w_hh, head * columns + k, width); });
-  });
-  Buffer<Number> d_states(b.S * b.N * P), dx_gates(b.T * b.N * of_x + U), own_da(b.is_both ? 0 : b.T * b.N * of_a + U);
-  Number* const da_gates = b.is_both ? dx_gates : own_da;
-  const auto d_state = [&](int64_t s, int64_t n) { return d_states + (s * b.N + n) * P; };
-  teams.run([&](const auto& each) {
-    Evaluator<Number> evaluator(b.program, rows);
-    const auto each_group = [&](const auto& stage) {
-      each([&](int64_t g, int64_t part, int64_t parts) { stage(share(b.N, g, teams.groups()), part, parts); });
-    };
-    each_group([&](Range ns, int64_t part, int64_t) {
-      for (int64_t n = ns.begin; part == 0 && n < ns.end; n++) {
-        for (int64_t s = 0; s < b.S; s++) rows.to_buffer(d_state(s, n), b.d_states[s], n);
-      }
-    });
-    for (int64_t step = b.T - 1; step >= 0; step--) {
-      const int64_t t = rows.time(step), first = t * b.N;
-      const auto valid = [&](int64_t n) { return rows.valid(t, n); };
-      each_group([&](Range ns, int64_t part, int64_t parts) {
-        const Range live = rows.valid(t, ns);
-        for (int64_t n = ns.begin; part == 0 && n < ns.end; n++) {
-          if (valid(n)) continue;
-          clear(dx_gates + (first + n) * of_x, of_x * sizeof(Number));
-          if (!b.is_both) clear(da_gates + (first + n) * of_a, of_a * sizeof(Number));
-          if (b.dz_gates) clear(row_at<Number>(b.dz_gates, first + n, b.Z * H), b.Z * H * sizeof(Number));
-        }
-        to_and_fro(share(pieces.count / pieces.at_once, part, parts), step, [&](int64_t i) {
-          const Range ks{i * pieces.at_once, (i + 1) * pieces.at_once};
-          evaluator.passes(pieces, ks, live, [&](const Strip& strip, int64_t piece) {
-            const int64_t row = first + strip.row, head = pieces.head(piece);
-            int64_t k = 0;
-            const Number* saved = row_at<Number>(b.saved, row, of_saved);
-            for (int64_t y = 0; y < b.Y; y++) evaluator.read(k++, saved + y * H, of_saved, strip);
-            for (int64_t r = 0; r < b.R; r++) evaluator.read_of_rows(k++, saved + b.Y * H + r, of_saved, strip);
-            for (int64_t s = 0; s < b.S; s++) evaluator.read(k++, row_at<Number>(b.before[s], row, H), H, strip);
-            for (int64_t s = 0; s < b.S; s++) evaluator.read(k++, row_at<Number>(b.every[s], row, H), H, strip);
-            units.read(evaluator, k, strip);
-            k += b.U;
-            for (int64_t s = 0; s < b.S; s++) {
-              Number* const d = d_state(s, strip.row) + strip.place;
-              for (int64_t i = 0; evaluator.is_first() && b.d_every[s] && i < strip.rows; i++) {
-                if (!valid(strip.row + i)) continue;
-                const Number* more = row_at<Number>(b.d_every[s], row + i, H) + strip.unit;
-                for (int64_t j = 0; j < strip.blocks * U; j += U) {
-                  store(d + i * P + j, load(d + i * P + j) + load(more + j, strip.lanes));
-                }
-              }
-              evaluator.read(k++, {d, P, U});
-            }
-            evaluator.run(strip);
-            if (!evaluator.is_last()) return;
-            int64_t result = 0;
-            const auto write = [&](Number* to, int64_t stride) {
-              evaluator.write(result++, to, stride, strip, strip.lanes, valid);
-            };
-            for (int64_t g = 0; g < b.X; g++) write(dx_gates + row * of_x + g * H + strip.unit, of_x);
-            for (int64_t g = 0; b.dz_gates && g < b.Z; g++) {
-              write(row_at<Number>(b.dz_gates, row, b.Z * H) + g * H + strip.unit, b.Z * H);
-            }
-            result = b.X + b.Z;
-            for (int64_t g = 0; !b.is_both && g < b.A; g++) {
-              write(da_gates + row * of_a + head * columns + g * width + strip.block * U, of_a);
-            }
-            for (int64_t s = 0; s < b.S; s++) {
-              evaluator.write(result++, d_state(s, strip.row) + strip.place, P, strip, U, valid);
-            }
-            Number* du = row_at<Number>(b.d_units, t / kUnitSteps * b.N + strip.row, b.U * H) + strip.unit;
-            for (int64_t j = 0; j < b.U; j++) evaluator.add(result++, du + j * H, b.U * H, strip, valid);
-          });
-        });
-      });
-      if (b.A) {
-        each_group([&](Range ns, int64_t part, int64_t parts) {
-          const Range live = rows.valid(t, ns);
-          to_and_fro(share(b.K * panels.count(), part, parts), step, [&](int64_t k) {
-            const int64_t head = k / panels.count(), p = k % panels.count();
-            Number* d = d_state(0, live.begin) + head * rows.blocks * U + panels.start(p);
-            product_in_registers<Number, Number>(
-                da_gates + (first + live.begin) * of_a + head * columns, of_a, live.end - live.begin,
-                packed + (head * panel_width + panels.start(p)) * columns, panels.vectors(p), columns, d, P, d, P);
-          });
-        });
-      }
-      if (b.resets) {
-        each_group([&](Range ns, int64_t part, int64_t) {
-          for (int64_t n = ns.begin; part == 0 && n < ns.end; n++) {
-            if (!valid(n) || !rows.cut(t, n)) continue;
-            for (int64_t s = 0; s < b.S; s++) memset(d_state(s, n), 0, P * sizeof(Number));
-          }
-        });
-      }
-    }
-    each_group([&](Range ns, int64_t part, int64_t) {
-      for (int64_t n = ns.begin; part == 0 && n < ns.end; n++) {
-        for (int64_t s = 0; s < b.S; s++) rows.to_tensor(b.d_states[s], n, d_state(s, n));
-      }
-    });
-  });
-  const GateProducts<Number> products(b, dx_gates, da_gates, of_a);
+  const BackwardSweep<Number> sweep(b);
+  sweep.run();
+  const GateProducts<Number> products(sweep);
   if (b.dx) products.inputs();
   if (b.need_dw) products.weights();
 }

@@ -17,7 +17,9 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 struct Range {
   int64_t begin, end;
 };
-constexpr Range share(int64_t n, int64_t part, int64_t parts) { return {n * part / parts, n * (part + 1) / parts}; }
+constexpr Range share(int64_t n, int64_t part, int64_t parts) {
+  return parts == 1 ? Range{0, n} : Range{n * part / parts, n * (part + 1) / parts};  // a division takes long
+}
 
 // Calls body(begin, end) for ranges that make up [0, tasks), in parallel.
 template <class Body>

@@ -222,12 +222,13 @@ def _forward(products: Products, plan: Plan, inputs: Sequence[Any], keep: bool) 
 
 def _backward(
     products: Products, plan: Plan, inputs: Sequence[Any], kept: Sequence[Tensor], needs: Sequence[bool],
-    d_every: Sequence[Tensor | None], d_after: Sequence[Tensor],
+    d_every: Sequence[Tensor | None], d_after: Sequence[Tensor | None],
 ) -> Sequence[Tensor | None]:  # fmt: skip
     k, (_, step) = _Recurrence(products, plan, inputs), steps_of(plan.cell)
     T, N, H, A = k.T, k.N, k.H, k.A
     *before, a_gates = kept
-    d_states = tuple(grad.clone(memory_format=torch.contiguous_format) for grad in d_after)
+    d_states = tuple(state.new_zeros(N, H) if grad is None else grad.clone(memory_format=torch.contiguous_format)
+                     for state, grad in zip(k.states, d_after))  # fmt: skip
     dx_gates, da_gates = k.new_rows(k.x_gates.shape), k.new_rows(T, N, A * H, dtype=k.multiplied)
     d_units = k.x_gates.new_zeros(len(plan.cell.weights), 1, N, H)
     if k.x_gates.numel():
@@ -236,14 +237,14 @@ def _backward(
             tuple(k.x_gates if grad is None else grad.contiguous() for grad in d_every), d_states, dx_gates,
             da_gates, tuple(d_units.unbind()), k.own_w, EVERY=tuple(grad is not None for grad in d_every),
         )  # fmt: skip
-        is_spread = bool(k.how.depth)
+        is_shared = bool(k.how.depth)
         for s in reversed(k.launches):
-            launch(first=s, last=s + k.launches.step, ENDS=is_spread and k.at_once)
+            launch(first=s, last=s + k.launches.step, ENDS=is_shared and k.at_once)
             if not k.how.fused:
                 t = T - 1 - s if plan.reverse else s
                 through = k.by_head(d_states[0])
                 torch.baddbmm(through, k.by_head(da_gates[t]), k.w_hh, out=through)
-        if is_spread and not k.at_once:
+        if is_shared and not k.at_once:
             launch(first=0, last=0, ENDS=True)
     dw_hh = db_hh = None
     if k.w_hh is not None:
@@ -271,6 +272,8 @@ def _kernels(products: Products) -> evaluator.Kernels:
 def run(plan: Plan, *inputs: Any) -> tuple[Tensor, ...]:
     """As ``evaluator.in_plain_torch``, of float32 or float64."""
     x, w_ih, b_ih, z_gates, w_hh, b_hh, lengths, resets, *others = inputs
+    if w_hh is not None and w_hh.dim() == 2:
+        w_hh = w_hh.unsqueeze(0)
     x_gates = evaluator.gates_of_x(x, w_ih, b_ih, z_gates, others[0].dtype)
     if resets is not None and not plan.reverse and x_gates.size(0):  # the kernels cut what leaves a step
         begins = resets[0] if lengths is None else resets[0] & (lengths > 0)
