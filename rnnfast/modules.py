@@ -104,7 +104,7 @@ class _Module(nn.Module):
             return proxy.tracer.create_proxy("call_module", path, args, kwargs)
         return nn.Module.__call__(self, *args, **kwargs)
 
-    def _quick(self, input: Any, hx: Any) -> Any:
+    def _quick(self, input: Any, hx: Any, weights: list[Tensor]) -> Any:
         """What a single operator makes of a call on a CPU that has no more arguments; None if none serves it.
 
         It is torch's for a single step under autograd, where that is the quicker one, and our library's for inference.
@@ -115,18 +115,16 @@ class _Module(nn.Module):
         seen = circumstances()
         if (seen is not USUAL and (seen.compiled or seen != _FORCED)) or _is_any_autocast():
             return None
-        weights = self._weights()
         if _is_grad_enabled() and weights[1].requires_grad:
-            return (
-                self._single(input, hx, weights) if seen is USUAL and self._is_quicker_by_torch(input.dtype) else None
-            )
+            is_torchs = seen is USUAL and self._is_quicker_by_torch(input.dtype)
+            return self._single(input, hx, weights) if is_torchs else None
         states = self._plain_states(hx)
-        # No modes, and no other Tensors, that are to hear of torch's operations.
-        if states is None or _dispatch_modes() or not _TYPES.issuperset(map(type, weights)):
-            return None
-        if states and not _TYPES.issuperset(map(type, states)):
-            return None
-        if _is_grad_enabled() and any(t.requires_grad for t in (input, *weights, *states)):
+        if (
+            states is None
+            or _dispatch_modes()
+            or not _TYPES.issuperset(map(type, (*states, *weights)))  # others may have operators of their own
+            or (_is_grad_enabled() and any(t.requires_grad for t in (input, *states, *weights)))
+        ):
             return None
         return self._plain(input, weights, states)
 
@@ -136,7 +134,6 @@ class _Module(nn.Module):
 
     if TYPE_CHECKING:
 
-        def _weights(self) -> list[Tensor]: ...
         def _single(self, input: Tensor, hx: Any, weights: list[Tensor]) -> Any: ...
         def _plain(self, input: Tensor, weights: list[Tensor], states: Sequence[Tensor]) -> Any: ...
 
@@ -444,9 +441,6 @@ class _Recurrent(_Module, nn.RNNBase, Generic[Hx, Hidden]):
             TypeError: lengths, resets or cu_seqlens is no Tensor, or max_seqlen no int.
             RuntimeError: hx or input has a wrong size, in torch's words.
         """
-        no_more = lengths is None and resets is None and cu_seqlens is None and max_seqlen is None
-        if no_more and not return_states and not more and (quick := self._quick(input, hx)) is not None:
-            return quick  # type: ignore[no-any-return]
         if more:  # torch.onnx's older exporter gives all arguments by position, also those that were left out
             if len(more) != 5 or not torch.onnx.is_in_onnx_export():
                 raise TypeError(f"forward() takes from 2 to 3 positional arguments but {3 + len(more)} were given")
@@ -458,6 +452,9 @@ class _Recurrent(_Module, nn.RNNBase, Generic[Hx, Hidden]):
             more = lengths, resets, return_states, cu_seqlens, max_seqlen
             return jagged.run(of_padded, self.batch_first, input, hx, *more)
         weights = self._weights()
+        no_more = lengths is None and resets is None and not return_states
+        if no_more and (quick := self._quick(input, hx, weights)) is not None:
+            return quick  # type: ignore[no-any-return]
         dropped = self._rnnfast_options.weight_dropout
         if dropped and self.training:
             weights = [
@@ -478,7 +475,7 @@ class _Recurrent(_Module, nn.RNNBase, Generic[Hx, Hidden]):
 
     def _single(self, input: Tensor, hx: Any, weights: list[Tensor]) -> tuple[Any, ...] | None:
         """What torch's kernels make of a single step; None of more, or where torch.nn would read other weights."""
-        if input.is_nested or input.dim() < 2 or weights is not self._flat_weights:
+        if input.dim() < 2 or weights is not self._flat_weights:
             return None
         if input.size(1 if self.batch_first and input.dim() == 3 else 0) != 1:
             return None
@@ -943,9 +940,9 @@ class _Cell(_Module, nn.RNNCellBase, Generic[Hx, Hidden]):
         Raises:
             ValueError, RuntimeError: a wrong number of dimensions, size or dtype, in torch's words.
         """
-        if (quick := self._quick(input, hx)) is not None:
-            return quick  # type: ignore[no-any-return]
         weights = self._weights()
+        if (quick := self._quick(input, hx, weights)) is not None:
+            return quick  # type: ignore[no-any-return]
         dims = input.dim()
         if dims not in (1, 2):
             raise ValueError(f"{self._name}: Expected input to be 1D or 2D, got {dims}D instead")
@@ -964,11 +961,7 @@ class _Cell(_Module, nn.RNNCellBase, Generic[Hx, Hidden]):
     def _single(self, input: Tensor, hx: Any, weights: list[Tensor]) -> Any:
         """As torch.nn's forward, which reads its attributes slowly."""
         states = self._plain_states(hx)
-        if (
-            states is None
-            or input.dim() != 2
-            or (states and any(type(s) is not Tensor or s.dim() != 2 for s in states))
-        ):
+        if states is None or input.dim() != 2 or any(type(s) is not Tensor or s.dim() != 2 for s in states):
             return self._theirs.forward(self, input, hx)
         if not states:
             zeros = input.new_zeros(input.size(0), weights[1].size(1))

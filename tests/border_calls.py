@@ -1,8 +1,8 @@
 """Malformed calls of the raw operators, as a program: `python tests/border_calls.py BACKEND SEED CALLS [LIBRARY]`.
 
 A call is made valid, then changed in one to three places. Whether it still is valid is decided by a predicate of this
-file's own. It has to be refused with nothing changed, or to give the reference's results. The operators of a plain call
-refuse in no words: they return nothing.
+file's own. It has to be refused with nothing changed, or to give the reference's results. The operator of a plain call
+refuses in no words: it returns nothing.
 """
 
 from __future__ import annotations
