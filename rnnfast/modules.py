@@ -110,7 +110,9 @@ class _Module(nn.Module):
         It is torch's for a single step under autograd, where that is the quicker one, and our library's for inference.
         Most of a small step's time is spent in Python, so there is little here.
         """
-        if type(input) is not Tensor or not input.is_cpu or not self._rnnfast_options.is_usual(self.training):
+        if type(input) is not Tensor or not input.is_cpu:
+            return None
+        if self._rnnfast_options is not _USUAL_OPTIONS and not self._rnnfast_options.is_usual(self.training):
             return None
         seen = circumstances()
         if (seen is not USUAL and (seen.compiled or seen != _FORCED)) or _is_any_autocast():
@@ -118,7 +120,7 @@ class _Module(nn.Module):
         if _is_grad_enabled() and weights[1].requires_grad:
             is_torchs = seen is USUAL and self._is_quicker_by_torch(input.dtype)
             return self._single(input, hx, weights) if is_torchs else None
-        states = self._plain_states(hx)
+        states = () if hx is None else self._plain_states(hx)
         if (
             states is None
             or _dispatch_modes()
@@ -224,9 +226,7 @@ class _Module(nn.Module):
         return states
 
     def _plain_states(self, hx: Any) -> Sequence[Tensor] | None:
-        """As _to_states, () if there are none, and None if they are of a wrong kind."""
-        if hx is None:
-            return ()
+        """As _to_states, but None if they are of a wrong kind."""
         if not self._has_cell_state:
             return (hx,)
         return hx if isinstance(hx, (tuple, list)) and len(hx) == 2 else None
@@ -960,13 +960,14 @@ class _Cell(_Module, nn.RNNCellBase, Generic[Hx, Hidden]):
 
     def _single(self, input: Tensor, hx: Any, weights: list[Tensor]) -> Any:
         """As torch.nn's forward, which reads its attributes slowly."""
-        states = self._plain_states(hx)
-        if states is None or input.dim() != 2 or any(type(s) is not Tensor or s.dim() != 2 for s in states):
-            return self._theirs.forward(self, input, hx)
-        if not states:
+        if hx is None and input.dim() == 2:
             zeros = input.new_zeros(input.size(0), weights[1].size(1))
-            states = zeros, zeros
-        return aten.CELLS[self._mode](input, states if self._has_cell_state else states[0], *weights)
+            hx = (zeros, zeros) if self._has_cell_state else zeros
+        else:
+            states = self._plain_states(hx)
+            if states is None or input.dim() != 2 or any(type(s) is not Tensor or s.dim() != 2 for s in states):
+                return self._theirs.forward(self, input, hx)
+        return aten.CELLS[self._mode](input, hx, *weights)
 
     def _plain(self, input: Tensor, weights: list[Tensor], states: Sequence[Tensor]) -> Any:
         """What the CPU library makes of it, if that serves; else None."""
