@@ -494,8 +494,9 @@ class _Recurrent(_Module, nn.RNNBase, Generic[Hx, Hidden]):
         """What the CPU library makes of it, if that serves; else None."""
         if not self._checks_as_ours or (self.dropout and self.training):
             return None
-        layout = (2 if self.batch_first else 0) + (1 if self.bidirectional else 0)
-        y, h, c = ops.PLAIN(self.num_layers << 8 | _NUMBERS[self.mode] << 3 | layout, input, weights, *states)
+        form = self.num_layers << 8 | _NUMBERS[self.mode] << 3  # as csrc/cpu/plain.cpp reads it
+        form |= (2 if self.batch_first else 0) | (1 if self.bidirectional else 0)
+        y, h, c = ops.PLAIN(form, input, weights, *states)
         return None if h is None else (y, h if c is None else (h, c))
 
     def _packed(
@@ -916,7 +917,7 @@ def _refuse_projection(proj_size: int | None) -> None:
         raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
 
 
-_A_CELL = 1 << 8 | 4  # one layer, and a layout of its own
+_A_CELL = 1 << 8 | 2 << 1  # the form of one layer, with a layout of its own
 _CELL_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
