@@ -31,7 +31,7 @@ Hidden = TypeVar("Hidden")  # and those that it returns
 
 # Asked for at every call.
 _is_any_autocast, _is_grad_enabled = torch._C._is_any_autocast_enabled, torch.is_grad_enabled
-_dispatch_modes = torch._C._len_torch_dispatch_stack
+_dispatch_modes, _storage = torch._C._len_torch_dispatch_stack, Tensor.untyped_storage
 _FORCED, _TYPES = Circumstances(forced="cpu"), frozenset((Tensor, nn.Parameter))
 _NUMBERS = {mode: number for number, mode in enumerate(CELLS)}  # as csrc/cells.h has them
 _module_call = nn.Module.__call__  # which some tools replace
@@ -128,7 +128,14 @@ class _Module(nn.Module):
             or (_is_grad_enabled() and any(t.requires_grad for t in (input, *states, *weights)))
         ):
             return None
-        return self._plain(input, weights, states)
+        try:
+            # Another thread may give a weight other data meanwhile: what the library reads is held until it returns.
+            held = [*map(_storage, weights)]
+        except RuntimeError:  # there are none of sparse ones
+            return None
+        served = self._plain(input, weights, states)
+        del held
+        return served
 
     def _is_quicker_by_torch(self, dtype: torch.dtype) -> bool:
         """Whether torch's operator is, of a single step under autograd on a CPU."""
