@@ -31,7 +31,7 @@ if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS |= {"amx": f"{AVX512} -mavx512bf16 -DRNNFAST_AMX"}
 
 # Compiled once, beside the kernels.
-CPU_SOURCES = ("recurrence", "flex", "plain", "instruction_sets", "scratch", "threads")
+CPU_SOURCES = ("recurrence", "flex", "plain", "stream", "instruction_sets", "scratch", "threads")
 
 FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -DTORCH_TARGET_VERSION=0x020a000000000000"
 # Not -ffast-math: NaN and infinities are results here.

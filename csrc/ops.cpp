@@ -4,14 +4,13 @@
 #include <algorithm>
 #include <cstring>
 #include <iterator>
-#include <tuple>
 
 namespace rnnfast {
 namespace {
 
 constexpr int64_t kMostSize = int64_t(1) << 31;  // so that few of them multiplied stay below 2^63
 
-std::string describe(const Shape& shape) {
+std::string describe(Sizes shape) {
   std::string text = "[";
   for (size_t i = 0; i < shape.size(); i++) text += (i ? ", " : "") + std::to_string(shape[i]);
   return text + "]";
@@ -33,22 +32,19 @@ ScalarType accumulated(ScalarType dtype) {
   return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-void check_tensor(const char* name, const Tensor& tensor, const Shape& shape, ScalarType dtype) {
+void check_tensor(const char* name, const Tensor& tensor, Sizes shape, ScalarType dtype) {
   RNNFAST_CHECK(tensor.defined(), name, " is missing");  // a schema without `?` lets None pass
   const auto sizes = tensor.sizes();
   RNNFAST_CHECK(std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end()), name, " has shape ",
-                describe(Shape(sizes.begin(), sizes.end())), ", expected ", describe(shape));
+                describe(sizes), ", expected ", describe(shape));
   RNNFAST_CHECK(tensor.scalar_type() == dtype, name, " has dtype ", torch::headeronly::toString(tensor.scalar_type()),
                 ", expected ", torch::headeronly::toString(dtype));
 }
 
-namespace {
-
-// The parts of check_layer, in their order.
-
-Dimensions read_cell(const std::string& mode, const Tensor& x, bool bidirectional) {
+Dimensions read_cell(int64_t cell, const Tensor& x, bool bidirectional) {
+  RNNFAST_CHECK(cell >= 0 && cell < kCellKinds, "there is no cell ", cell);
   Dimensions n{};
-  n.cell = parse_cell(mode);
+  n.cell = CellKind(cell);
   RNNFAST_CHECK(x.defined(), "x is missing");
   n.dtype = x.scalar_type();
   n.acc_dtype = accumulated(n.dtype);
@@ -61,6 +57,18 @@ Dimensions read_cell(const std::string& mode, const Tensor& x, bool bidirectiona
 void check_sizes(const Dimensions& n) {
   RNNFAST_CHECK(std::max({n.T, n.N, n.I}) < kMostSize, "x has 2^31 or more steps, rows or features");
 }
+
+void count_weights(Dimensions& n, int64_t weights) {
+  const CellFacts& facts = kCells[n.cell];
+  n.weights = weights / n.D;
+  const int more = n.weights - 2 - (facts.unit_weights > 0);  // both biases, and a projection
+  RNNFAST_CHECK(weights == n.D * n.weights && more >= 0 && more <= 3 && (facts.projects || more % 2 == 0), "no ",
+                facts.mode, " has ", weights, " weights in ", n.D, " direction(s)");
+  const bool given[kWeightNames] = {true, true, more >= 2, more >= 2, more % 2 == 1, facts.unit_weights > 0};
+  for (int name = 0, place = 0; name < kWeightNames; name++) n.place[name] = given[name] ? place++ : -1;
+}
+
+namespace {
 
 // Finds each weight's place: in the order of WeightName, with a space between two; both biases or none, a projection
 // where the cell allows it, and weights of the units' own where it has them.
@@ -84,6 +92,8 @@ void read_names(Dimensions& n, const std::string& mode, const std::string& names
                 " direction(s), ", names);
 }
 
+}  // namespace
+
 void check_weights(Dimensions& n, const Tensor* weights) {
   const Tensor& w_ih = *n.weight(weights, 0, kInputWeight);
   const Tensor* w_hr = n.weight(weights, 0, kProjection);
@@ -93,25 +103,20 @@ void check_weights(Dimensions& n, const Tensor* weights) {
   RNNFAST_CHECK(!w_hr || w_hr->dim() == 2, "weight_hr has to be [proj_size, hidden_size]");
   n.P = w_hr ? w_hr->size(0) : n.H;
   RNNFAST_CHECK(std::max(n.H, n.P) < kMostSize, "the layer has 2^31 or more units");
-  const std::tuple<WeightName, const char*, Shape> shapes[] = {
-      {kInputWeight, "weight_ih", {n.G * n.H, n.I}},
-      {kHiddenWeight, "weight_hh", {n.G * n.H, n.P}},
-      {kInputBias, "bias_ih", {n.G * n.H}},
-      {kHiddenBias, "bias_hh", {n.G * n.H}},
-      {kProjection, "weight_hr", {n.P, n.H}},
-      {kWeightOfUnits, "weight_units", {kCells[n.cell].unit_weights * n.H}}};
-  for (int64_t d = 0; d < n.D; d++) {
-    for (const auto& [name, called, shape] : shapes) {
-      if (const Tensor* weight = n.weight(weights, d, name)) check_tensor(called, *weight, shape, n.dtype);
-    }
-  }
+  const auto check = [&](WeightName name, const char* called, Sizes shape) {
+    for (int64_t d = 0; d < n.D && n.has(name); d++) check_tensor(called, *n.weight(weights, d, name), shape, n.dtype);
+  };
+  check(kInputWeight, "weight_ih", {n.G * n.H, n.I});
+  check(kHiddenWeight, "weight_hh", {n.G * n.H, n.P});
+  check(kInputBias, "bias_ih", {n.G * n.H});
+  check(kHiddenBias, "bias_hh", {n.G * n.H});
+  check(kProjection, "weight_hr", {n.P, n.H});
+  check(kWeightOfUnits, "weight_units", {kCells[n.cell].unit_weights * n.H});
 }
-
-}  // namespace
 
 Dimensions check_layer(const Inputs& inputs) {
   const auto& [mode, x, h0, c0, batch_sizes, lengths, resets, bidirectional, names, weights] = inputs;
-  Dimensions n = read_cell(mode, x, bidirectional);
+  Dimensions n = read_cell(parse_cell(mode), x, bidirectional);
   n.packed = batch_sizes.has_value();
   RNNFAST_CHECK(x.dim() == (n.packed ? 2 : 3), "x has ", x.dim(), " dimensions, expected ", n.packed ? 2 : 3);
   n.I = x.size(x.dim() - 1);

@@ -16,6 +16,7 @@ namespace rnnfast {
 
 using torch::headeronly::ScalarType;
 using Shape = std::vector<int64_t>;
+using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;  // that belong to somebody else
 
 template <class... Parts>
 std::runtime_error refusal(const Parts&... parts) {
@@ -84,9 +85,16 @@ ScalarType accumulated(ScalarType dtype);
 // Checks the arguments of a layer's forward, and returns what they say.
 Dimensions check_layer(const Inputs& inputs);
 
-void check_tensor(const char* name, const Tensor& tensor, const Shape& shape, ScalarType dtype);
+// The parts of this check, for plain calls: the cell and dtype; T, N and I, once they are known; which weights a
+// direction has, where their number tells it; their shapes, which say H and P.
+Dimensions read_cell(int64_t cell, const Tensor& x, bool bidirectional);
+void check_sizes(const Dimensions& n);
+void count_weights(Dimensions& n, int64_t weights);
+void check_weights(Dimensions& n, const Tensor* weights);
 
-inline void check_tensor(const char* name, const OptionalTensor& tensor, const Shape& shape, ScalarType dtype) {
+void check_tensor(const char* name, const Tensor& tensor, Sizes shape, ScalarType dtype);
+
+inline void check_tensor(const char* name, const OptionalTensor& tensor, Sizes shape, ScalarType dtype) {
   if (tensor) check_tensor(name, *tensor, shape, dtype);
 }
 

@@ -28,7 +28,7 @@ STACKS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "LSTM": torch._VF.lstm,
     "GRU": torch._VF.gru,
 }
-_CELLS: dict[str, Callable[..., Any]] = {
+CELLS: dict[str, Callable[..., Any]] = {
     "RNN_TANH": torch._VF.rnn_tanh_cell,
     "RNN_RELU": torch._VF.rnn_relu_cell,
     "LSTM": torch._VF.lstm_cell,
@@ -77,9 +77,9 @@ def cell(mode: str, x: Tensor, h: Tensor | None, c: Tensor | None, weights: Sequ
     """h and, for an LSTM, c, else shape ``[0]``, after one step; x ``[N, I]``, h and c ``[N, H]``, None is zero."""
     h = x.new_zeros(x.size(0), weights[1].size(1)) if h is None else h
     if mode == "LSTM":
-        h, c = _CELLS[mode](x, (h, torch.zeros_like(h) if c is None else c), *weights)
+        h, c = CELLS[mode](x, (h, torch.zeros_like(h) if c is None else c), *weights)
         return h, c
-    return _CELLS[mode](x, h, *weights), x.new_empty(0)
+    return CELLS[mode](x, h, *weights), x.new_empty(0)
 
 
 def _states(

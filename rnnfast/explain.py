@@ -144,8 +144,8 @@ def _choice(
     else:
         projection = {"bidirectional": bidirectional, "projected": projected}
         backend, reason = choose(hidden=hidden, batch=batch, **projection)
-    if backend == "cpu" and steps == 1 and not more and is_derived and not (training and own.weight_dropout):
+    if backend == "cpu" and seen is USUAL and steps == 1 and not more and is_derived:
         with torch.enable_grad():
-            if module._is_quicker_by_torch(data):
+            if own.is_usual(training) and module._is_quicker_by_torch(dtype):
                 reason += "; under autograd a single step is quicker by torch's, which serve it"
     return Choice(name, layer, described, backend, reason)

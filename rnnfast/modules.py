@@ -20,16 +20,20 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 from torch.types import Device
 
-from . import aten, functional, jagged, plain, variants
-from .backends import USUAL, circumstances, is_recorded
-from .cells import GATES
+from . import aten, functional, jagged, ops, variants
+from .backends import USUAL, Circumstances, circumstances, is_recorded
+from .cells import CELLS, GATES
 from .variants import Variant
 
 Input = TypeVar("Input", Tensor, PackedSequence)  # and the output is of the same
 Hx = TypeVar("Hx")  # the states that a layer or cell takes
 Hidden = TypeVar("Hidden")  # and those that it returns
 
-_is_any_autocast = torch._C._is_any_autocast_enabled  # asked for at every call, as torch.nn does
+# Asked for at every call.
+_is_any_autocast, _is_grad_enabled = torch._C._is_any_autocast_enabled, torch.is_grad_enabled
+_dispatch_modes, _storage = torch._C._len_torch_dispatch_stack, Tensor.untyped_storage
+_FORCED, _TYPES = Circumstances(forced="cpu"), frozenset((Tensor, nn.Parameter))
+_NUMBERS = {mode: number for number, mode in enumerate(CELLS)}  # as csrc/cells.h has them
 _module_call = nn.Module.__call__  # which some tools replace
 _CHECKS = ("check_input", "check_forward_args", "check_hidden_size", "get_expected_hidden_size", "permute_hidden")
 
@@ -65,7 +69,12 @@ class Options(NamedTuple):
 
     def is_usual(self, training: bool) -> bool:
         """Whether a step is torch.nn's."""
-        return self is _USUAL_OPTIONS or (self.reset_after and not self.hidden_sizes and self.variant(training) is None)
+        return self is _USUAL_OPTIONS or (
+            self.reset_after
+            and not self.hidden_sizes
+            and not (self.weight_dropout and training)
+            and self.variant(training) is None
+        )
 
 
 _USUAL_OPTIONS = Options()
@@ -88,25 +97,54 @@ class _Module(nn.Module):
     _quicker_by_torch_from = math.inf
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if nn.Module.__call__ is _module_call and self._compiled_call_impl is None:
+            return self._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]  # as that would, a frame later
         if _symbolic_trace._is_fx_tracing_flag and (proxy := _proxy_among((*args, *kwargs.values()))) is not None:
             path = proxy.tracer.path_of_module(self)  # type: ignore[attr-defined]  # a Tracer's, to which modules belong
             return proxy.tracer.create_proxy("call_module", path, args, kwargs)
-        if self._compiled_call_impl is None and nn.Module.__call__ is _module_call:
-            return self._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]  # as that would, a frame later
         return nn.Module.__call__(self, *args, **kwargs)
 
-    def _is_quicker_by_torch(self, input: Any) -> bool:
-        """Whether the forward of torch.nn is, should the call be a single step and be derived by autograd."""
-        return (
-            torch.is_grad_enabled()
-            and type(input) is Tensor
-            and input.dtype is torch.float32
-            and input.is_cpu
-            and self._rnnfast_options.is_usual(self.training)
-            and self.hidden_size >= self._quicker_by_torch_from
-            and circumstances() is USUAL
-            and not _is_any_autocast()
-        )
+    def _quick(self, input: Any, hx: Any, weights: list[Tensor]) -> Any:
+        """What a single operator makes of a call on a CPU that has no more arguments; None if none serves it.
+
+        It is torch's for a single step under autograd, where that is the quicker one, and our library's for inference.
+        Most of a small step's time is spent in Python, so there is little here.
+        """
+        if type(input) is not Tensor or not input.is_cpu:
+            return None
+        if self._rnnfast_options is not _USUAL_OPTIONS and not self._rnnfast_options.is_usual(self.training):
+            return None
+        seen = circumstances()
+        if (seen is not USUAL and (seen.compiled or seen != _FORCED)) or _is_any_autocast():
+            return None
+        if _is_grad_enabled() and weights[1].requires_grad:
+            is_torchs = seen is USUAL and self._is_quicker_by_torch(input.dtype)
+            return self._single(input, hx, weights) if is_torchs else None
+        states = () if hx is None else self._plain_states(hx)
+        if (
+            states is None
+            or _dispatch_modes()
+            or not _TYPES.issuperset(map(type, (*states, *weights)))  # others may have operators of their own
+            or (_is_grad_enabled() and any(t.requires_grad for t in (input, *states, *weights)))
+        ):
+            return None
+        try:
+            # Another thread may give a weight other data meanwhile: what the library reads is held until it returns.
+            held = [*map(_storage, weights)]
+        except RuntimeError:  # there are none of sparse ones
+            return None
+        served = self._plain(input, weights, states)
+        del held
+        return served
+
+    def _is_quicker_by_torch(self, dtype: torch.dtype) -> bool:
+        """Whether torch's operator is, of a single step under autograd on a CPU."""
+        return dtype is torch.float32 and bool(self.hidden_size >= self._quicker_by_torch_from)
+
+    if TYPE_CHECKING:
+
+        def _single(self, input: Tensor, hx: Any, weights: list[Tensor]) -> Any: ...
+        def _plain(self, input: Tensor, weights: list[Tensor], states: Sequence[Tensor]) -> Any: ...
 
     def __prepare_scriptable__(self) -> nn.Module:
         return _scriptable(self)
@@ -195,9 +233,7 @@ class _Module(nn.Module):
         return states
 
     def _plain_states(self, hx: Any) -> Sequence[Tensor] | None:
-        """As _to_states, () if there are none, and None if they are of a wrong kind."""
-        if hx is None:
-            return ()
+        """As _to_states, but None if they are of a wrong kind."""
         if not self._has_cell_state:
             return (hx,)
         return hx if isinstance(hx, (tuple, list)) and len(hx) == 2 else None
@@ -423,16 +459,15 @@ class _Recurrent(_Module, nn.RNNBase, Generic[Hx, Hidden]):
             more = lengths, resets, return_states, cu_seqlens, max_seqlen
             return jagged.run(of_padded, self.batch_first, input, hx, *more)
         weights = self._weights()
+        no_more = lengths is None and resets is None and not return_states
+        if no_more and (quick := self._quick(input, hx, weights)) is not None:
+            return quick  # type: ignore[no-any-return]
         dropped = self._rnnfast_options.weight_dropout
         if dropped and self.training:
             weights = [
                 F.dropout(weight, dropped) if name.startswith("weight_hh") else weight
                 for name, weight in zip(self._flat_weights_names, weights)
             ]
-        if lengths is None and resets is None and not return_states:
-            served = self._single(input, hx, weights) or self._plain(input, hx, weights)
-            if served:
-                return served
         output: Tensor | PackedSequence
         if isinstance(input, PackedSequence):
             output, final, states = self._packed(input, hx, lengths, resets, return_states, weights)
@@ -445,13 +480,11 @@ class _Recurrent(_Module, nn.RNNBase, Generic[Hx, Hidden]):
     if TYPE_CHECKING:  # a Module's is known to take and return anything
         __call__ = forward
 
-    def _single(self, input: Any, hx: Any, weights: Sequence[Tensor]) -> tuple[Any, ...] | None:
-        """What torch's kernels make of a single step, if they are the quicker ones under autograd; else None."""
-        if not self._is_quicker_by_torch(input) or input.dim() < 2:
+    def _single(self, input: Tensor, hx: Any, weights: list[Tensor]) -> tuple[Any, ...] | None:
+        """What torch's kernels make of a single step; None of more, or where torch.nn would read other weights."""
+        if input.dim() < 2 or weights is not self._flat_weights:
             return None
         if input.size(1 if self.batch_first and input.dim() == 3 else 0) != 1:
-            return None
-        if weights is not self._flat_weights or not weights[1].requires_grad:  # torch.nn's forward reads those alone
             return None
         # What torch.nn's forward calls in the end; its checks, most of a small step's time, are implied by these.
         if input.dim() == 3 and input.size(2) == self.input_size and self._checks_as_ours:
@@ -464,15 +497,14 @@ class _Recurrent(_Module, nn.RNNBase, Generic[Hx, Hidden]):
         found: tuple[Any, ...] = self._theirs.forward(self, input, hx)
         return found
 
-    def _plain(self, input: Any, hx: Any, weights: Sequence[Tensor]) -> tuple[Any, ...] | None:
-        """What a single call of the CPU library makes of it, if that serves; else None."""
-        usual = self._checks_as_ours and self._rnnfast_options.is_usual(self.training)
-        states = self._plain_states(hx) if usual else None
-        if states is None or (self.dropout and self.training) or not plain.is_plain(input, states, weights):
+    def _plain(self, input: Tensor, weights: list[Tensor], states: Sequence[Tensor]) -> tuple[Any, ...] | None:
+        """What the CPU library makes of it, if that serves; else None."""
+        if not self._checks_as_ours or (self.dropout and self.training):
             return None
-        form = self.mode, self.num_layers, self.bidirectional
-        found = plain.run(self, form, input, states, weights, 3, self.batch_first)
-        return (found[0], self._to_hidden(found[1:])) if found else None
+        form = self.num_layers << 8 | _NUMBERS[self.mode] << 3  # as csrc/cpu/plain.cpp reads it
+        form |= (2 if self.batch_first else 0) | (1 if self.bidirectional else 0)
+        y, h, c = ops.PLAIN(form, input, weights, *states)
+        return None if h is None else (y, h if c is None else (h, c))
 
     def _packed(
         self, input: PackedSequence, hx: Any, lengths: Tensor | None, resets: Tensor | None, return_states: bool,
@@ -892,6 +924,7 @@ def _refuse_projection(proj_size: int | None) -> None:
         raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
 
 
+_A_CELL = 1 << 8 | 2 << 1  # the form of one layer, with a layout of its own
 _CELL_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
@@ -916,15 +949,8 @@ class _Cell(_Module, nn.RNNCellBase, Generic[Hx, Hidden]):
             ValueError, RuntimeError: a wrong number of dimensions, size or dtype, in torch's words.
         """
         weights = self._weights()
-        if self._is_quicker_by_torch(input) and weights[1].requires_grad:
-            states = self._plain_states(hx)
-            if states is None or input.dim() != 2 or any(type(s) is not Tensor or s.dim() != 2 for s in states):
-                return self._theirs.forward(self, input, hx)  # type: ignore[no-any-return]
-            h, c = (*states, None, None)[:2]  # as torch.nn's forward from here on, which reads its attributes slowly
-            return self._to_hidden(aten.cell(self._mode, input, h, c, weights))  # type: ignore[no-any-return]
-        served: Hidden | None = self._plain(input, hx, weights)
-        if served is not None:
-            return served
+        if (quick := self._quick(input, hx, weights)) is not None:
+            return quick  # type: ignore[no-any-return]
         dims = input.dim()
         if dims not in (1, 2):
             raise ValueError(f"{self._name}: Expected input to be 1D or 2D, got {dims}D instead")
@@ -940,13 +966,21 @@ class _Cell(_Module, nn.RNNCellBase, Generic[Hx, Hidden]):
     if TYPE_CHECKING:  # a Module's is known to take and return anything
         __call__ = forward
 
-    def _plain(self, input: Any, hx: Any, weights: Sequence[Tensor]) -> Any:
-        """What a single call of the CPU library makes of it, if that serves; else None."""
-        states = self._plain_states(hx) if self._rnnfast_options.is_usual(self.training) else None
-        if states is None or not plain.is_plain(input, states, weights):
-            return None
-        found = plain.run(self, (self._mode, 1, False), input, states, weights, 2, False)
-        return self._to_hidden(found) if found else None
+    def _single(self, input: Tensor, hx: Any, weights: list[Tensor]) -> Any:
+        """As torch.nn's forward, which reads its attributes slowly."""
+        if hx is None and input.dim() == 2:
+            zeros = input.new_zeros(input.size(0), weights[1].size(1))
+            hx = (zeros, zeros) if self._has_cell_state else zeros
+        else:
+            states = self._plain_states(hx)
+            if states is None or input.dim() != 2 or any(type(s) is not Tensor or s.dim() != 2 for s in states):
+                return self._theirs.forward(self, input, hx)
+        return aten.CELLS[self._mode](input, hx, *weights)
+
+    def _plain(self, input: Tensor, weights: list[Tensor], states: Sequence[Tensor]) -> Any:
+        """What the CPU library makes of it, if that serves; else None."""
+        _, h, c = ops.PLAIN(_A_CELL | _NUMBERS[self._mode] << 3, input, weights, *states)
+        return h if c is None else (h, c)
 
     def _weights(self) -> list[Tensor]:
         own = self._parameters  # what is not among them, as parametrized weights are not, is looked up by Module

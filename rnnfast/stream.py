@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+import ctypes
+import functools
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import plain
 from .backends import BACKENDS, DTYPES, is_forced
 from .flex import FlexRNN
 from .modules import OURS, _Cell, _Recurrent
@@ -195,14 +197,18 @@ class _Step:
             return
         # The library reads weights where they lie: no others than these, which nobody else can move or free.
         weights = [weight.detach().clone(memory_format=torch.contiguous_format) for weight in module._weights()]
-        form = (module._mode, 1, False) if self.is_cell else (module.mode, module.num_layers, False)
-        try:
-            layers = plain.Layers(form, weights, [weight.untyped_storage() for weight in weights])
-        except ValueError:  # they are empty
+        if not all(weight.numel() for weight in weights):
             return
         self._kept, self._places = weights, self._places_of_states()
-        library = plain.library()
-        self._handle = library.rnnfast_stream_new(layers.handle, self.shape[0], *(*self._places, None)[:2])
+        layers = 1 if self.is_cell else module.num_layers
+        biased = len(weights) // layers - bool(self.projected) > 2
+        h, c = (*self._places, None)[:2]
+        library = _library()
+        self._handle = library.rnnfast_stream_new(
+            (module._mode if self.is_cell else module.mode).encode(), DTYPES.index(self.dtype), layers,
+            *self.shape, module.hidden_size, self.output.size(1), biased, bool(self.projected),
+            (ctypes.c_void_p * len(weights))(*(weight.data_ptr() for weight in weights)), h, c,
+        )  # fmt: skip
         if not self._handle:
             raise MemoryError("rnnfast.Stream: no memory")
         self._delete = weakref.finalize(self, library.rnnfast_stream_delete, self._handle)
@@ -237,3 +243,16 @@ class _Step:
             return self.module(x.unsqueeze(1 if self.module.batch_first else 0), self.state)[1]
         finally:
             self.module.training = training
+
+
+@functools.cache
+def _library() -> Any:
+    library = ctypes.CDLL(str(Path(__file__).with_name("_cpu.so")))
+    pointer, count, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    library.rnnfast_stream_new.restype = pointer
+    library.rnnfast_stream_new.argtypes = [
+        ctypes.c_char_p, flag, *[count] * 5, flag, flag, ctypes.POINTER(pointer), pointer, pointer
+    ]  # fmt: skip
+    library.rnnfast_stream_step.restype, library.rnnfast_stream_step.argtypes = flag, [pointer, pointer]
+    library.rnnfast_stream_delete.restype, library.rnnfast_stream_delete.argtypes = None, [pointer]
+    return library

@@ -1,8 +1,8 @@
 """Malformed calls of the raw operators, as a program: `python tests/border_calls.py BACKEND SEED CALLS [LIBRARY]`.
 
 A call is made valid, then changed in one to three places. Whether it still is valid is decided by a predicate of this
-file's own. It has to be refused with nothing changed, or to give the reference's results. The operators of a plain call
-refuse in no words: they return nothing.
+file's own. It has to be refused with nothing changed, or to give the reference's results. The operator of a plain call
+refuses in no words: it returns nothing.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ DTYPES = {"reference": (*FUSED, torch.complex64), "cpu": FUSED, "triton": FUSED,
 LAYERS = [f"{name}_{way}" for name in DTYPES for way in ("forward", "backward", "gate_gradients")]
 LAYERS.remove("reference_gate_gradients")  # which there is not
 OF_LAYER = ("mode", "x", "h0", "c0", "batch_sizes", "lengths", "resets", "bidirectional", "names", "weights")
+PLAIN = ["cpu_plain"]
 STEPS = ["cuda_forward_steps", "cuda_backward_steps", "cuda_states_before"]
 BORDERS = {
     "reference": ["reference_forward", "reference_backward", "checked_lengths"],
-    "cpu": ["cpu_forward", "cpu_backward", "cpu_gate_gradients", "cpu_isa"],
+    "cpu": ["cpu_forward", "cpu_backward", "cpu_gate_gradients", *PLAIN, "cpu_isa"],
     "triton": ["triton_forward", "triton_backward", "triton_gate_gradients"],
     "cuda": ["cuda_forward", "cuda_backward", "cuda_gate_gradients", *STEPS, "cuda_plan", "cuda_regime"],
 }
@@ -123,6 +124,30 @@ def valid_layer(rng: random.Random, operator: str) -> Arguments:
     return call | gradients | saved | needs
 
 
+def valid_plain(rng: random.Random, operator: str) -> Arguments:
+    """Of a stack, or of one step of a cell, that is a stack of one layer and one direction."""
+    is_cell = rng.random() < 0.4
+    mode, projected = rng.choice([(m, p) for m, p in MODES if not (p and is_cell)])
+    dtype, D, L = rng.choice(FUSED), 1 if is_cell else rng.choice((1, 2)), 1 if is_cell else rng.choice((1, 2, 3))
+    (N, I, H, P), T, G = sizes(rng, 4), rng.randint(1, 4), GATES[mode]
+    P = P if projected else H
+    batched, layout = rng.random() < 0.7, 2 if is_cell else rng.randrange(2)
+    make = lambda *shape: laid_out(rng, shape, dtype)
+    of_batch, of_layers, steps = (N,) if batched else (), () if is_cell else (L * D,), () if is_cell else (T,)
+    biased = rng.random() < 0.7
+    shapes = {"w_hh": (G * H, P)} | ({"b_ih": (G * H,), "b_hh": (G * H,)} if biased else {})
+    shapes |= {"w_hr": (P, H)} if projected else {}
+    shapes |= {"w_units": (LSTMS[mode] * H,)} if LSTMS.get(mode) else {}
+    of_direction = lambda k: [(G * H, D * P if k else I), *shapes.values()]
+    return {
+        "form": L << 8 | list(GATES).index(mode) << 3 | layout << 1 | (D == 2),
+        "x": make(*(of_batch + steps if layout == 1 else steps + of_batch), I),
+        "weights": [make(*shape) for k in range(L) for shape in of_direction(k) * D],
+        "h0": maybe(rng, make(*of_layers, *of_batch, P)),
+        "c0": maybe(rng, make(*of_layers, *of_batch, H)) if mode in LSTMS else None,
+    }
+
+
 def valid_steps(rng: random.Random, operator: str) -> Arguments:
     mode, projected = rng.choice(MODES)
     dtype, D, G = rng.choice(FUSED), rng.choice((1, 2)), GATES[mode]
@@ -190,7 +215,7 @@ def valid_numbers(rng: random.Random, operator: str) -> Arguments:
 
 def valid_call(rng: random.Random, operator: str) -> Arguments:
     torch.default_generator.manual_seed(rng.randrange(2**31))
-    kinds = ((LAYERS, valid_layer), (STEPS, valid_steps))
+    kinds = ((LAYERS, valid_layer), (PLAIN, valid_plain), (STEPS, valid_steps))
     return next((valid for names, valid in kinds if operator in names), valid_numbers)(rng, operator)
 
 
@@ -354,7 +379,7 @@ def changes_of(operator: str) -> dict[str, Callable[..., bool]]:
         if name in ("lengths", "batch_sizes", "offsets"):
             found[f"{name} out of range"] = value_changed(name, -1, 7)
             found[f"{name} out of all range"] = value_changed(name, -BIG, BIG)
-        if name in ("steps", "batch", "hidden", "use"):
+        if name in ("steps", "batch", "hidden", "use", "form"):
             found[f"{name} out of range"] = put(name, *COUNTS)
     if operator == "reference_backward":  # whose gates are empty
         for how in ("shorter", "mkldnn", "empty"):
@@ -374,6 +399,16 @@ def changes_of(operator: str) -> dict[str, Callable[..., bool]]:
         found["x of 2^62 steps"] = put("x", lambda rng, call: call["x"].new_zeros(1, 1, 1).expand(BIG, 1, 1))
         found["units without end"] = endless
         found["directions that differ"] = put("weights", differing)
+    if operator in PLAIN:
+        found["a cell state of no LSTM"] = put(
+            "c0", lambda rng, call: None if mode_of(call) in LSTMS or call["h0"] is None else call["h0"]
+        )
+        found["weights in another order"] = put("weights", lambda rng, call: call["weights"][::-1])
+        found["x of no steps"] = put("x", lambda rng, call: without_steps(call))
+        found["the other number of directions"] = put("form", lambda rng, call: call["form"] ^ 1)
+        found["another layout"] = put("form", lambda rng, call: call["form"] | 6)
+        found["another cell"] = put("form", lambda rng, call: call["form"] | 31 << 3)
+        found["no layers"] = put("form", lambda rng, call: call["form"] & 255)
     if operator in STEPS and operator != "cuda_states_before":
         found["no projection of a projected state"] = put(
             "w_hr",
@@ -388,6 +423,18 @@ def changes_of(operator: str) -> dict[str, Callable[..., bool]]:
 
 def emptied(t: Any) -> Tensor | None:
     return t.new_empty(0) if isinstance(t, Tensor) and t.shape != (0,) else None
+
+
+def mode_of(call: Arguments) -> str | None:
+    """Of a plain call."""
+    return dict(enumerate(GATES)).get(call["form"] >> 3 & 31)
+
+
+def without_steps(call: Arguments) -> Tensor | None:
+    x, layout = call["x"], call["form"] >> 1 & 3
+    if not is_plain(x) or x.dim() < 2 or layout == 2:
+        return None
+    return x.narrow(1 if x.dim() == 3 and layout == 1 else 0, 0, 0)
 
 
 def other_mode(rng: random.Random, call: Arguments) -> str:
@@ -508,6 +555,49 @@ def check_layer(call: Arguments, operator: str) -> None:
     need_tensor(call["dc"], of_c, acc)
 
 
+def layers_of(call: Arguments) -> Iterator[Arguments]:
+    """A plain call as calls of a layer's forward, each with x of zeros but for the first."""
+    form, x, h0, c0, weights = (call[name] for name in ("form", "x", "h0", "c0", "weights"))
+    need(isinstance(x, Tensor) and x.layout == torch.strided and all(isinstance(w, Tensor) for w in weights))
+    need(isinstance(form, int))
+    mode, L, D, layout, dims = mode_of(call), form >> 8, 1 + (form & 1), form >> 1 & 3, x.dim()
+    is_cell = layout == 2
+    need(mode is not None and L > 0 and layout < 3 and (not is_cell or (L == 1 and D == 1)))
+    need(dims in ((1, 2) if is_cell else (2, 3)) and len(weights) % (L * D) == 0)
+    x = x.unsqueeze(0) if is_cell else x
+    x = x.unsqueeze(1) if x.dim() == 2 else x.transpose(0, 1) if layout == 1 else x
+    need(x.shape[0] > 0)
+    states = []
+    for state in (h0, c0):
+        need(state is None or (isinstance(state, Tensor) and state.layout == torch.strided and state.dim() == dims))
+        state = state.unsqueeze(0) if is_cell and state is not None else state
+        state = state.unsqueeze(1) if state is not None and state.dim() == 2 else state
+        need(state is None or len(state) == L * D)
+        states.append(state)
+    each, P = len(weights) // L, None
+    more_weights = each // D - 2 - bool(LSTMS.get(mode))
+    need(0 <= more_weights < 4 and (mode in LSTMS or more_weights in (0, 2)) and not (is_cell and more_weights % 2))
+    names = "w_ih w_hh" + " b_ih b_hh" * (more_weights > 1) + " w_hr" * (more_weights % 2)
+    names += " w_units" * bool(LSTMS.get(mode))
+    for k in range(L):
+        layer = {"mode": mode, "x": x, "batch_sizes": None, "lengths": None, "resets": None}
+        layer |= {"h0": states[0] if states[0] is None else states[0][k * D : (k + 1) * D]}
+        layer |= {"c0": states[1] if states[1] is None else states[1][k * D : (k + 1) * D]}
+        layer |= {"bidirectional": D == 2, "names": names, "weights": weights[k * each : (k + 1) * each]}
+        layer |= {"keep_c": False, "keep_gates": False}
+        check_layer(layer, "cpu_forward")
+        sizes_of = len(layer["weights"][0]), layer["weights"][1].shape[1]
+        need(P in (None, sizes_of))
+        P = sizes_of
+        yield layer
+        x = x.new_zeros(*x.shape[:2], D * sizes_of[1])
+
+
+def check_plain(call: Arguments, operator: str) -> None:
+    for _ in layers_of(call):
+        pass
+
+
 def check_steps(call: Arguments, operator: str) -> None:
     forward = operator == "cuda_forward_steps"
     like, state = {
@@ -582,7 +672,7 @@ def is_cut(use: int) -> bool:
 
 def is_valid(call: Arguments, operator: str) -> bool:
     try:
-        kinds = ((LAYERS, check_layer), (STEPS, check_steps))
+        kinds = ((LAYERS, check_layer), (PLAIN, check_plain), (STEPS, check_steps))
         next((check for names, check in kinds if operator in names), check_numbers)(call, operator)
     except Invalid:
         return False
@@ -652,6 +742,26 @@ def are_right(call: Arguments, operator: str, results: tuple) -> bool:
     return len(results) == len(expected) and all(agree(a, e, call["x"].dtype) for a, e in zip(results, expected))
 
 
+def are_right_plain(call: Arguments, results: tuple) -> bool:
+    """Whether the results of a valid plain call are those of the reference, layer by layer."""
+    y, finals, layout = None, [], call["form"] >> 1 & 3
+    for layer in layers_of(call):
+        y, *final, _, _ = torch.ops.rnnfast.reference_forward(**(layer if y is None else layer | {"x": y}))
+        finals.append(final)
+    h_n, c_n = (torch.cat(of) for of in zip(*finals))
+    dims, is_cell = call["x"].dim(), layout == 2
+    if dims == (1 if is_cell else 2):
+        y, h_n, c_n = (t.squeeze(1) if t.dim() == 3 else t for t in (y, h_n, c_n))
+    elif layout == 1:
+        y = y.transpose(0, 1)
+    of_states = [h_n, c_n if mode_of(call) in LSTMS else None]
+    expected = [None, *(s if s is None else s.squeeze(0) for s in of_states)] if is_cell else [y, *of_states]
+    return len(results) == len(expected) and all(
+        (a is None and e is None) or (agree(a, e, call["x"].dtype) and (a.stride() == e.stride() or not a.numel()))
+        for a, e in zip(results, expected)
+    )
+
+
 # What is not the operators' to refuse: types and backends, by the dispatcher, and lengths, in the layers' words.
 TORCHS = ("rnnfast::", "Could not run 'rnnfast::", "lengths must be within")
 
@@ -698,12 +808,16 @@ def check_call(operator: str, seed: int, number: int, changes: dict[str, Callabl
         results = op(**call)
     except Exception as raised:
         error = raised
+    if operator in PLAIN and (error is not None or results[1] is None):
+        assert error is None or str(error).startswith(TORCHS), f"it was refused in words: {error!r}"
+        error = RuntimeError("rnnfast: of no such call")
     written = [a.name for a in op._schema.arguments if a.alias_info is not None and error is None]
     for (name, t), old in zip(tensors, before):
         assert name in written or torch.equal(t, old), f"{name} was changed"
     if error is None:
         assert valid, "it was not refused"
         assert operator not in LAYERS or are_right(call, operator, results), "the results are not the reference's"
+        assert operator not in PLAIN or are_right_plain(call, results), "the results are not the reference's"
         return done, False
     assert not valid, f"it was refused: {error!r}"
     text = str(error)

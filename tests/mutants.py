@@ -154,18 +154,15 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         ("members that threads leave over", "test_samples.py -k threads", "body(&calls, alone, calls.size());", ""),
     ],
     "csrc/cpu/plain.cpp": [
-        ("c_0 of the first layer", PLAIN, "c0 ? c0 + k * of_c", "c0 ? c0"),
-        ("every layer has the input's width", PLAIN, "f.I = k ? D * P : I", "f.I = I"),
-        ("a layer overwrites its input", PLAIN, "(k % 2 ? second : first)", "(first)"),
-    ],
-    "rnnfast/plain.py": [
-        ("autocast is not looked at", PLAIN, "not _is_any_autocast()", "True"),
-        ("modes are not looked at", PLAIN, "not _dispatch_modes()", "True"),
-        ("kinds of tensors are not looked at", PLAIN, "_TYPES.issuperset(map(type, (*hx, *weights)))", "True"),
-        ("weights that moved", PLAIN, "self._places == [*map(_place, weights)]", "True"),
-        ("weights that were turned", PLAIN, "all(map(_is_contiguous, weights))", "True"),
-        ("states of any shape", PLAIN, "if state.shape == shape else None", "if True else None"),
-        ("turned input as it lies", PLAIN, "input.transpose(0, 1) if sizes.is_turned else input", "input"),
+        ("c_0 of the first layer", PLAIN, "c0 ? c0 + k * c_bytes", "c0 ? c0"),
+        (
+            "turned input as it lies",
+            PLAIN,
+            "turned ? read(torch::stable::transpose(in.x, 0, 1))",
+            "turned ? read(in.x)",
+        ),
+        ("layers of other sizes", PLAIN, "n.H == H && n.P == P", "n.H == H"),
+        ("batch first as time first", PLAIN, "k == layers - 1) {", "false) {"),
     ],
     "csrc/cpu/arguments.h": [
         ("a packed row is a step shorter", LENGTHS, "length[j] = t;", "length[j] = t - 1;"),
@@ -183,8 +180,8 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         (
             "shape of weight_hh",
             OPERATORS,
-            "if (const Tensor* weight = n.weight(weights, d, name)) check",
-            "if (const Tensor* weight = n.weight(weights, d, name); weight && name != kHiddenWeight) check",
+            "d < n.D && n.has(name)",
+            "d < n.D && n.has(name) && name != kHiddenWeight",
         ),
         ("dtypes of tensors", OPERATORS, "RNNFAST_CHECK(tensor.scalar_type() == dtype,", "RNNFAST_CHECK(true,"),
         ("batch_sizes that increase", OPERATORS, "size > 0 && size <= sizes", "size > 0 && 0 <= sizes"),
@@ -483,6 +480,10 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         ),
     ],
     "rnnfast/modules.py": [
+        ("autocast is not looked at", PLAIN, " or _is_any_autocast()", ""),
+        ("modes are not looked at", PLAIN, "or _dispatch_modes()", "or False"),
+        ("kinds of tensors are not looked at", PLAIN, "not _TYPES.issuperset(map(type, (*states, *weights)))", "False"),
+        ("checks of a subclass are left out", PLAIN, "not self._checks_as_ours or (self", "(self"),
         (
             "recurrent dropout in eval",
             VARIANTS,

@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import rnnfast
 import rnnfast.__main__ as command
 import rnnfast.cuda
-from rnnfast import aten, choice, contest, functional, plain, recurrence, timings
+from rnnfast import aten, choice, contest, functional, ops, recurrence, timings
 from rnnfast.modules import OURS
 
 pytestmark = pytest.mark.skipif(EMULATION is None, reason="with a GPU there is no emulation")
@@ -68,7 +68,7 @@ def contenders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Cont
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setitem(chooser.OF_DEVICE, "cpu", ("cuda",))
     monkeypatch.setattr(choice, "_is_deterministic", lambda: False)  # as conftest.py has it, to fill memory
-    monkeypatch.setattr(plain, "_IS_AVAILABLE", False)
+    monkeypatch.setattr(ops, "PLAIN", lambda *args: (None, None, None))
     for module in OURS:
         monkeypatch.setattr(module, "_quicker_by_torch_from", math.inf)
     monkeypatch.setattr(contest, "_clock", lambda: of.now)

@@ -1,4 +1,4 @@
-"""Plain calls: inference on a CPU by one call of the library, and what makes a call another."""
+"""Plain calls: inference on a CPU by one operator, and what makes a call another."""
 
 from __future__ import annotations
 
@@ -23,29 +23,29 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import rnnfast
-from rnnfast import plain
+from rnnfast import modules, ops
 
 pytestmark = pytest.mark.skipif(not rnnfast.backends()["cpu"].available, reason="the native library is not built")
 
 
 @pytest.fixture
 def served(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Of every call that was handed to the library whether it served."""
-    found, run = [], plain.Layers.__call__
+    """Of every call of the library's operator whether it served."""
+    found, run = [], ops.PLAIN
 
     def counted(*args: Any) -> Any:
         outputs = run(*args)
-        found.append(bool(outputs))
+        found.append(outputs[1] is not None)
         return outputs
 
-    monkeypatch.setattr(plain.Layers, "__call__", counted)
+    monkeypatch.setattr(ops, "PLAIN", counted)
     return found
 
 
 def otherwise(monkeypatch: pytest.MonkeyPatch, call: Callable[[], Any]) -> Any:
-    """What comes without these calls."""
+    """What comes without that operator."""
     with monkeypatch.context() as context:
-        context.setattr(plain, "_IS_AVAILABLE", False)
+        context.setattr(ops, "PLAIN", lambda *args: (None, None, None))
         return call()
 
 
@@ -124,10 +124,9 @@ def test_layouts_of_memory(monkeypatch: pytest.MonkeyPatch, served: list[bool]) 
     assert_same_bits(module(x.mT.mT, [*hx]), otherwise(monkeypatch, lambda: module(x, hx)))
     negative = torch._neg_view(x)
     assert_same_bits(module(negative, hx), otherwise(monkeypatch, lambda: module(-x, hx)))
-    assert served == [True, True]
     module.weight_hh_l1 = nn.Parameter(torch.randn(5, 20).t(), requires_grad=False)
     assert_same_bits(module(x, hx), otherwise(monkeypatch, lambda: module(x, hx)))
-    assert served == [True, True]
+    assert served == [True] * 3
 
 
 def changed_in_place(weight: Tensor) -> None:
@@ -269,21 +268,11 @@ def test_memory_that_was_taken_away(name: str, size: int) -> None:
         module(x, h)
 
 
-@torch.no_grad()
-def test_nothing_is_kept_of_a_module() -> None:
-    before = len(plain._kept)
-    module = rnnfast.GRUCell(4, 5)
-    module(torch.randn(3, 4))
-    assert len(plain._kept) == before + 1
-    del module
-    gc.collect()
-    assert len(plain._kept) == before
-
-
-def test_sizes_of_zero(served: list[bool]) -> None:
+def test_sizes_of_zero(monkeypatch: pytest.MonkeyPatch, served: list[bool]) -> None:
     with torch.no_grad():
-        y, h_n = rnnfast.GRU(4, 5, 2)(torch.randn(3, 0, 4))
-    assert (y.shape, h_n.shape, served) == ((3, 0, 5), (2, 0, 5), [False])
+        module, x = rnnfast.GRU(4, 5, 2), torch.randn(3, 0, 4)
+        assert_same_bits(module(x), otherwise(monkeypatch, lambda: module(x)))
+    assert served == [True]
 
 
 # What makes it another call
@@ -304,7 +293,6 @@ CIRCUMSTANCES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "another backend": lambda: rnnfast.use_backend("reference"),
     "a dispatch mode": Passes,
     "a flop counter": lambda: FlopCounterMode(display=False),
-    "a profile": torch.profiler.profile,
     "fake tensors": lambda: FakeTensorMode(allow_non_fake_inputs=True),
     "forward mode": forward_ad.dual_level,
 }
@@ -324,7 +312,7 @@ def test_circumstances(name: str, served: list[bool]) -> None:
 @torch.no_grad()
 def test_harmless_circumstances(served: list[bool]) -> None:
     module = rnnfast.GRU(4, 5)
-    with torch.inference_mode(), rnnfast.use_backend("cpu"), torch.device("cpu"):
+    with torch.inference_mode(), rnnfast.use_backend("cpu"), torch.device("cpu"), torch.profiler.profile():
         module(torch.randn(3, 2, 4))
     torch.nn.utils.parametrizations.weight_norm(module, "weight_hh_l0")(torch.randn(3, 2, 4))
     torch.func.functional_call(module, {"weight_ih_l0": torch.randn(15, 4)}, torch.randn(3, 2, 4))
@@ -369,11 +357,11 @@ def test_mistakes_are_told_in_torchs_words(name: str, served: list[bool]) -> Non
 @torch.no_grad()
 def test_layers_of_several_sizes_are_refused() -> None:
     """The states of all layers are in one tensor."""
-    of = lambda *sizes: [torch.randn(16, 4), *(torch.randn(*size) for size in sizes)]
-    make = lambda weights: plain.Layers(("LSTM", 2, False), weights, [w.untyped_storage() for w in weights])
-    make(of((16, 3), (3, 4), (16, 3), (16, 3), (3, 4)))
-    with pytest.raises(ValueError, match="do not fit"):
-        make(of((16, 3), (3, 4), (16, 3), (16, 2), (2, 4)))
+    x, of = torch.randn(3, 2, 4), lambda *sizes: [torch.randn(16, 4), *(torch.randn(*size) for size in sizes)]
+    two_lstms = 2 << 8 | modules._NUMBERS["LSTM"] << 3
+    y, _, _ = ops.PLAIN(two_lstms, x, of((16, 3), (3, 4), (16, 3), (16, 3), (3, 4)))
+    assert y.shape == (3, 2, 3)
+    assert ops.PLAIN(two_lstms, x, of((16, 3), (3, 4), (16, 3), (16, 2), (2, 4))) == (None, None, None)
 
 
 class Mallinfo(ctypes.Structure):
@@ -404,7 +392,7 @@ def test_no_memory_is_lost() -> None:
 @torch.no_grad()
 def test_nothing_is_kept() -> None:
     module, x = rnnfast.LSTM(4, 5, 2), torch.randn(3, 2, 4)
-    for call in (lambda: module(x), lambda: plain.run(module, ("LSTM", 2, False), x, (), [x] * 8, 3, False)):
+    for call in (lambda: module(x), lambda: ops.PLAIN(2 << 8, x, [x] * 8)):
         call(), gc.collect()
         before = len([t for t in gc.get_objects() if isinstance(t, Tensor)])
         for _ in range(3):

@@ -1,170 +1,128 @@
-// Inference of stacks of layers, and of cells, called by ctypes rather than as operators, whose calls take longer than
-// a small step: rnnfast/plain.py has checked what it hands over.
-#include <memory>
-#include <vector>
-
+// Inference of a whole stack of layers, or of a cell, in one call of an operator, as torch.nn's modules are called:
+// checks, layers, directions and layouts. What does not fit is left to rnnfast/functional.py, which says in torch's
+// words what is wrong: no tensor is returned then.
 #include "arguments.h"
 #include "instruction_sets.h"
 
 namespace rnnfast {
 namespace {
 
-StepTable table_of(int64_t T, int64_t N) {
-  Dimensions n{};
-  n.T = T, n.N = N;
-  return StepTable(n, nullptr, nullptr, nullptr);
-}
+enum Layout { kTimeFirst, kBatchFirst, kCell, kLayouts };
 
-// Weights, which belong to the caller. A cell is a stack of one layer.
-class Layers {
- public:
-  // weights: of each layer and direction w_ih, w_hh, then b_ih and b_hh if there are biases, then w_hr if there is a
-  // projection.
-  Layers(const char* mode, int storage, int64_t count, int D, int64_t I, int64_t H, int64_t P, bool biased,
-         bool projected, void* const* weights)
-      : cell(parse_cell(mode)), storage(storage) {
-    for (int64_t k = 0; k < count; k++) {
-      Forward f{};
-      f.I = k ? D * P : I, f.H = H, f.P = P, f.D = D, f.projected = projected;
-      for (int d = 0; d < D; d++) {
-        f.weights[d].w_ih = *weights++, f.weights[d].w_hh = *weights++;
-        if (biased) f.weights[d].b_ih = *weights++, f.weights[d].b_hh = *weights++;
-        if (projected) f.weights[d].w_hr = *weights++;
-      }
-      each.push_back(f);
-    }
-  }
+struct PlainInputs {
+  // The number of layers in its bits from 8 on, the cell's in those from 3, a Layout from 1, and in bit 0 whether there
+  // are two directions: one number, since an operator takes a quarter of a microsecond for each.
+  int64_t form;
+  Tensor x;                     // [T, N, I], [N, T, I], [T, I]; a cell's: [N, I], [I]
+  std::vector<Tensor> weights;  // layer by layer, direction by direction
+  OptionalTensor h0, c0;        // [L*D, N, P] and [L*D, N, H], [L*D, P] and [L*D, H]; a cell's: [N, H], [H]
 
-  size_t bytes(int64_t numbers) const {
-    static constexpr size_t kBytes[kStorages] = {4, 8, 2, 2};
-    return numbers * kBytes[storage];
-  }
-
-  // x [T,N,I], h0 and h_n [L*D,N,P], c0 and c_n [L*D,N,H], y [T,N,D*P]; no h0 or c0 is zeros. A cell's y is its h_n.
-  void run(int64_t T, int64_t N, const char* x, const char* h0, const char* c0, char* y, char* h_n, char* c_n) const {
-    const StepTable table = table_of(T, N);
-    const int64_t layers = each.size(), D = each[0].D, H = each[0].H, P = each[0].P;
-    const size_t of_y = bytes(T * N * D * P), of_h = bytes(D * N * P), of_c = bytes(D * N * H);
-    using Memory = std::unique_ptr<void, void (*)(void*)>;
-    const Memory first(layers > 1 ? allocate(of_y) : nullptr, release);
-    const Memory second(layers > 2 ? allocate(of_y) : nullptr, release);
-    const auto kernel = chosen_kernels().forward[cell][storage];
-    for (int64_t k = 0; k < layers; k++) {
-      Forward f = each[k];
-      f.steps = table.steps, f.R = T * N, f.threads = torch::stable::get_num_threads();
-      f.x = x, f.h0 = h0 ? h0 + k * of_h : nullptr, f.c0 = c0 ? c0 + k * of_c : nullptr;
-      f.y = k == layers - 1 ? y : (k % 2 ? second : first).get();
-      f.h_n = h_n + k * of_h, f.c_n = c_n ? c_n + k * of_c : nullptr;
-      kernel(f);
-      x = static_cast<const char*>(f.y);
-    }
-  }
-
-  const CellKind cell;
-  const int storage;
-  std::vector<Forward> each;  // with the sizes and weights alone
+  explicit PlainInputs(Stack& stack)
+      : form(stack.number()),
+        x(stack.tensor()),
+        weights(stack.tensors()),
+        h0(stack.optional_tensor()),
+        c0(stack.optional_tensor()) {}
 };
 
-// Layers of one direction that keep their state, and weights packed for it, from step to step.
-class Stream {
- public:
-  // h is [L,N,P] and c [L,N,H] or null.
-  Stream(const Layers& layers, int64_t N, char* h, char* c) : layers_(layers), table_(table_of(1, N)) {
-    for (Forward& f : layers_.each) {
-      f.steps = table_.steps, f.R = N;
-      // A step reads a state before it writes it, row by row, so both may be in one place; of a single step the output
-      // is the state, and it is what the layer above reads.
-      f.h0 = f.h_n = f.y = h, f.c0 = f.c_n = c;
-      f.x = &f == &layers_.each[0] ? nullptr : (&f - 1)->y;
-      h += layers.bytes(N * f.P);
-      if (c) c += layers.bytes(N * f.H);
-    }
-  }
-  Stream(const Stream&) = delete;
-
-  ~Stream() { free_kept(); }
-
-  void step(const void* x) {
-    const Kernels& kernels = chosen_kernels();
-    if (kept_by_ != &kernels) make_room(kernels);
-    const int threads = torch::stable::get_num_threads();
-    layers_.each[0].x = x;
-    for (Forward& layer : layers_.each) {
-      layer.threads = threads;
-      kernels.forward[layers_.cell][layers_.storage](layer);
-      layer.packed = layer.kept;
-    }
-  }
-
- private:
-  // For packed weights: each instruction set packs in its own way.
-  void make_room(const Kernels& kernels) {
-    free_kept();
-    for (Forward& layer : layers_.each) {
-      const size_t bytes = kernels.kept_bytes[layers_.cell][layers_.storage](layer);
-      if (bytes) layer.kept = allocate(bytes);
-    }
-    kept_by_ = &kernels;
-  }
-
-  void free_kept() {
-    kept_by_ = nullptr;
-    for (Forward& layer : layers_.each) {
-      release(layer.kept);
-      layer.kept = nullptr, layer.packed = false;
-    }
-  }
-
-  Layers layers_;
-  const StepTable table_;
-  const Kernels* kept_by_ = nullptr;  // whose packed weights the layers have
+struct Outputs {
+  Tensor y, h_n, c_n;  // as torch.nn has them; a cell has no y, and but for an LSTM there is no c_n
 };
 
-// What `of` makes; null where there is no memory.
-template <class Of>
-auto made_or_null(const Of& of) -> decltype(of()) {
-  try {
-    return of();
-  } catch (const std::exception&) {
-    return nullptr;
+Outputs run(const PlainInputs& in) {
+  const int64_t layers = in.form >> 8, layout = in.form >> 1 & 3;
+  Dimensions n = read_cell(in.form >> 3 & 31, in.x, in.form & 1);
+  const bool is_cell = layout == kCell;
+  const int64_t dims = in.x.dim(), batched = is_cell ? 2 : 3;
+  RNNFAST_CHECK(layers > 0 && layout < kLayouts && (!is_cell || (layers == 1 && n.D == 1)), "no form is ", in.form);
+  RNNFAST_CHECK(dims == batched || dims == batched - 1, "x has ", dims, " dimensions");
+  // Without a batch the input lies as if it was the only row.
+  const int64_t steps_at = layout == kBatchFirst && dims == batched ? 1 : 0;
+  n.T = is_cell ? 1 : in.x.size(steps_at);
+  n.N = dims == batched ? in.x.size(is_cell ? 0 : 1 - steps_at) : 1;
+  n.I = in.x.size(dims - 1);
+  n.R = n.T * n.N;
+  RNNFAST_CHECK(n.T > 0, "x has no steps");
+  check_sizes(n);
+  const int64_t weights = in.weights.size() / layers;
+  RNNFAST_CHECK(int64_t(in.weights.size()) == weights * layers, "the layers have unlike weights");
+  count_weights(n, weights);
+  check_weights(n, in.weights.data());
+
+  const auto state = [&](int64_t features) {
+    if (is_cell) return dims == batched ? Shape{n.N, features} : Shape{features};
+    return dims == batched ? Shape{layers * n.D, n.N, features} : Shape{layers * n.D, features};
+  };
+  const Shape of_h = state(n.P), of_c = state(n.H);
+  check_tensor("h0", in.h0, of_h, n.dtype);
+  check_tensor("c0", in.c0, of_c, n.dtype);
+  RNNFAST_CHECK(!in.c0 || n.has_cell, "no such cell has a cell state");
+  RNNFAST_CHECK(!is_cell || !n.has(kProjection), "no cell has a projection");
+
+  Reader read;
+  const bool turned = steps_at == 1 && n.N > 1 && n.T > 1;
+  const void* x = turned ? read(torch::stable::transpose(in.x, 0, 1)) : read(in.x);
+  const char *h0 = static_cast<const char*>(read(in.h0)), *c0 = static_cast<const char*>(read(in.c0));
+  Outputs out;
+  out.h_n = empty(of_h, n.dtype);
+  if (n.has_cell) out.c_n = empty(of_c, n.dtype);
+  char *h_n = static_cast<char*>(out.h_n.data_ptr()), *c_n = n.has_cell ? static_cast<char*>(out.c_n.data_ptr()) : h_n;
+  const StepTable table(n, nullptr, nullptr, nullptr);
+  const int64_t H = n.H, P = n.P, width = n.D * P;
+  const int64_t h_bytes = n.D * n.N * P * in.x.element_size(), c_bytes = n.D * n.N * H * in.x.element_size();
+  const auto kernel = chosen_kernels().forward[n.cell][storage_of(n.dtype)];
+  for (int64_t k = 0; k < layers; k++) {
+    const Tensor* of_layer = &in.weights[k * weights];
+    if (k) {
+      n.I = width;
+      check_weights(n, of_layer);
+      RNNFAST_CHECK(n.H == H && n.P == P, "layers of several sizes");
+    }
+    const Tensor before = out.y;  // lives until the layer has read it
+    if (!is_cell && dims < batched) {
+      out.y = empty({n.T, width}, n.dtype);
+    } else if (steps_at == 1 && k == layers - 1) {
+      out.y = empty({n.N, n.T, width}, {width, std::max<int64_t>(n.N, 1) * width, 1}, n.dtype);
+    } else if (!is_cell) {
+      out.y = empty({n.T, n.N, width}, n.dtype);
+    }
+    Forward f{};
+    fill(f, n, table, read, of_layer);
+    f.x = x, f.h0 = h0 ? h0 + k * h_bytes : nullptr, f.c0 = c0 ? c0 + k * c_bytes : nullptr;
+    f.h_n = h_n + k * h_bytes, f.c_n = c_n + k * c_bytes, f.y = is_cell ? f.h_n : out.y.data_ptr();
+    kernel(f);
+    x = f.y;
   }
+  return out;
 }
 
-// Zero where all went well; else there was no memory.
-template <class Of>
-int failed(const Of& of) {
+void plain(StableIValue* values, uint64_t arguments, uint64_t results) {
+  Stack stack(values, arguments, results);
+  const PlainInputs in(stack);
+  Outputs out;
   try {
-    of();
-    return 0;
+    out = run(in);
   } catch (const std::exception&) {
-    return 1;
   }
+  stack.give(out.y, out.h_n, out.c_n);
+}
+
+// Of tensors that lie elsewhere, however few.
+void not_plain(StableIValue* values, uint64_t arguments, uint64_t results) {
+  Stack stack(values, arguments, results);
+  const PlainInputs in(stack);
+  stack.give(Tensor(), Tensor(), Tensor());
 }
 
 }  // namespace
 }  // namespace rnnfast
 
-#define RNNFAST_EXPORT extern "C" __attribute__((visibility("default")))
-using namespace rnnfast;
-
-RNNFAST_EXPORT void* rnnfast_layers_new(const char* mode, int storage, int64_t count, int D, int64_t I, int64_t H,
-                                        int64_t P, int biased, int projected, void* const* weights) {
-  return made_or_null([&] { return new Layers(mode, storage, count, D, I, H, P, biased, projected, weights); });
+STABLE_TORCH_LIBRARY_FRAGMENT(rnnfast, m) {
+  m.def(
+      "cpu_plain(int form, Tensor x, Tensor[] weights, Tensor? h0=None, Tensor? c0=None) -> (Tensor y, Tensor h_n, "
+      "Tensor c_n)");
 }
 
-RNNFAST_EXPORT int rnnfast_layers_run(const void* layers, int64_t T, int64_t N, const char* x, const char* h0,
-                                      const char* c0, char* y, char* h_n, char* c_n) {
-  return failed([&] { static_cast<const Layers*>(layers)->run(T, N, x, h0, c0, y, h_n, c_n); });
-}
+STABLE_TORCH_LIBRARY_IMPL(rnnfast, CPU, m) { m.impl("cpu_plain", rnnfast::plain); }
 
-RNNFAST_EXPORT void rnnfast_layers_delete(void* layers) { delete static_cast<Layers*>(layers); }
-
-RNNFAST_EXPORT void* rnnfast_stream_new(const void* layers, int64_t N, char* h, char* c) {
-  return made_or_null([&] { return new Stream(*static_cast<const Layers*>(layers), N, h, c); });
-}
-
-RNNFAST_EXPORT int rnnfast_stream_step(void* stream, const void* x) {
-  return failed([&] { static_cast<Stream*>(stream)->step(x); });
-}
-
-RNNFAST_EXPORT void rnnfast_stream_delete(void* stream) { delete static_cast<Stream*>(stream); }
+STABLE_TORCH_LIBRARY_IMPL(rnnfast, CompositeExplicitAutograd, m) { m.impl("cpu_plain", rnnfast::not_plain); }

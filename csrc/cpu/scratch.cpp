@@ -1,4 +1,5 @@
 // Scratch memory for the kernels, kept from one call to the next.
+#include <cstdint>
 #include <cstdlib>
 #include <mutex>
 #include <new>
@@ -10,7 +11,7 @@ namespace rnnfast {
 namespace {
 
 // Blocks that were given back are used again: the system takes as long to hand out fresh pages as a good part of a
-// short backward pass takes. A block begins with a header that holds its size. Small ones are left to malloc.
+// short backward pass takes. Small ones are left to malloc, as aligned_alloc does not keep blocks at hand.
 class ScratchPool {
  public:
   void* allocate(size_t bytes) {
@@ -27,16 +28,16 @@ class ScratchPool {
         return memory;
       }
     }
-    bytes = (bytes + 63) / 64 * 64;
-    auto* memory = static_cast<char*>(std::aligned_alloc(64, kHeader + bytes));
-    if (!memory) throw std::bad_alloc();
-    *reinterpret_cast<size_t*>(memory) = bytes;
-    return memory + kHeader;
+    void* origin = std::malloc(sizeof(Header) + 63 + bytes);
+    if (!origin) throw std::bad_alloc();
+    const uintptr_t memory = (reinterpret_cast<uintptr_t>(origin) + sizeof(Header) + 63) / 64 * 64;
+    reinterpret_cast<Header*>(memory)[-1] = {bytes, origin};
+    return reinterpret_cast<void*>(memory);
   }
 
   void release(void* memory) {
     if (!memory) return;
-    Block block{*reinterpret_cast<size_t*>(static_cast<char*>(memory) - kHeader), memory};
+    Block block{static_cast<Header*>(memory)[-1].bytes, memory};
     if (block.bytes <= kSmall || block.bytes > kKept) return drop(block);
     std::lock_guard<std::mutex> lock(mutex_);
     free_.push_back(block);
@@ -47,12 +48,16 @@ class ScratchPool {
   }
 
  private:
-  static constexpr size_t kHeader = 64, kSmall = 64 << 10, kKept = 64 << 20;
+  static constexpr size_t kSmall = 64 << 10, kKept = 64 << 20;
+  struct Header {  // before the memory, which begins at a multiple of 64
+    size_t bytes;
+    void* origin;
+  };
   struct Block {
     size_t bytes;
     void* memory;
   };
-  static void drop(Block block) { std::free(static_cast<char*>(block.memory) - kHeader); }
+  static void drop(Block block) { std::free(static_cast<Header*>(block.memory)[-1].origin); }
 
   std::mutex mutex_;
   std::vector<Block> free_;
