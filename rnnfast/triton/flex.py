@@ -128,7 +128,7 @@ def _shared(gates: int, hidden: int, width: int, rows: int, products: Products, 
         forward, backward = gates * units + of_rows, units + of_rows  # lines of a product's next part
         stages = min(4, (chip.shared_memory - 16 * 1024) // (max(forward, 2 * backward) * depth * dtype.itemsize))
         read = forward + gates * backward
-        if programs <= chip.processors and stages > 1 and (units == 16 or gates * units <= 96):  # else registers spill
+        if programs <= chip.processors and stages > 1 and (units == 16 or gates * units <= 64):  # else registers spill
             options = {"num_warps": 8 if units * of_rows > 512 else 4, "num_stages": stages}
             options["launch_cooperative_grid"] = True
             found.append((read, How(True, units, of_rows, products, options, depth)))
