@@ -395,7 +395,9 @@ RUN: dict[str, Callable[..., tuple[Tensor, ...]]]  # by backend
 RUN = {"reference": in_plain_torch, "cpu": on_cpu, "triton": _by_triton}
 
 
-def choose(device: torch.device, dtype: torch.dtype, cell: Cell, hidden: int, heads: int = 1) -> tuple[str, str]:
+def choose(
+    device: torch.device, dtype: torch.dtype, cell: Cell, hidden: int, heads: int = 1, batch: int = 1
+) -> tuple[str, str]:
     """As ``choose_backend``: which of RUN serves a call, and why."""
     made = circumstances()
     # The CUDA library has torch's cells and the peephole LSTM: of others those who ask for it get Triton's kernels.
@@ -415,20 +417,20 @@ def choose(device: torch.device, dtype: torch.dtype, cell: Cell, hidden: int, he
     elif dtype not in DTYPES:
         why_not = f"no kernel for {dtype}"
     else:
-        return name, _how(name, device, dtype, cell, hidden, heads)
+        return name, _how(name, device, dtype, cell, hidden, heads, batch)
     if asked:
         raise RuntimeError(f"backend {made.forced!r} cannot serve this call: {why_not}")
     return "reference", why_not
 
 
-def _how(name: str, device: torch.device, dtype: torch.dtype, cell: Cell, hidden: int, heads: int) -> str:
+def _how(name: str, device: torch.device, dtype: torch.dtype, cell: Cell, hidden: int, heads: int, batch: int) -> str:
     """What a backend does."""
     if name == "cpu":
         return "the evaluator of the native library goes through the cell's operations"
     from .triton.flex import reason
 
     lacks = "" if device.type == "cpu" else "cuda has no kernels of this cell, "
-    return f"{lacks}Triton compiles it: {reason(cell, hidden, heads, dtype, device)}"
+    return f"{lacks}Triton compiles it: {reason(cell, hidden, heads, dtype, device, batch)}"
 
 
 # Of one direction, by the names that FlexRNN has for its parameters, without what they end in.
@@ -461,9 +463,13 @@ def layer(
         others = of_step if same else {name: w.to(acc) for name, w in of_step.items()}
         w_hh, b_hh = others.pop("weight_hh", None), others.pop("bias_hh", None)
         units = list(others.values())
-        if w_hh is not None and w_hh.dim() == 1:  # of a cell without_matrix
+        if w_hh is not None and not plan.cell.gates_of_a:  # of a cell without_matrix
             units += [*w_hh.split(hidden), *(() if b_hh is None else b_hh.split(hidden))]
             w_hh = b_hh = None
+        elif w_hh is not None and w_hh.dim() < 2:
+            raise RuntimeError(f"weight_hh of a dense recurrence must be 2D or 3D, got {w_hh.dim()}D instead")
+        if len(units) != len(plan.cell.weights):
+            raise RuntimeError(f"the cell has {len(plan.cell.weights)} weights of units, got {len(units)}")
         before = (
             [x.new_full((x.size(1), hidden), value, dtype=acc) for value in plan.cell.initial]
             if states is None

@@ -124,7 +124,7 @@ def _choice(
     with torch.set_grad_enabled(trained):
         variant = module._rnnfast_options.variant(training)
     if variant is not None:
-        return Choice(name, layer, described, *choose_variant(variant, mode, data.device, dtype, hidden))
+        return Choice(name, layer, described, *choose_variant(variant, mode, data.device, dtype, hidden, batch))
     outputs: int = getattr(module, "proj_size", 0) or hidden
     bidirectional: bool = getattr(module, "bidirectional", False)
     projected = outputs < hidden

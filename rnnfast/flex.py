@@ -373,4 +373,4 @@ class FlexRNN(_Module):
         if mode := self._mode(self._variant()):
             sizes = self.hidden_size, batch, self.bidirectional
             return choose_backend(circumstances(), mode, device, dtype, *sizes, extended=extended)
-        return choose(device, dtype, self._run_cell, self.hidden_size, self.num_heads)
+        return choose(device, dtype, self._run_cell, self.hidden_size, self.num_heads, batch)

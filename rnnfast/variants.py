@@ -51,11 +51,11 @@ class Variant(NamedTuple):
 
 
 def choose_variant(
-    variant: Variant, mode: str, device: torch.device, dtype: torch.dtype, hidden: int
+    variant: Variant, mode: str, device: torch.device, dtype: torch.dtype, hidden: int, batch: int
 ) -> tuple[str, str]:
     """As ``choose_backend``: the backend that serves a layer, and why."""
     of = varied(_cell_of(variant, mode), variant.layer_norm, variant.heads > 1)
-    return choose(device, dtype, of, hidden, variant.heads)
+    return choose(device, dtype, of, hidden, variant.heads, batch)
 
 
 def _cell_of(variant: Variant, mode: str) -> Cell:
@@ -213,7 +213,7 @@ def layer(
         return pack(y), h_n, c_n, pack(c) if mode == "LSTM" else c
     weights = inputs.directions()
     hidden, of = weights[0].w_ih.size(0) // GATES[mode], CELLS[mode]
-    backend, _ = choose_variant(variant, mode, x.device, x.dtype, hidden)
+    backend, _ = choose_variant(variant, mode, x.device, x.dtype, hidden, x.size(1))
     serve = functools.partial(run, RUN[backend], variant)
     if variant.layer_norm:
         directions = [_with_norms(w, norm, of) for w, norm in zip(weights, norms)]

@@ -803,7 +803,8 @@ def test_a_table_is_read_by_the_nearest_entry(contenders: Contest, monkeypatch: 
     assert best(rows=128, inputs=7, steps=512, dtype="float16") in ([], ["cuda"])
     assert best(hidden=600, outputs=600) == [] and best(rows=2, form="packed") == ["cuda"]
     assert best(cell="RNN_RELU", rows=64, hidden=256) == ["cuda"]
-    assert best(dtype="float32", hidden=100, rows=16) == [] == best(dtype="float32", tf32=True, hidden=100, rows=16)
+    of_gru = {"cell": "GRU", "dtype": "float32", "hidden": 100, "rows": 16}
+    assert best(**of_gru) == [] == best(**of_gru, tf32=True) and best(**of_gru | {"cell": "LSTM"}) == ["cuda"]
     assert not list(of.times(key._replace(dtype="float64"), nearest=True))
     assert not list(of.times(key._replace(form="cell", steps=1), nearest=True))
     assert not list(of.times(key, nearest=False))

@@ -950,6 +950,10 @@ def malformed() -> dict[str, tuple[Callable[[list[Any]], None], str]]:
             lambda args: args.__setitem__(slice(2, 16), [torch.tensor([3, 3]), *args[3:15], False]),
             "has 2 results, of 1 states",
         ),
+        "results of rows that nobody keeps": (
+            lambda args: args.__setitem__(slice(15, 16), [False, 1]),
+            "has 1 results, of 1 states",
+        ),
         "nothing": (at(6, None), "needs x or z_gates"),
         "x": (at(3, torch.zeros(2, 8)), "x has to be"),
         "x alone": (at(3, torch.zeros(2, 3, 5)), "x and w_ih need each other"),
@@ -1089,6 +1093,19 @@ def test_bad_calls(net: FlexRNN, name: str) -> None:
 def test_bad_options(change: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         FlexRNN(**{"cell": cells.slstm, "input_size": I, "hidden_size": H, **change})
+
+
+@pytest.mark.parametrize("shape", [(24,), (6,), ()])
+def test_weights_of_another_recurrence(shape: tuple[int, ...]) -> None:
+    """Which the cell's own would else be taken for."""
+    net = FlexRNN(cells.slstm, 4, 6)
+    net.weight_hh_l0 = torch.nn.Parameter(torch.randn(shape))
+    with pytest.raises(RuntimeError, match="weight_hh of a dense recurrence must be 2D or 3D"):
+        net(torch.randn(3, 2, 4))
+    net = FlexRNN(cells.slstm, 4, 6, recurrent="diagonal")
+    net.weight_hh_l0 = torch.nn.Parameter(torch.randn(30))
+    with pytest.raises(RuntimeError, match=r"weights of units, got \d+"):
+        net(torch.randn(3, 2, 4))
 
 
 def test_weights_with_names_of_others() -> None:

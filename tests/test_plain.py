@@ -268,6 +268,16 @@ def test_memory_that_was_taken_away(name: str, size: int) -> None:
         module(x, h)
 
 
+@pytest.mark.parametrize("is_recorded", [False, True])
+def test_memory_of_a_transposed_weight_that_was_taken_away(is_recorded: bool) -> None:
+    """Which torch.nn's modules refuse, too."""
+    module, x = rnnfast.GRU(4, 5), torch.randn(3, 2, 4)
+    module.weight_hh_l0 = nn.Parameter(torch.randn(5, 15).T)
+    module.weight_hh_l0.untyped_storage().resize_(16)
+    with torch.set_grad_enabled(is_recorded), pytest.raises(RuntimeError, match="memory"):
+        module(x)
+
+
 def test_sizes_of_zero(monkeypatch: pytest.MonkeyPatch, served: list[bool]) -> None:
     with torch.no_grad():
         module, x = rnnfast.GRU(4, 5, 2), torch.randn(3, 0, 4)

@@ -70,10 +70,8 @@ inline void* data_if(bool wanted, const Tensor& tensor) { return wanted ? tensor
 class Reader {
  public:
   const void* operator()(const Tensor& tensor) {
-    if (tensor.is_contiguous()) {
-      check_memory(tensor);
-      return tensor.data_ptr();
-    }
+    check_memory(tensor);
+    if (tensor.is_contiguous()) return tensor.data_ptr();
     copies_.push_back(torch::stable::contiguous(tensor));
     return copies_.back().data_ptr();
   }
@@ -85,8 +83,9 @@ class Reader {
     int64_t bytes, offset;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &bytes));
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(tensor.get(), &offset));
-    const int64_t numbers = tensor.numel();
-    RNNFAST_CHECK(!numbers || (offset + numbers) * int64_t(tensor.element_size()) <= bytes,
+    int64_t end = offset + 1;
+    for (int64_t d = 0; d < tensor.dim(); d++) end += (tensor.size(d) - 1) * tensor.stride(d);
+    RNNFAST_CHECK(!tensor.numel() || end * int64_t(tensor.element_size()) <= bytes,
                   "the memory of a tensor was taken away");
   }
 

@@ -173,7 +173,8 @@ void flex_forward(StableIValue* values, uint64_t arguments, uint64_t results_) {
   RNNFAST_CHECK(R >= 0 && R <= l.program.results, "the program cannot have ", R, " results of rows");
   l.Z = z_gates ? given.columns("z_gates", *z_gates) : 0, l.Y = l.program.results - l.S - R, l.R = R;
   RNNFAST_CHECK(l.X + l.Z > 0, "z_gates has no gate");
-  RNNFAST_CHECK(keep ? l.Y >= 0 : l.Y + R == 0, "the program has ", l.program.results, " results, of ", l.S, " states");
+  RNNFAST_CHECK(l.Y >= 0 && (keep || l.Y + R == 0), "the program has ", l.program.results, " results, of ", l.S,
+                " states");
   check_tensor("b_ih", b_ih, {l.X * l.H}, given.dtype);
   given.check_program(l.X + l.Z + l.A + l.S + l.U, l.S + l.Y + R, l.S);
   check_tensor("b_hh", b_hh, {l.A * l.H}, given.dtype);

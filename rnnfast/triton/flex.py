@@ -33,7 +33,7 @@ _TILE = 128  # numbers, one a thread: of units that lie side by side, and rows w
 
 
 class Products(NamedTuple):
-    """Of W_hh and states, which are float32 at least: what both are rounded to, and tl.dot's precision of float32."""
+    """Of W_hh and h, which lie in memory as float32 at least: what both are rounded to, and tl.dot's precision."""
 
     dtype: torch.dtype
     precision: str = "ieee"
@@ -114,6 +114,7 @@ def choose(gates: int, hidden: int, width: int, rows: int, products: Products, c
     return How(not gates, units, _TILE // units, products, options)
 
 
+@functools.lru_cache(maxsize=1024)
 def _shared(gates: int, hidden: int, width: int, rows: int, products: Products, chip: Chip) -> How | None:
     """By programs that share heads, one a multiprocessor at most, as each waits for others; so that each reads least.
 
@@ -135,13 +136,13 @@ def _shared(gates: int, hidden: int, width: int, rows: int, products: Products, 
     return min(found, key=lambda of: of[0])[1] if found else None
 
 
-def reason(cell: Cell, hidden: int, heads: int, dtype: torch.dtype, device: torch.device, rows: int = 1) -> str:
+def reason(cell: Cell, hidden: int, heads: int, dtype: torch.dtype, device: torch.device, rows: int) -> str:
     products = Products.of(dtype, device)
     how = choose(len(cell.gates_of_a), hidden, hidden // heads, rows, products, _chip(device))
     return "all steps in one launch" if how.fused else "a launch and a product a step"
 
 
-class _Recurrence:
+class _Direction:
     """A direction on contiguous tensors; letters as in ``evaluator.py``, and W units of a head."""
 
     def __init__(self, products: Products, plan: Plan, inputs: Sequence[Any]) -> None:
@@ -197,7 +198,7 @@ class _Recurrence:
 
 
 def _forward(products: Products, plan: Plan, inputs: Sequence[Any], keep: bool) -> Any:
-    k, (step, _) = _Recurrence(products, plan, inputs), steps_of(plan.cell)
+    k, (step, _) = _Direction(products, plan, inputs), steps_of(plan.cell)
     T, N, H, A = k.T, k.N, k.H, k.A
     after = tuple(state.clone(memory_format=torch.contiguous_format) for state in k.states)
     every = tuple(k.new_rows(T, N, H) for _ in after)
@@ -224,7 +225,7 @@ def _backward(
     products: Products, plan: Plan, inputs: Sequence[Any], kept: Sequence[Tensor], needs: Sequence[bool],
     d_every: Sequence[Tensor | None], d_after: Sequence[Tensor | None],
 ) -> Sequence[Tensor | None]:  # fmt: skip
-    k, (_, step) = _Recurrence(products, plan, inputs), steps_of(plan.cell)
+    k, (_, step) = _Direction(products, plan, inputs), steps_of(plan.cell)
     T, N, H, A = k.T, k.N, k.H, k.A
     *before, a_gates = kept
     d_states = tuple(state.new_zeros(N, H) if grad is None else grad.clone(memory_format=torch.contiguous_format)

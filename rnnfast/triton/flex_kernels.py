@@ -3,9 +3,10 @@
 A program owns a tile of units and a tile of rows. Fused, all steps are one launch: of a cell without W_hh h, whose
 units know nothing of each other; where the tile is a head and its W_hh stays on the chip; and where programs share a
 head: all of them have to run at once, hand their units' h, or the gradients of a, to each other through memory, meet
-after each step, and read W_hh anew in each, from L2. Otherwise a launch is one step, whose gates of W_hh h torch has
-made. States lie in memory between launches; one that leaves a step is as it enters the next, so is the initial one
-where an episode begins there.
+after each step, and read W_hh anew in each, from L2: lengths may not change meanwhile, or some would wait for ever.
+Otherwise a launch is one step, whose gates of W_hh h torch has made, or, where programs may not wait, this kernel.
+States lie in memory between launches; one that leaves a step is as it enters the next, so is the initial one where an
+episode begins there.
 
 The cell comes as two functions that ``flex.py`` has printed, on tuples of tiles [units, rows]: of the gates of x and of
 a, the states before the step, the weights of the units' own, and in the backward the gradients of the states after it.
