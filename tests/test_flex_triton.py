@@ -256,6 +256,8 @@ def test_a_gpu_gets_triton(gpus: Callable[..., None], monkeypatch: pytest.Monkey
     assert backend == "triton"
     assert why == "cuda has no kernels of this cell, Triton compiles it: all steps in one launch"
     assert FlexRNN(cells.janet, 3, 9000)._backend(CUDA, torch.float32)[1].endswith(": a launch and a product a step")
+    for batch, way in ((64, "all steps in one launch"), (5000, "a launch and a product a step")):
+        assert FlexRNN(cells.janet, 3, 1024)._backend(CUDA, torch.float32, batch)[1].endswith(way)
     for options in ({}, {"num_heads": 10}, {"recurrent": "none"}, {"recurrent": "diagonal"}):
         assert FlexRNN(cells.janet, 3, 400, **options)._backend(CUDA, torch.float32)[1].endswith("in one launch")
     assert net._backend(CUDA, torch.complex64) == ("reference", "no kernel for torch.complex64")

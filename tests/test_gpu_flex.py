@@ -62,15 +62,15 @@ def size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     return request.param
 
 
-def of_form(form: str) -> dict[str, Tensor]:
-    lengths, resets = (torch.arange(N) % (T + 1)).to(DEVICE), torch.rand(T, N, device=DEVICE) < 0.3
+def of_form(form: str, steps: int = T, rows: int = N) -> dict[str, Tensor]:
+    lengths, resets = (torch.arange(rows) % (steps + 1)).to(DEVICE), torch.rand(steps, rows, device=DEVICE) < 0.3
     given = {"rectangular": {}, "lengths": {"lengths": lengths}, "resets": {"resets": resets}}
     return given[form] if form in given else given["lengths"] | given["resets"]
 
 
-def states_of(cell: cells.Cell, hidden: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+def states_of(cell: cells.Cell, hidden: int, dtype: torch.dtype, rows: int) -> tuple[Tensor, ...]:
     """Random, and for a normaliser positive, as it is in any step but the first."""
-    made = [(name, torch.randn(1, N, hidden, device=DEVICE)) for name in cell.states]
+    made = [(name, torch.randn(1, rows, hidden, device=DEVICE)) for name in cell.states]
     return tuple((state.abs() + 0.5 if name == "n" else state).to(dtype) for name, state in made)
 
 
@@ -79,15 +79,15 @@ def with_zeros(found: dict[str, Tensor], others: dict[str, Tensor]) -> dict[str,
     return {name: found.get(name, torch.zeros(t.shape)) for name, t in others.items()}
 
 
-@pytest.mark.parametrize("cell, precision, size, form", CHOSEN, indirect=["size"])
-def test_error_is_at_most_twice_torchs(cell: str, precision: str, size: str, form: str) -> None:
+def assert_is_near(
+    cell: str, precision: str, hidden: int, form: str, steps: int = T, rows: int = N, **options: Any
+) -> None:
     """Against float64 ours may be off by twice what a loop in plain torch is in the same precision, plus the floor."""
     dtype, allowed, floor = PRECISIONS[precision]
-    hidden, options = SIZES[size]
     torch.manual_seed(0)
     net = FlexRNN(ZOO[cell], I, hidden, device=DEVICE, dtype=dtype, **options)
-    x, states = torch.randn(T, N, I, device=DEVICE, dtype=dtype), states_of(ZOO[cell], hidden, dtype)
-    given = of_form(form)
+    x = torch.randn(steps, rows, I, device=DEVICE, dtype=dtype)
+    states, given = states_of(ZOO[cell], hidden, dtype, rows), of_form(form, steps, rows)
     with tf32(allowed):
         actual = values_and_grads(net, x, states, **given)
         with torch.no_grad():
@@ -99,6 +99,20 @@ def test_error_is_at_most_twice_torchs(cell: str, precision: str, size: str, for
     assert_close([inferred], [actual["output[0]"]], floor)
     exact, baseline = (with_zeros({name: t.cpu() for name, t in of.items()}, actual) for of in (exact, baseline))
     assert_off_by_twice_at_most(actual, baseline, exact, dtype, 2 * floor)
+
+
+@pytest.mark.parametrize("cell, precision, size, form", CHOSEN, indirect=["size"])
+def test_error_is_at_most_twice_torchs(cell: str, precision: str, size: str, form: str) -> None:
+    hidden, options = SIZES[size]
+    assert_is_near(cell, precision, hidden, form, **options)
+
+
+@pytest.mark.parametrize("steps", [1, T])
+@pytest.mark.parametrize("hidden, rows", [(300, 64), (300, 130), (1024, 64), (512, 200)])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_tiles_of_shared_heads(precision: str, hidden: int, rows: int, steps: int) -> None:
+    """Of 16 to 64 rows, by four warps and by eight."""
+    assert_is_near("slstm", precision, hidden, "both", steps, rows)
 
 
 def test_what_runs(size: str) -> None:
