@@ -466,10 +466,10 @@ def layer(
         if w_hh is not None and not plan.cell.gates_of_a:  # of a cell without_matrix
             units += [*w_hh.split(hidden), *(() if b_hh is None else b_hh.split(hidden))]
             w_hh = b_hh = None
+            if len(units) != len(plan.cell.weights):
+                raise RuntimeError(f"the cell has {len(plan.cell.weights)} weights of units, got {len(units)}")
         elif w_hh is not None and w_hh.dim() < 2:
             raise RuntimeError(f"weight_hh of a dense recurrence must be 2D or 3D, got {w_hh.dim()}D instead")
-        if len(units) != len(plan.cell.weights):
-            raise RuntimeError(f"the cell has {len(plan.cell.weights)} weights of units, got {len(units)}")
         before = (
             [x.new_full((x.size(1), hidden), value, dtype=acc) for value in plan.cell.initial]
             if states is None
