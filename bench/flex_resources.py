@@ -88,7 +88,7 @@ def compile(variant: Variant) -> Resources:
         "FUSED": how.fused,
         "BH": how.units,
         "BN": how.rows,
-        "BK": how.depth * (2 if variant.kernel == "backward" else 1),
+        "BK": how.depth,
     }
     constants |= {"ALIGN": 16, "ENDS": is_shared, "PRECISION": how.products.precision}
 

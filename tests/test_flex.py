@@ -186,10 +186,14 @@ def assert_as_the_loop(net: FlexRNN, step: Callable[..., Any], x: Tensor, states
     assert_same_or_zero(found, expected)
 
 
-def assert_same_or_zero(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+def with_zeros(found: dict[str, Tensor], every: dict[str, Tensor]) -> dict[str, Tensor]:
     """Where nothing was read there is no gradient, or one of zero."""
+    return {name: found.get(name, torch.zeros_like(t)) for name, t in every.items()}
+
+
+def assert_same_or_zero(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     every = {**expected, **found}
-    assert_same(*({name: of.get(name, torch.zeros_like(t)) for name, t in every.items()} for of in (found, expected)))
+    assert_same(with_zeros(found, every), with_zeros(expected, every))
 
 
 @on_each

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import LAYERS, assert_off_by_twice_at_most, values_and_grads
-from test_flex import OF_TORCH, AsTorchs, again
+from test_flex import OF_TORCH, AsTorchs, again, with_zeros
 from test_gpu import PRECISIONS, assert_close, assert_equal, tf32
 from test_variants import FLEX, own_lstm
 from torch import Tensor
@@ -74,11 +74,6 @@ def states_of(cell: cells.Cell, hidden: int, dtype: torch.dtype, rows: int) -> t
     return tuple((state.abs() + 0.5 if name == "n" else state).to(dtype) for name, state in made)
 
 
-def with_zeros(found: dict[str, Tensor], others: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Where nothing was read there is no gradient, or one of zero."""
-    return {name: found.get(name, torch.zeros(t.shape)) for name, t in others.items()}
-
-
 def assert_is_near(
     cell: str, precision: str, hidden: int, form: str, steps: int = T, rows: int = N, **options: Any
 ) -> None:
@@ -97,7 +92,7 @@ def assert_is_near(
     with rnnfast.use_backend("reference"):
         exact = values_and_grads(net.double(), x.double(), tuple(state.double() for state in states), **given)
     assert_close([inferred], [actual["output[0]"]], floor)
-    exact, baseline = (with_zeros({name: t.cpu() for name, t in of.items()}, actual) for of in (exact, baseline))
+    exact, baseline = ({name: t.cpu() for name, t in with_zeros(of, actual).items()} for of in (exact, baseline))
     assert_off_by_twice_at_most(actual, baseline, exact, dtype, 2 * floor)
 
 

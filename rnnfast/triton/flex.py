@@ -182,7 +182,7 @@ class _Direction:
         kernel[grid](
             *operands, self.met, self.lengths, self.resets, first=first, last=last, T=self.T, N=self.N, H=self.H,
             W=self.W, CELL=cell, X=len(self.plan.cell.gates_of_x), A=self.A, REVERSE=int(self.plan.reverse),
-            FUSED=self.at_once, BH=how.units, BN=how.rows, BK=how.depth * (2 if kernel is flex_kernels.backward else 1),
+            FUSED=self.at_once, BH=how.units, BN=how.rows, BK=how.depth,
             ALIGN=math.gcd(self.W, 16), PRECISION=how.products.precision, **how.options, **of_kernel,
         )  # fmt: skip
 

@@ -327,7 +327,7 @@ def backward(
         if BK > 0:  # there is the product to wait for, and no room to have two steps
             x, a, before, d_every = load_backward(at, t, p_x, p_a, p_before, p_d_every, H, W, X, A, EVERY)
             after = time(at, s + 1, steps)  # what the step after this one has left
-            through = product_with_da(at, after, p_w, p_da, own, head, H, W, acc, A, BN, BK, PRECISION)
+            through = product_with_da(at, after, p_w, p_da, own, head, H, W, acc, A, BN, 2 * BK, PRECISION)
             d_states = (d_states[0] + through,) + d_states[1:]
         else:
             t_ahead = time(at, tl.maximum(s - 1, first), steps)
@@ -355,7 +355,7 @@ def backward(
             meet(p_met, H // W, i + 1, programs)
     if ENDS:
         begin = time(at, first, steps)
-        through = product_with_da(at, begin, p_w, p_da, own, head, H, W, acc, A, BN, BK, PRECISION)
+        through = product_with_da(at, begin, p_w, p_da, own, head, H, W, acc, A, BN, 2 * BK, PRECISION)
         d_states = (d_states[0] + through,) + d_states[1:]
     store_at(p_d_states, n * H + unit, d_states, inside)
     store_at(p_d_units, n * H + unit, d_units, inside)
