@@ -290,7 +290,12 @@ def shortened(kernel: str) -> str:
 
 
 def measure(calls: dict[str, Callable], rounds: int, device: str, burst: float = BURST) -> dict[str, float]:
-    """Median milliseconds of each call. In every round each has its turn, of several calls where they are short."""
+    """Milliseconds of each call. In every round each has its turn, of several calls where they are short.
+
+    A machine may be a half faster for some seconds than in the next ones, as others use it or not, and medians over
+    all rounds could then be of other seconds for each. So what counts of a call is the median of its share in what a
+    round took, times the median round.
+    """
     # The first calls are slow, of all and after each rest: they do not count, neither where the length of a burst is
     # chosen, or it would be a shorter one, nor in it. Of a long call one more would cost much and change little.
     bursts = {}
@@ -301,13 +306,17 @@ def measure(calls: dict[str, Callable], rounds: int, device: str, burst: float =
             estimate = statistics.median(machine.times(call, 20, device))
         count = max(1, min(1000, round(burst * 1e3 / estimate)))
         bursts[name] = 0 if is_long else 1 + count // 10, count
-    times = {name: [] for name in calls}
+    of_rounds, shares = [], {name: [] for name in calls}
     for i in range(rounds):
+        medians = {}
         for name in list(calls)[:: -1 if i % 2 else 1]:  # nobody always follows the same one
             first, count = bursts[name]
             time.sleep(PAUSE if device == "cpu" else 0)
-            times[name] += machine.times(calls[name], first + count, device)[first:]
-    return {name: statistics.median(values) for name, values in times.items()}
+            medians[name] = statistics.median(machine.times(calls[name], first + count, device)[first:])
+        of_rounds.append(statistics.geometric_mean(medians.values()))
+        for name, median in medians.items():
+            shares[name].append(median / of_rounds[-1])
+    return {name: statistics.median(of_rounds) * statistics.median(of_name) for name, of_name in shares.items()}
 
 
 def row_of(

@@ -3,6 +3,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <initializer_list>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -15,8 +16,30 @@
 namespace rnnfast {
 
 using torch::headeronly::ScalarType;
-using Shape = std::vector<int64_t>;
 using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;  // that belong to somebody else
+
+// The sizes of a tensor of ours, in no memory of their own, as a vector's are: a small call has a dozen of them.
+class Shape {
+ public:
+  static constexpr size_t kMost = 4;
+  Shape() = default;
+  Shape(std::initializer_list<int64_t> sizes) : Shape(Sizes(sizes.begin(), sizes.size())) {}
+  Shape(Sizes sizes) {
+    for (int64_t size : sizes) push_back(size);
+  }
+  void push_back(int64_t size) {
+    STD_TORCH_CHECK(count_ < kMost, "rnnfast: a tensor of more than ", kMost, " dimensions");
+    sizes_[count_++] = size;
+  }
+  size_t size() const { return count_; }
+  const int64_t* data() const { return sizes_; }
+  int64_t& operator[](size_t i) { return sizes_[i]; }
+  int64_t operator[](size_t i) const { return sizes_[i]; }
+
+ private:
+  int64_t sizes_[kMost];
+  size_t count_ = 0;
+};
 
 template <class... Parts>
 std::runtime_error refusal(const Parts&... parts) {

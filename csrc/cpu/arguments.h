@@ -52,7 +52,8 @@ inline Tensor empty(const Shape& shape, const Shape& strides, ScalarType dtype) 
 }
 
 inline Tensor empty(const Shape& shape, ScalarType dtype) {
-  Shape strides(shape.size(), 1);
+  Shape strides = shape;
+  if (strides.size()) strides[strides.size() - 1] = 1;
   for (size_t i = shape.size(); i-- > 1;) {
     RNNFAST_CHECK(!__builtin_mul_overflow(strides[i], std::max<int64_t>(shape[i], 1), &strides[i - 1]),
                   "a result would have 2^63 or more elements");

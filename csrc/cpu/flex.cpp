@@ -231,9 +231,8 @@ void flex_backward(StableIValue* values, uint64_t arguments, uint64_t results_) 
   const Tensor dx = empty_if(gives_dx, {l.T, l.N, l.I}, given.dtype);
   const Tensor dw_ih = empty_if(of_x, {l.X * l.H, l.I}, given.dtype), db_ih = empty_if(of_x, {l.X * l.H}, given.dtype);
   const Tensor dz_gates = empty_if(need_dz, {l.T, l.N, l.Z * l.H}, given.dtype);
-  Shape of_w_hh;
-  for (int64_t k = 0; of_a && k < w_hh->dim(); k++) of_w_hh.push_back(w_hh->size(k));
-  const Shape of_b_hh(of_w_hh.begin(), of_w_hh.end() - of_a);
+  const Sizes of_w_hh = of_a ? w_hh->sizes() : Sizes();
+  const Shape of_b_hh(of_w_hh.slice(0, of_w_hh.size() - of_a));
   const Tensor dw_hh = empty_if(of_a, of_w_hh, given.dtype), db_hh = empty_if(of_a, of_b_hh, given.dtype);
   const Tensor d_units = empty({(l.T + kUnitSteps - 1) / kUnitSteps, l.N, l.U * l.H}, given.dtype);
   if (d_units.numel()) std::memset(d_units.data_ptr(), 0, d_units.numel() * d_units.element_size());

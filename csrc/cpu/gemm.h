@@ -334,10 +334,7 @@ void product_unpacked(Left<Plain<Sum>> a, int64_t M, const Stored* w, const Pane
           if (j < lanes) sums[j] = sums[j] + row * load(from + j * K + k, n);
         }
       }
-      transpose(sums);
-      Vec<Sum> total = load(init + v * U);
-      for (int j = 0; j < U; j++) total = total + sums[j];
-      store(out + i * os + v * U, total);
+      store(out + i * os + v * U, load(init + v * U) + sums_of_rows(sums));
     }
   }
 }

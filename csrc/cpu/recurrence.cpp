@@ -51,17 +51,19 @@ struct Result {
   const int64_t bytes;  // of a member
 
   // Members: 0 of a call that is of none.
-  Result(bool wanted, Shape shape, ScalarType dtype, int64_t members)
+  Result(bool wanted, Sizes shape, ScalarType dtype, int64_t members)
       : wanted(wanted),
-        tensor(empty_if(wanted, with(members, std::move(shape)), dtype)),
+        tensor(empty_if(wanted, with(members, shape), dtype)),
         bytes(tensor.numel() / std::max<int64_t>(members, 1) * tensor.element_size()) {}
 
   void* data(int64_t member) const { return wanted ? static_cast<char*>(tensor.data_ptr()) + member * bytes : nullptr; }
 
  private:
-  static Shape with(int64_t members, Shape shape) {
-    if (members) shape.insert(shape.begin(), members);
-    return shape;
+  static Shape with(int64_t members, Sizes shape) {
+    Shape all;
+    if (members) all.push_back(members);
+    for (int64_t size : shape) all.push_back(size);
+    return all;
   }
 };
 
@@ -227,8 +229,7 @@ struct InputGradients : StateGradients {
   InputGradients(const Inputs& first, const Dimensions& n, bool need_dx, bool need_dw, int64_t members = 0)
       : StateGradients(first, n, members), dx(need_dx, n.rows(n.I), n.dtype, members) {
     for (size_t i = 0; need_dw && i < first.weights.size(); i++) {
-      const auto sizes = first.weights[i].sizes();
-      dweights.emplace_back(true, Shape(sizes.begin(), sizes.end()), n.dtype, members);
+      dweights.emplace_back(true, first.weights[i].sizes(), n.dtype, members);
     }
   }
 

@@ -246,6 +246,22 @@ RNNFAST_INLINE void transpose(Vec<Number>* rows) {
   }
 }
 
+// The sum of each of U rows, in its lane: a transposition of which only the sums are made.
+template <class Number, int kStep = 1>
+RNNFAST_INLINE Vec<Number> sums_of_rows(Vec<Number>* rows) {
+  constexpr int U = kLanes<Number>;
+  if constexpr (kStep == U) {
+    return rows[0];
+  } else {
+#pragma GCC unroll 16
+    for (int i = 0; i < U; i += 2 * kStep) {
+      swap_lanes<kStep>(rows[i], rows[i + kStep], std::make_index_sequence<U>());
+      rows[i] = rows[i] + rows[i + kStep];
+    }
+    return sums_of_rows<Number, 2 * kStep>(rows);
+  }
+}
+
 // ---- functions, to about 4 units in the last place; NaN propagates
 
 template <class Number>
