@@ -327,7 +327,7 @@ struct LeakyRnn {
   }
 };
 
-// Calls CELL with the name of each: of the common ones, of which CPUs have kernels, too; of those of CUDA alone; of all.
+// Calls CELL with the name of each: of the common ones, of which every backend has kernels; of CUDA's own; of all.
 #define RNNFAST_COMMON_CELLS(CELL) CELL(RnnTanh) CELL(RnnRelu) CELL(Lstm) CELL(Gru) CELL(PeepholeLstm)
 #define RNNFAST_CUDA_CELLS(CELL) CELL(Cifg) CELL(ReluLstm) CELL(Janet) CELL(Mgu) CELL(Ligru) CELL(LeakyRnn)
 #define RNNFAST_CELLS(CELL) RNNFAST_COMMON_CELLS(CELL) RNNFAST_CUDA_CELLS(CELL)
