@@ -1128,14 +1128,15 @@ def leaky_rnn(x, a, s, w):
 
 
 def _of_weights(of: Cell) -> Cell:
-    """A cell with weights of the units' own for scalars: kernels have none."""
-    return Cell(of.function, of.gates, of.states, [*of.weights, *of.scalars], {}, dict(zip(of.states, of.initial)))
+    """A cell with weights of the units' own for its scalars: kernels have none."""
+    weights, initial = [*of.weights, *of.scalars], dict(zip(of.states, of.initial))
+    return Cell(of.function, of.gates, of.states, weights, {}, initial) if of.scalars else of
 
 
-_OF_CUDA = cifg, relu_lstm, janet, mgu, ligru, leaky_rnn
-MODES |= CELLS | {of.mode: _of_weights(of) for of in _OF_CUDA}
-for _declared in (*CELLS.values(), *_OF_CUDA):
-    _declared.twin = _declared.mode
+_WITH_MODES = CELLS | {of.mode: of for of in (cifg, relu_lstm, janet, mgu, ligru, leaky_rnn)}
+MODES |= {mode: _of_weights(of) for mode, of in _WITH_MODES.items()}
+for _mode in MODES:
+    _WITH_MODES[_mode].twin = _mode
 
 
 # Of each cell, by torch's name of it: how many columns of H its gates have, what a forward keeps for the backward, and
