@@ -166,7 +166,8 @@ def test_a_check_sees_no_kink() -> None:
     call = contest.Call("LIGRU", torch.randn(T, N, I), [], [w.detach() for w in net.parameters()], options)
     x, *weights = call.twin().tensors
     assert (x >= 0).all() and all((w[::2] >= 0).all() and (w[1::2] <= 0).all() for w in weights)
-    assert contest.fault(call, "cuda", N, False, False) is None
+    with regime("by the table"):
+        assert contest.fault(call, "cuda", N, False, False) is None
 
 
 # Which layers get them
