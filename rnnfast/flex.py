@@ -289,7 +289,7 @@ class FlexRNN(_Module):
         names, count = self._names, 1 + self.bidirectional
         flat: Sequence[Tensor] = [self._weight(name) for name in self._all_names]
         variant = self._variant()
-        if mode := self._mode(variant, x.device, functional.autocast_dtype(x.device.type, x.dtype)):
+        if mode := self._mode(variant, x.device, x.dtype):
             return self._by_kernels(mode, x, states, lengths, resets, return_states, flat)
         lengths = functional._check_lengths(x, lengths)
         functional._check_resets(x, resets)
@@ -332,6 +332,7 @@ class FlexRNN(_Module):
         mode = self.cell.twin
         if mode is None or self.recurrent != "dense" or self.num_heads > 1 or variant is not None:
             return None
+        dtype = functional.autocast_dtype(device.type, dtype)
         if self.scalars and dtype.itemsize < 4:  # there they are weights, of the layer's dtype, which would round them
             return None
         if mode in CELLS:
