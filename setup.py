@@ -42,10 +42,10 @@ def _cells():
     spec = importlib.util.spec_from_file_location("cells", ROOT / "rnnfast" / "cells.py")
     sys.modules["cells"] = cells = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(cells)
-    return [cell.cpp_name for cell in cells.CELLS.values()]
+    return [cell.cpp_name for cell in cells.MODES.values()]
 
 
-CELLS = _cells()  # of the kernels with products an object each
+CELLS = _cells()  # of the CUDA kernels with products two objects each
 
 # Of all GPUs since Ampere: code for one runs on later ones of its generation. PTX is for generations to come: their
 # driver compiles it, which takes it a minute.

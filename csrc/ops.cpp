@@ -42,7 +42,7 @@ void check_tensor(const char* name, const Tensor& tensor, Sizes shape, ScalarTyp
 }
 
 Dimensions read_cell(int64_t cell, const Tensor& x, bool bidirectional) {
-  RNNFAST_CHECK(cell >= 0 && cell < kCellKinds, "there is no cell ", cell);
+  RNNFAST_CHECK(cell >= 0 && cell < kCommonKinds, "there is no cell ", cell);
   Dimensions n{};
   n.cell = CellKind(cell);
   RNNFAST_CHECK(x.defined(), "x is missing");

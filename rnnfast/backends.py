@@ -16,6 +16,7 @@ import torch
 from torch.autograd import forward_ad
 
 from . import onnx
+from .cells import CELLS, MODES
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Of the CPU backend, as rnnfast::cpu_isa numbers them.
@@ -40,6 +41,7 @@ class Backend(NamedTuple):
     # torch.
     module: str | None = None
     has_operators: bool = True
+    modes: frozenset[str] = frozenset(CELLS)  # the cells of which it has kernels
     saves_gates: bool = True  # whether its backward needs what the forward computed
 
     def load(self) -> ModuleType:
@@ -139,14 +141,17 @@ _cpu._dynamo_marked_constant = _cuda._dynamo_marked_constant = True  # type: ign
 # Of those for one type of device the last that can is the one that serves; ROCm's type is also called cuda.
 BACKENDS = {
     "reference": Backend(
-        lambda device: Availability(True, "plain torch, any dtype and device"), dtypes=None, saves_gates=False
+        lambda device: Availability(True, "plain torch, any dtype and device"),
+        dtypes=None,
+        modes=frozenset(MODES),
+        saves_gates=False,
     ),
     "torch": Backend(
         lambda device: Availability(True, "PyTorch's own kernels, those of torch.nn"), has_operators=False
     ),
     "cpu": Backend(_cpu, ("cpu",)),
     "triton": Backend(_triton, ("cuda",), module="triton"),
-    "cuda": Backend(_cuda, ("cuda",), module="cuda"),
+    "cuda": Backend(_cuda, ("cuda",), module="cuda", modes=frozenset(MODES)),
 }
 WITH_OPERATORS = tuple(name for name, backend in BACKENDS.items() if backend.has_operators)
 OF_DEVICE = {
@@ -301,7 +306,8 @@ def choose_backend(
         backend = BACKENDS[name]
         if backend.dtypes is not None and dtype not in backend.dtypes:
             continue
-        found = backend.probe(device)
+        served = mode in backend.modes
+        found = backend.probe(device) if served else Availability(False, f"{name} has no kernels of {mode}")
         if found.available and (hidden is None or backend.module is None):
             return name, found.detail
         if found.available:

@@ -592,7 +592,7 @@ class Cell:
         if not self.gates_of_x:
             raise self._refusal("it reads no gate of x, so the input would be nothing to it")
         _ = self.gates_of_a
-        self.twin = next((mode for mode, of in CELLS.items() if of._form == self._form), None)
+        self.twin = next((mode for mode, of in MODES.items() if of._form == self._form), None)
 
     @functools.cached_property
     def inputs(self) -> dict[str, list[Value]]:
@@ -635,7 +635,8 @@ class Cell:
 
     @property
     def _form(self) -> tuple[Any, ...]:
-        return len(self.gates), len(self.states), len(self.weights), self.scalars, self.initial, self.program
+        """By which two cells are told to be one: a scalar is then a weight that all units have alike."""
+        return len(self.gates), len(self.states), len(self.weights) + len(self.scalars), self.initial, self.program
 
     @property
     def sees_rows(self) -> bool:
@@ -958,7 +959,8 @@ def evaluate(value: Any, known: dict[Value, Any]) -> Any:
     return known[value]
 
 
-CELLS: dict[str, Cell] = {}  # those of the kernels, by mode
+CELLS: dict[str, Cell] = {}  # by mode: those of which every backend has kernels,
+MODES: dict[str, Cell] = {}  # and these and others, of which CUDA's has them
 
 
 # The cells of torch, by its names of them. Torch's pages of nn.RNN, nn.LSTM and nn.GRU have the equations.
@@ -1007,8 +1009,6 @@ def peephole_lstm(x, a, s, w):
 
 
 CELLS |= {declared.mode: declared for declared in (rnn_tanh, rnn_relu, lstm, gru, peephole_lstm)}
-for _mode in CELLS:
-    CELLS[_mode].twin = _mode
 
 
 # Others, of which FlexRNN makes layers.
@@ -1019,16 +1019,22 @@ for _mode in CELLS:
 def cifg(x, a, s):
     """An LSTM with coupled input and forget gates."""
     f = sigmoid(x.f + a.f)
-    c = f * s.c + (1 - f) * tanh(x.g + a.g)
-    return sigmoid(x.o + a.o) * tanh(c), c
+    g = tanh(x.g + a.g)
+    o = sigmoid(x.o + a.o)
+    c = f * s.c + (1 - f) * g
+    return o * tanh(c), c
 
 
 # As Le et al., "A Simple Way to Initialize Recurrent Networks of Rectified Linear Units", 2015, have it in RNNs.
 @cell(gates="i f g o", states="h c")
 def relu_lstm(x, a, s):
     """An LSTM with relu for tanh."""
-    c = sigmoid(x.f + a.f) * s.c + sigmoid(x.i + a.i) * relu(x.g + a.g)
-    return sigmoid(x.o + a.o) * relu(c), c
+    i = sigmoid(x.i + a.i)
+    f = sigmoid(x.f + a.f)
+    g = relu(x.g + a.g)
+    o = sigmoid(x.o + a.o)
+    c = f * s.c + i * g
+    return o * relu(c), c
 
 
 # Beck et al., "xLSTM: Extended Long Short-Term Memory", 2024, equations 8 to 17. The gates are exponentials, kept
@@ -1051,8 +1057,12 @@ def slstm(x, a, s):
 @cell(gates="f g", scalars={"beta": 1.0})
 def janet(x, a, s, w):
     """An LSTM with the forget gate alone."""
-    f = x.f + a.f
-    return sigmoid(f) * s.h + (1 - sigmoid(f - w.beta)) * tanh(x.g + a.g)
+    u = x.f + a.f
+    v = u - w.beta
+    f = sigmoid(u)
+    k = sigmoid(v)
+    g = tanh(x.g + a.g)
+    return f * s.h + (1 - k) * g
 
 
 # Zhou et al., "Minimal Gated Unit for Recurrent Neural Networks", 2016; but f multiplies W_hh h, as in torch's GRU.
@@ -1060,7 +1070,9 @@ def janet(x, a, s, w):
 def mgu(x, a, s):
     """The minimal gated unit: a GRU whose two gates are one."""
     f = sigmoid(x.f + a.f)
-    return (1 - f) * s.h + f * tanh(x.n + f * a.n)
+    q = a.n
+    n = tanh(x.n + f * q)
+    return (1 - f) * s.h + f * n
 
 
 # Ravanelli et al., "Light Gated Recurrent Units for Speech Recognition", 2018, without its batch normalisation.
@@ -1068,7 +1080,8 @@ def mgu(x, a, s):
 def ligru(x, a, s):
     """A GRU with neither reset gate nor tanh."""
     z = sigmoid(x.z + a.z)
-    return z * s.h + (1 - z) * relu(x.n + a.n)
+    n = relu(x.n + a.n)
+    return z * s.h + (1 - z) * n
 
 
 # Li et al., "Independently Recurrent Neural Network (IndRNN)", 2018.
@@ -1110,17 +1123,30 @@ def min_lstm(x, a, s):
 @cell(gates="g", scalars={"leak": 0.3})
 def leaky_rnn(x, a, s, w):
     """A neuron of an echo state network, which leaks."""
-    return (1 - w.leak) * s.h + w.leak * tanh(x.g + a.g)
+    g = tanh(x.g + a.g)
+    return (1 - w.leak) * s.h + w.leak * g
+
+
+def _of_weights(of: Cell) -> Cell:
+    """A cell with weights of the units' own for its scalars: kernels have none."""
+    weights, initial = [*of.weights, *of.scalars], dict(zip(of.states, of.initial))
+    return Cell(of.function, of.gates, of.states, weights, {}, initial) if of.scalars else of
+
+
+_WITH_MODES = CELLS | {of.mode: of for of in (cifg, relu_lstm, janet, mgu, ligru, leaky_rnn)}
+MODES |= {mode: _of_weights(of) for mode, of in _WITH_MODES.items()}
+for _mode in MODES:
+    _WITH_MODES[_mode].twin = _mode
 
 
 # Of each cell, by torch's name of it: how many columns of H its gates have, what a forward keeps for the backward, and
 # what a backward makes, at the gates and of the units' weights; whether there is a cell state; which states are read by
 # its gradients; the ranges of Cell; and the gate whose x and a are read apart, or -1.
-GATES = {mode: len(declared.gates) for mode, declared in CELLS.items()}
-SAVED_GATES = {mode: len(declared.saved) for mode, declared in CELLS.items()}
-GRADIENTS = {mode: len(declared.gradients) for mode, declared in CELLS.items()}
-UNIT_WEIGHTS = {mode: len(declared.weights) for mode, declared in CELLS.items()}
-HAS_CELL_STATE = {mode: "c" in declared.states for mode, declared in CELLS.items()}
-READS = {mode: tuple(n for n in ("h", "old_h") if declared.reads(n)) for mode, declared in CELLS.items()}
-RANGES_OF_A = {mode: declared.ranges_of_a() for mode, declared in CELLS.items()}
-APART = {mode: declared.apart[0] if declared.apart else -1 for mode, declared in CELLS.items()}
+GATES = {mode: len(declared.gates) for mode, declared in MODES.items()}
+SAVED_GATES = {mode: len(declared.saved) for mode, declared in MODES.items()}
+GRADIENTS = {mode: len(declared.gradients) for mode, declared in MODES.items()}
+UNIT_WEIGHTS = {mode: len(declared.weights) for mode, declared in MODES.items()}
+HAS_CELL_STATE = {mode: "c" in declared.states for mode, declared in MODES.items()}
+READS = {mode: tuple(n for n in ("h", "old_h") if declared.reads(n)) for mode, declared in MODES.items()}
+RANGES_OF_A = {mode: declared.ranges_of_a() for mode, declared in MODES.items()}
+APART = {mode: declared.apart[0] if declared.apart else -1 for mode, declared in MODES.items()}

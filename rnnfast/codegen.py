@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import records
-from .cells import CELLS, Cell, Program, Value, reachable, unlike
+from .cells import CELLS, MODES, Cell, Program, Value, reachable, unlike
 
 _INFIX = {"add": "+", "subtract": "-", "multiply": "*", "divide": "/", "less": "<", "less_equal": "<="}
 _STRENGTH = {"<": 0, "<=": 0, "+": 1, "-": 1, "*": 2, "/": 2}  # with which operators bind
@@ -149,14 +149,15 @@ def _unit_weights(cell: Cell) -> dict[Value, str]:
 
 def _check(cell: Cell) -> None:
     """Whether the kernels can run a cell."""
-    gates, gradients, saved = len(cell.gates), len(cell.gradients), len(cell.saved)
+    gates, gradients, saved, is_common = len(cell.gates), len(cell.gradients), len(cell.saved), cell.mode in CELLS
     for holds, what in (
         (cell.states in (["h"], ["h", "c"]), f"no room for states {' '.join(cell.states)}"),
         (all(isinstance(gradient.value, Value) for gradient in cell.gradients), "no room for gates that are not read"),
         (all(isinstance(value, Value) for value in cell.weight_gradients), "no room for weights that are not read"),
+        (gates <= 4, f"no room for {gates} gates"),
         (cell.apart in ([], [gates - 1]), "x and a apart in the last gate only"),
         (
-            gradients in (1, 4) and saved in (0, gradients),
+            not is_common or (gradients in (1, 4) and saved in (0, gradients)),
             f"stacks of one gradient or of four, and none or as many saved: not {gradients} and {saved}",
         ),
     ):
@@ -173,6 +174,7 @@ def _cpp_cell(cell: Cell) -> str:
     reads = {"kReadsH": cell.inputs["s"][0] in reachable(cell.after)}  # by the forward; the others by the backward
     reads |= {"kNeedsH": cell.reads("h"), "kNeedsOldH": cell.reads("old_h")}
     lines = [f'static constexpr const char* kMode = "{cell.mode}";']
+    has |= {"kIsCommon": cell.mode in CELLS}
     for kind, values in ("int", sizes), ("bool", has), ("bool", reads):
         lines.append(f"static constexpr {kind} {', '.join(f'{k} = {str(v).lower()}' for k, v in values.items())};")
     lines += ["", f"static constexpr RNNFAST_INLINE int hidden(int gate) {{ return {_cpp_hidden(of_a)}; }}", ""]
@@ -257,12 +259,16 @@ CPP = r"""
 namespace rnnfast {
 
 %(cells)s
-// Calls CELL with the name of each.
-#define RNNFAST_CELLS(CELL) %(calls)s
+// Calls CELL with the name of each: of the common ones, of which every backend has kernels; of CUDA's own; of all.
+#define RNNFAST_COMMON_CELLS(CELL) %(common)s
+#define RNNFAST_CUDA_CELLS(CELL) %(others)s
+#define RNNFAST_CELLS(CELL) RNNFAST_COMMON_CELLS(CELL) RNNFAST_CUDA_CELLS(CELL)
 
 #define RNNFAST_KIND(Cell) k##Cell,
 enum CellKind { RNNFAST_CELLS(RNNFAST_KIND) kCellKinds };
 #undef RNNFAST_KIND
+
+constexpr int kCommonKinds = %(count)d;  // the first ones
 
 struct CellFacts {
   const char* mode;  // torch's name
@@ -281,9 +287,13 @@ constexpr CellFacts kCells[] = {RNNFAST_CELLS(RNNFAST_FACTS)};  // by kind
 
 def cpp() -> str:
     """``csrc/cells.h``."""
-    cells = CELLS.values()
-    calls = " ".join(f"CELL({cell.cpp_name})" for cell in cells)
-    return CPP.lstrip() % {"cells": "\n".join(map(_cpp_cell, cells)), "calls": calls}
+    calls = {mode: f"CELL({cell.cpp_name})" for mode, cell in MODES.items()}
+    return CPP.lstrip() % {
+        "cells": "\n".join(map(_cpp_cell, MODES.values())),
+        "common": " ".join(calls[mode] for mode in CELLS),
+        "count": len(CELLS),
+        "others": " ".join(call for mode, call in calls.items() if mode not in CELLS),
+    }
 
 
 # Triton

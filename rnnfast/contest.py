@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from . import functional
 from .backends import use_backend
 from .border import check_layer
-from .cells import GATES, HAS_CELL_STATE
+from .cells import GATES, HAS_CELL_STATE, MODES
 from .records import Inputs, names_of
 from .timings import Times
 
@@ -73,10 +73,11 @@ class Call(NamedTuple):
         """Of the same sizes, with values of its own."""
         tensors = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in self.tensors]
         generator = torch.Generator(self.x.device)  # torch's own may serve other threads meanwhile
+        has_kink = any(op == "relu" for op, _ in MODES[self.mode].program.operations)
         for i, t in enumerate(tensors):
             scale = 1.0 if i <= len(self.hx) else max(t.size(-1), 1) ** -0.5 if t.dim() > 1 else 0.5
             t.uniform_(-scale, scale, generator=generator)
-            if self.mode == "RNN_RELU":  # units that are clearly on or off: at the kink rounding picks the gradient
+            if has_kink:  # units that are clearly on or off: at the kink rounding picks the gradient
                 t.abs_()
                 if i > len(self.hx):
                     t.mul_(scale)[1::2].neg_()

@@ -400,7 +400,7 @@ def choose(
 ) -> tuple[str, str]:
     """As ``choose_backend``: which of RUN serves a call, and why."""
     made = circumstances()
-    # The CUDA library has torch's cells and the peephole LSTM: of others those who ask for it get Triton's kernels.
+    # Of cells of which the CUDA library has no kernels those who ask for it get Triton's.
     asked = "triton" if made.forced == "cuda" else made.forced
     name = asked or {"cpu": "cpu", "cuda": "triton"}.get(device.type, "reference")
     if name == "reference":
@@ -429,8 +429,9 @@ def _how(name: str, device: torch.device, dtype: torch.dtype, cell: Cell, hidden
         return "the evaluator of the native library goes through the cell's operations"
     from .triton.flex import reason
 
-    lacks = "" if device.type == "cpu" else "cuda has no kernels of this cell, "
-    return f"{lacks}Triton compiles it: {reason(cell, hidden, heads, dtype, device, batch)}"
+    lacks = device.type != "cpu" and circumstances().forced != "triton" and BACKENDS["cuda"].probe(device).available
+    why = "cuda has no kernels of such a layer, " if lacks else ""
+    return f"{why}Triton compiles it: {reason(cell, hidden, heads, dtype, device, batch)}"
 
 
 # Of one direction, by the names that FlexRNN has for its parameters, without what they end in.

@@ -19,7 +19,7 @@ from torch.types import Device
 
 from . import functional, jagged, reference, variants
 from .backends import choose_backend, circumstances
-from .cells import Cell, check_numbers
+from .cells import CELLS, Cell, check_numbers
 from .evaluator import RUN, Plan, choose, layer, no_autocast, recomputed, without_matrix
 from .modules import Options, _check_are_tensors, _Module, options
 
@@ -30,10 +30,12 @@ class FlexRNN(_Module):
     """A stack of recurrent layers of any cell that :func:`rnnfast.cell` has declared.
 
     Where the cell has the equations of one of torch's, or of the peephole LSTM, as :mod:`rnnfast.cells` writes them,
-    and the recurrence is dense and undivided, the layers run on the same kernels as :class:`rnnfast.LSTM`. Any other
-    cell runs on a CPU through an evaluator of its operations, with nothing to compile, and on a GPU on kernels that
-    Triton compiles of it when it first runs, unless it takes means over a row's units; and elsewhere, in graphs and
-    transforms of torch's, and where derivatives are derived, as plain torch: in any dtype, with any derivative.
+    and the recurrence is dense and undivided, the layers run on the same kernels as :class:`rnnfast.LSTM`. So do, where
+    the backend ``cuda`` serves, those of CIFG, MGU, LiGRU, the LSTM with relu and, in float32 and float64, JANET and
+    leaky neurons. All else runs on a CPU through an evaluator of the cell's operations, with nothing to compile, and on
+    a GPU on kernels that Triton compiles of it when it first runs, unless it takes means over a row's units; and
+    elsewhere, in graphs and transforms of torch's, and where derivatives are derived, as plain torch: in any dtype,
+    with any derivative.
 
     Args:
         cell: what :func:`rnnfast.cell` has made of a function; :mod:`rnnfast.cells` has some.
@@ -289,7 +291,7 @@ class FlexRNN(_Module):
         names, count = self._names, 1 + self.bidirectional
         flat: Sequence[Tensor] = [self._weight(name) for name in self._all_names]
         variant = self._variant()
-        if mode := self._mode(variant):
+        if mode := self._mode(variant, x.device, x.dtype):
             return self._by_kernels(mode, x, states, lengths, resets, return_states, flat)
         lengths = functional._check_lengths(x, lengths)
         functional._check_resets(x, resets)
@@ -327,10 +329,19 @@ class FlexRNN(_Module):
         scalars = tuple(self.scalars[name] for name in self.cell.scalars) + (0.0,) * self._has_own_a
         return [Plan(self._run_cell, scalars, reverse, wanted) for reverse in (False, True)[: 1 + self.bidirectional]]
 
-    def _mode(self, variant: variants.Variant | None) -> str | None:
-        """The mode by which ``functional.rnn`` has the cell, with all its backends; None if it has not."""
-        has_kernels = self.recurrent == "dense" and self.num_heads == 1 and variant is None
-        return self.cell.twin if has_kernels else None
+    def _mode(self, variant: variants.Variant | None, device: torch.device, dtype: torch.dtype) -> str | None:
+        """The mode by which ``functional.rnn`` has the layer, with all backends' kernels or CUDA's; or None."""
+        mode = self.cell.twin
+        if mode is None or self.recurrent != "dense" or self.num_heads > 1 or variant is not None:
+            return None
+        dtype = functional.autocast_dtype(device.type, dtype)
+        if self.scalars and dtype.itemsize < 4:  # there they are weights, of the layer's dtype, which would round them
+            return None
+        if mode in CELLS:
+            return mode
+        seen = circumstances()
+        backend = seen.forced or choose_backend(seen, mode, device, dtype)[0]
+        return mode if backend == "cuda" else None
 
     def _variant(self) -> variants.Variant | None:
         return self._rnnfast_options.variant(self.training, len(self.cell.states))
@@ -345,10 +356,11 @@ class FlexRNN(_Module):
         return_states: bool,
         weights: Sequence[Tensor],
     ) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
-        if count := len(self.cell.weights):  # there they are one vector
-            each = len(self._names)
+        if self.cell.weights or self.scalars:  # there they are one vector
+            each, own = len(self._names), len(self._names) - len(self.cell.weights)
+            scalars = [weights[0].new_full((self.hidden_size,), self.scalars[name]) for name in self.cell.scalars]
             of_direction = [weights[at : at + each] for at in range(0, len(weights), each)]
-            weights = [w for of in of_direction for w in (*of[:-count], torch.cat(list(of[-count:])))]
+            weights = [w for of in of_direction for w in (*of[:own], torch.cat([*of[own:], *scalars]))]
         y, h_n, c_n, every = functional.rnn(
             mode,
             x,
@@ -370,7 +382,7 @@ class FlexRNN(_Module):
         self, device: torch.device, dtype: torch.dtype, batch: int = 1, extended: bool = False
     ) -> tuple[str, str]:
         """As ``choose_backend``: the backend that serves a call, and why."""
-        if mode := self._mode(self._variant()):
+        if mode := self._mode(self._variant(), device, dtype):
             sizes = self.hidden_size, batch, self.bidirectional
             return choose_backend(circumstances(), mode, device, dtype, *sizes, extended=extended)
         return choose(device, dtype, self._run_cell, self.hidden_size, self.num_heads, batch)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import border, reference
 from .backends import DTYPES, find_cuda
-from .cells import CELLS, GATES, GRADIENTS, HAS_CELL_STATE, RANGES_OF_A, SAVED_GATES, UNIT_WEIGHTS
+from .cells import GATES, GRADIENTS, HAS_CELL_STATE, MODES, RANGES_OF_A, SAVED_GATES, UNIT_WEIGHTS
 from .records import (
     BackwardSteps,
     ForwardSteps,
@@ -289,7 +289,7 @@ def _weight_gradients(k: Layer, of: BackwardSteps, x: Tensor) -> list[Tensor]:
             grads = grads._replace(b_ih=_part(sums, 0, k.G * H), b_hh=of_a)
         if w.w_hr is not None and of.dprojections is not None:
             saved = of.gates[d].to(k.acc).view(R, SAVED_GATES[k.mode], H).unbind(1)
-            m = CELLS[k.mode].output(saved, [of.cs.view(R, k.D, H)[:, d]])
+            m = MODES[k.mode].output(saved, [of.cs.view(R, k.D, H)[:, d]])
             dw_hr = torch.empty_like(w.w_hr)
             k.multiply(of.dprojections[d].t(), m.to(x.dtype), dw_hr)
             grads = grads._replace(w_hr=dw_hr)

@@ -177,6 +177,10 @@ def _checked_lengths(lengths: Tensor, steps: int) -> Tensor:
 
 def _run(backend: str, direction: str, *args: Any) -> Any:
     """A kernel in the module of a backend."""
+    mode = args[0].mode
+    reference.check_mode(mode)
+    if mode not in BACKENDS[backend].modes:
+        raise RuntimeError(f"rnnfast: {backend} has no kernels of {mode}")
     return getattr(BACKENDS[backend].load(), direction)(*args)
 
 

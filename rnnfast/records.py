@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .cells import CELLS
+from .cells import MODES
 
 if TYPE_CHECKING:  # nothing is computed here
     from torch import Tensor
@@ -37,7 +37,7 @@ NAMES = {
         for projection in (("", " w_hr") if declared.projects else ("",))
         for names in ["w_ih w_hh" + biases + projection + (" w_units" if declared.weights else "")]
     }
-    for mode, declared in CELLS.items()
+    for mode, declared in MODES.items()
 }
 
 

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .cells import CELLS, GATES, HAS_CELL_STATE, Cell
+from .cells import GATES, HAS_CELL_STATE, MODES, Cell
 from .records import Inputs, OutputGradients, Weights
 
 
 def check_mode(mode: str) -> None:
-    if mode not in CELLS:
+    if mode not in MODES:
         raise RuntimeError(f"rnnfast: no cell is called '{mode}'")
 
 
@@ -37,7 +37,7 @@ def cell(
         h and c after the step, ``[N, H]``; c is None where the cell has none. An h is not projected yet.
     """
     check_mode(mode)
-    of = CELLS[mode]
+    of = MODES[mode]
     h, *others = of.step(*_arguments(of, x, a, h, c, w_units))
     return h, others[0] if others else None
 
@@ -75,7 +75,7 @@ def cell_backward(
     """The gradients of :func:`cell`'s x, a, h and c, from those of its results (None: there is none), and what each row
     adds to that of its w_units, ``[N, U*H]``."""
     check_mode(mode)
-    of = CELLS[mode]
+    of = MODES[mode]
     values = _arguments(of, x, a, h, c, w_units)
     count = len(of.states)
     d_x, d_a, before, d_w = of.backward(*values[:3], (dh, dc)[:count], values[3])

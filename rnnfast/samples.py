@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import reference
 from .backends import BACKENDS
-from .cells import CELLS, GATES, GRADIENTS, RANGES_OF_A, SAVED_GATES, UNIT_WEIGHTS
+from .cells import GATES, GRADIENTS, MODES, RANGES_OF_A, SAVED_GATES, UNIT_WEIGHTS
 from .ops import OPERATORS
 from .records import Inputs, OutputGradients, Saved, Weights
 
@@ -139,7 +139,7 @@ def _weight_gradients(inputs: Inputs, saved: Saved, dgates: Tensor, count: int) 
         if w.w_hr is not None:
             acc = saved.c.dtype
             gates = saved.gates[d].to(acc).view(R, SAVED_GATES[mode], H).unbind(1)
-            m = CELLS[mode].output(gates, [saved.c.reshape(R, D, H)[:, d]])
+            m = MODES[mode].output(gates, [saved.c.reshape(R, D, H)[:, d]])
             found = found._replace(w_hr=product(at[:, outputs:], m.to(x.dtype)))
         if w.w_units is not None:
             found = found._replace(w_units=by_sample(at[:, units:outputs]).sum(0))

@@ -12,6 +12,7 @@ import interpreter  # before Triton's kernels
 import torch
 
 import rnnfast
+from rnnfast import cells
 from rnnfast.backends import INSTRUCTION_SETS
 
 # As rnnfast::cuda_regime numbers them.
@@ -21,6 +22,7 @@ WITH_PRODUCTS = (*PERSISTENT, "joint")  # of their own
 MODES = {"tanh": "RNN_TANH", "relu": "RNN_RELU", "lstm": "LSTM", "projection": "LSTM", "gru": "GRU"}
 MODES |= {"RNN": "RNN_TANH", "LSTM": "LSTM", "GRU": "GRU"}
 MODES |= {"RNNCell": "RNN_TANH", "LSTMCell": "LSTM", "GRUCell": "GRU"}
+MODES |= {of.name: mode for mode, of in cells.MODES.items() if mode not in cells.CELLS}
 
 
 class Size(NamedTuple):

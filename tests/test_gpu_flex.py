@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextvars
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from backends import PERSISTENT, regime
 from helpers import LAYERS, assert_off_by_twice_at_most, values_and_grads
 from test_flex import OF_TORCH, AsTorchs, again, with_zeros
 from test_gpu import PRECISIONS, assert_close, assert_equal, tf32
@@ -100,6 +102,57 @@ def assert_is_near(
 def test_error_is_at_most_twice_torchs(cell: str, precision: str, size: str, form: str) -> None:
     hidden, options = SIZES[size]
     assert_is_near(cell, precision, hidden, form, **options)
+
+
+OF_CUDA = [of.name for mode, of in cells.MODES.items() if mode not in cells.CELLS]
+BY_CUDA = [(of, "float32", hidden, form) for of in OF_CUDA for hidden in (40, 300) for form in ("rectangular", "both")]
+BY_CUDA += [(of, "float64", 300, "both") for of in OF_CUDA]
+# Not of those with relu, at whose kink rounding picks the gradient.
+BY_CUDA += [(of, "tf32", 300, "both") for of in ("cifg", "janet", "mgu", "leaky_rnn")]
+BY_CUDA += [
+    (of, dtype, hidden, "both") for of in ("cifg", "mgu") for dtype in ("bfloat16", "float16") for hidden in (40, 300)
+]
+BY_CUDA += [("mgu", "bfloat16", hidden, "rectangular") for hidden in (1000, 3000)]
+
+
+@pytest.fixture
+def cuda() -> Iterator[None]:
+    """The CUDA kernels in place of Triton's."""
+    if not rnnfast.backends()["cuda"].available:
+        pytest.skip("the CUDA library is not there")
+    with rnnfast.use_backend("cuda"):
+        yield
+
+
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize("cell, precision, hidden, form", BY_CUDA)
+def test_cells_of_cudas_own(cell: str, precision: str, hidden: int, form: str) -> None:
+    """In the regimes that the plan chooses: on a multiprocessor, in a cluster, on the chip, step by step."""
+    (found,) = rnnfast.explain(FlexRNN(ZOO[cell], I, hidden, device=DEVICE, dtype=PRECISIONS[precision][0]))
+    assert found.backend == "cuda"
+    assert_is_near(cell, precision, hidden, form)
+
+
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize("name", PERSISTENT)
+@pytest.mark.parametrize("cell", OF_CUDA)
+def test_cells_of_cudas_own_in_each_regime(cell: str, name: str) -> None:
+    """And again, which gives equal bits."""
+    net, x = FlexRNN(ZOO[cell], I, 40, device=DEVICE), torch.randn(T, N, I, device=DEVICE)
+    with regime(name):
+        assert_is_near(cell, "float32", 40, "both")
+        first, second = (list(values_and_grads(net, x).values()) for _ in range(2))
+    assert_equal(first, second)
+
+
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize("cell", OF_CUDA)
+def test_cudas_kernels_serve_unasked(cell: str) -> None:
+    """They pass the check of their first call."""
+    net, x = FlexRNN(ZOO[cell], I, 40, device=DEVICE), torch.randn(T, N, I, device=DEVICE)
+    found, (explained,) = contextvars.Context().run(lambda: (values_and_grads(net, x), rnnfast.explain(net, x)))
+    assert explained.backend == "cuda"
+    assert_equal(list(found.values()), list(values_and_grads(net, x).values()))
 
 
 @pytest.mark.parametrize("steps", [1, T])

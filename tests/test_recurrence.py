@@ -27,7 +27,7 @@ from torch.func import functional_call, grad, jacfwd, jacrev, jvp, stack_module_
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import rnnfast
-from rnnfast import reference
+from rnnfast import cells, reference
 from rnnfast.backends import INSTRUCTION_SETS
 from rnnfast.cells import GATES, UNIT_WEIGHTS
 from rnnfast.records import Inputs, names_of
@@ -504,7 +504,7 @@ def test_opcheck(name: str, cell: str, form: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.runs(DOUBLE)
-@pytest.mark.parametrize("mode", GATES)
+@pytest.mark.parametrize("mode", cells.CELLS)
 def test_no_input_features(backend: str, mode: str) -> None:
     """The biases alone: weight_ih has no columns, yet every gradient is there."""
     rows = GATES[mode] * 5

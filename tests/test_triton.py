@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import PackedSequence
 import rnnfast
 from rnnfast import gpu
 from rnnfast.backends import DTYPES
-from rnnfast.cells import GATES, UNIT_WEIGHTS
+from rnnfast.cells import CELLS, GATES, UNIT_WEIGHTS
 from rnnfast.triton import kernels, plan_on
 from rnnfast.triton.plan import Chip, plan
 
@@ -57,7 +57,7 @@ def test_kernels_compile_without_spills(target: str) -> None:
     found = {tuple(line.split()[1:4]) for line in lines if f"{target} " in line and "fused" in line}
     dtypes = ("bf16", "tf32", "fp32") if target.startswith("gfx") else ("bf16", "tf32", "fp32", "fp64")
     # On RDNA cells with weights of the units' own spill, so they are not fused there.
-    cells = [mode for mode in GATES if mode != "RNN_RELU" and not (target == "gfx1100" and UNIT_WEIGHTS[mode])]
+    cells = [mode for mode in CELLS if mode != "RNN_RELU" and not (target == "gfx1100" and UNIT_WEIGHTS[mode])]
     assert found == {(kernel, cell, d) for kernel in ("forward", "backward") for cell in cells for d in dtypes}
 
 
@@ -91,7 +91,7 @@ def test_plan(mode: str, dtype: torch.dtype, largest: int, tf32: bool) -> None:
     assert not plan(mode, dtype, largest, 1, False, tf32, small).fused or dtype == torch.float64
 
 
-@pytest.mark.parametrize("mode", GATES)
+@pytest.mark.parametrize("mode", CELLS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_plan_of_other_chips(mode: str, dtype: torch.dtype) -> None:
     """Blackwell's tensor memory would take tiles of 64 units by 16 rows; RDNA fuses only what does not spill there."""

@@ -46,7 +46,7 @@ constexpr void add(Kernels& table, Storage storage) {
 #define RNNFAST_ADD(Cell)                                                                                             \
   table.forward[k##Cell][storage] = forward<Cell, Stored>, table.backward[k##Cell][storage] = backward<Cell, Stored>, \
   table.kept_bytes[k##Cell][storage] = kept_bytes<Cell, Stored>;
-  RNNFAST_CELLS(RNNFAST_ADD)
+  RNNFAST_COMMON_CELLS(RNNFAST_ADD)
 #undef RNNFAST_ADD
 }
 

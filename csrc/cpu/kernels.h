@@ -85,9 +85,9 @@ struct Backward : Layer {
 };
 
 struct Kernels {
-  void (*forward[kCellKinds][kStorages])(const Forward&);
-  void (*backward[kCellKinds][kStorages])(const Backward&);
-  size_t (*kept_bytes[kCellKinds][kStorages])(const Forward&);  // 0 where weights are read as they lie
+  void (*forward[kCommonKinds][kStorages])(const Forward&);
+  void (*backward[kCommonKinds][kStorages])(const Backward&);
+  size_t (*kept_bytes[kCommonKinds][kStorages])(const Forward&);  // 0 where weights are read as they lie
 };
 
 namespace portable {

@@ -31,7 +31,7 @@ struct ForwardArguments {
   float* c;                // [D, N, H]: before on entry, after on return
   void* y;                 // [R, D*H]
   float* cs;               // [R, D*H]: c after every step; or null
-  void* gates;             // [D, R, S*H]; or null. An LSTM's may be x
+  void* gates;             // [D, R, S*H]; or null. May be x where S is G
   uint64_t* words;         // of Grid
 };
 

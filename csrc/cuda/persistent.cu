@@ -43,8 +43,10 @@ constexpr void describe(Persistent<typename Pass::Arguments>& k) {
 template <class Pass, class Math, class Exchange>
 constexpr Persistent<typename Pass::Arguments> describe(Regime regime) {
   Persistent<typename Pass::Arguments> k = {};
-  describe<Pass, Math, Exchange, 0>(k);
-  if constexpr (!std::is_same<Exchange, Local<Exchange::kSplit>>::value) {
+  // Cells that are CUDA's own have fewer kernels, for the time that it takes to compile them: blocks of 8 rows, and of
+  // the two ways on a multiprocessor the quicker one.
+  if constexpr (Cell::kIsCommon || !std::is_same<Exchange, Local<1>>::value) describe<Pass, Math, Exchange, 0>(k);
+  if constexpr (Cell::kIsCommon && !std::is_same<Exchange, Local<Exchange::kSplit>>::value) {
     // A multiprocessor that has all of W_hh takes another block for other rows.
     describe<Pass, Math, Exchange, 1>(k), describe<Pass, Math, Exchange, 2>(k);
   }

@@ -17,6 +17,7 @@ struct Real {
 
   friend RNNFAST_DEVICE Real operator+(Real a, Real b) { return a.value + b.value; }
   friend RNNFAST_DEVICE Real operator-(Real a, Real b) { return a.value - b.value; }
+  friend RNNFAST_DEVICE Real operator-(Real a) { return -a.value; }
   friend RNNFAST_DEVICE Real operator*(Real a, Real b) { return a.value * b.value; }
 
   friend RNNFAST_DEVICE Real sigmoid(Real x) {

@@ -26,7 +26,7 @@ struct ForwardStep : StepArguments {
   void* c;           // [D, N, H]: before on entry, after on return
   void* y;           // [R, D*H]; null if h is projected
   void* cs;          // [R, D*H]: c after every step; or null
-  void* gates;       // [D, R, S*H]; or null. An LSTM's may be x
+  void* gates;       // [D, R, S*H]; or null. May be x where S is G
 };
 
 struct BackwardStep : StepArguments {

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from torch.utils.cpp_extension import include_paths, library_paths
 
-from rnnfast.cells import CELLS
+from rnnfast.cells import MODES
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -87,7 +87,7 @@ def _ninja_file(sanitize: bool) -> str:
 
     emulation = compile("tests/emulation/emulation.cpp", "emulation", "" if sanitize else "-O3")  # -O3 vectorises
     objects = [compile(f"csrc/cuda/{name}.cu", name) for name in ("stepwise", "recurrence")]
-    for cell in CELLS.values():
+    for cell in MODES.values():
         for name in ("persistent", "joint"):
             defines = f"-DRNNFAST_CELL={cell.cpp_name} -DRNNFAST_TABLE={cell.cpp_name}_{name}"
             objects.append(compile(f"csrc/cuda/{name}.cu", f"{name}_{cell.cpp_name}", defines))
