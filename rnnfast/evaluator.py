@@ -57,7 +57,7 @@ FUSED = {
 
 
 class _ClipGradient(torch.autograd.Function):
-    """A tensor as it is; its gradient within -bound and bound."""
+    """A tensor as it is; its gradient within -bound and bound. A tangent is no gradient, and stays as it is."""
 
     generate_vmap_rule = True
 
@@ -73,6 +73,10 @@ class _ClipGradient(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         (bound,) = ctx.saved_tensors
         return grad.clamp(-bound, bound), None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: Any) -> Tensor:
+        return tangent.view_as(tangent)
 
 
 PRIMITIVES["clip_gradient"] = Primitive(
@@ -392,6 +396,7 @@ def _by_triton(*inputs: Any) -> tuple[Tensor, ...]:
 
 
 RUN: dict[str, Callable[..., tuple[Tensor, ...]]]  # by backend
+_ROW = 4096  # units at most of a row that one of Triton's programs holds, for means; some registers spill from 2048 on
 RUN = {"reference": in_plain_torch, "cpu": on_cpu, "triton": _by_triton}
 
 
@@ -410,8 +415,8 @@ def choose(
     elif made is not USUAL and made._replace(forced=None) != USUAL:
         # This is asked first: torch.compile cannot trace what asks for a GPU.
         why_not = "derivatives, graphs and transforms of torch's go through plain torch"
-    elif name == "triton" and cell.sees_rows:
-        why_not = "a step sees whole rows of units, which Triton's kernels have in pieces"
+    elif name == "triton" and cell.sees_rows and hidden > _ROW:
+        why_not = f"a step takes means over a row, of which Triton's kernels have {_ROW} units at most"
     elif not (found := BACKENDS[name].probe(device)).available:
         why_not = found.detail
     elif dtype not in DTYPES:

@@ -32,8 +32,9 @@ class FlexRNN(_Module):
     Where the cell has the equations of one of torch's, or of the peephole LSTM, as :mod:`rnnfast.cells` writes them,
     and the recurrence is dense and undivided, the layers run on the same kernels as :class:`rnnfast.LSTM`. Any other
     cell runs on a CPU through an evaluator of its operations, with nothing to compile, and on a GPU on kernels that
-    Triton compiles of it when it first runs, unless it takes means over a row's units; and elsewhere, in graphs and
-    transforms of torch's, and where derivatives are derived, as plain torch: in any dtype, with any derivative.
+    Triton compiles of it when it first runs, unless it takes means over rows of more than 4096 units; and elsewhere, in
+    graphs and transforms of torch's, and where derivatives are derived, as plain torch: in any dtype, with any
+    derivative.
 
     Args:
         cell: what :func:`rnnfast.cell` has made of a function; :mod:`rnnfast.cells` has some.
