@@ -173,6 +173,8 @@ def _together(cell: Cell) -> list[list[int]]:
 
 def _by_group(tensor: Tensor, cell: Cell, dim: int) -> list[Tensor]:
     """A tensor's parts of the gates that are normalised together."""
+    if not cell.apart:
+        return [tensor]
     hidden = tensor.size(dim) // len(cell.gates)
     return list(tensor.split([hidden * len(group) for group in _together(cell)], dim))
 
@@ -240,8 +242,7 @@ def _by_name(w: Weights) -> dict[str, Tensor]:
 def _with_norms(w: Weights, norms: dict[str, Tensor], cell: Cell) -> dict[str, Tensor]:
     """Likewise, for a cell that :func:`_normalized` has made of this one, behind :func:`_run_normalized`."""
     acc = torch.promote_types(w.w_hh.dtype, torch.float32)
-    none = torch.zeros_like(norms["gain_hh"])
-    b_ih, b_hh = (none if bias is None else bias for bias in (w.b_ih, w.b_hh))
+    b_ih, b_hh = (torch.zeros_like(norms["gain_hh"]) if bias is None else bias for bias in (w.b_ih, w.b_hh))
     joined, *apart = _by_group(b_hh, cell, 0)
     of_x, *rest = _by_group(b_ih, cell, 0)
     w_hh = w.w_hh
