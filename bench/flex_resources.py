@@ -1,6 +1,6 @@
 """Registers, spills and compile times of the Triton kernels around cells of FlexRNN, for GPUs that need not be here.
 
-    python bench/flex_resources.py                           # every cell of rnnfast.cells, for every target
+    python bench/flex_resources.py                           # every cell of rnnfast.cells, and layer_norm, everywhere
     python bench/flex_resources.py --target sm_90 -k slstm   # for one, and one cell
 
 The exit code is 1 if a kernel spills more than four registers, or takes more shared memory than its target has.

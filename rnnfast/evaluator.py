@@ -57,7 +57,7 @@ FUSED = {
 
 
 class _ClipGradient(torch.autograd.Function):
-    """A tensor as it is; its gradient within -bound and bound. A tangent is no gradient, and stays as it is."""
+    """A tensor as it is; its gradient within -bound and bound."""
 
     generate_vmap_rule = True
 
@@ -74,13 +74,23 @@ class _ClipGradient(torch.autograd.Function):
         (bound,) = ctx.saved_tensors
         return grad.clamp(-bound, bound), None
 
+
+class _ClipGradientAlone(_ClipGradient):
+    """With tangents, which are no gradients and stay as they are. torch.compile refuses what has a ``jvp``."""
+
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _: Any) -> Tensor:
         return tangent.view_as(tangent)
 
 
+def _clip_gradient(tensor: Tensor, bound: Tensor) -> Tensor:
+    function = _ClipGradient if torch.compiler.is_compiling() else _ClipGradientAlone
+    found: Tensor = function.apply(tensor, bound)  # type: ignore[no-untyped-call]
+    return found
+
+
 PRIMITIVES["clip_gradient"] = Primitive(
-    lambda a, bound: _ClipGradient.apply(a, bound),  # type: ignore[no-untyped-call]
+    _clip_gradient,
     lambda d, y, a, bound: (minimum(maximum(d, -bound), bound), None),
 )
 clip_gradient = functools.partial(_primitive, "clip_gradient")

@@ -34,10 +34,12 @@ interpreted = pytest.mark.skipif(not interpreter.ENABLED, reason="runs kernels o
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
-def test_the_largest_cell_compiles_without_spills(target: str) -> None:
+@pytest.mark.parametrize(
+    ("target", "cell"), [*itertools.product(("sm_80", "sm_90", "sm_100", "gfx942"), ["slstm"]), ("sm_90", "lstm_norm")]
+)
+def test_the_largest_cells_compile_without_spills(target: str, cell: str) -> None:
     """The command fails if it spills; bench/results/flex-resources.txt has all cells, which take minutes."""
-    lines = compiled("bench/flex_resources.py", "--target", target, "-k", "slstm fused").splitlines()
+    lines = compiled("bench/flex_resources.py", "--target", target, "-k", f"{cell} fused").splitlines()
     found = [line.split()[1] for line in lines if line.startswith(target)]
     dtypes = 1 if target.startswith("gfx") else 3  # there is no other than float32, and nowhere fused float64
     assert sorted(found) == ["backward"] * dtypes + ["forward"] * dtypes

@@ -207,6 +207,10 @@ def test_forms_agree(name: str, option: str) -> None:
         return module(*args, **kwargs)
 
     output, final, states = run(module, x, lengths=lengths, return_states=True)
+    with torch.no_grad():
+        inferred = run(module, x, lengths=lengths, return_states=True), run(module, x, lengths=lengths)
+    for found, of in zip(inferred, ((output, final, states), (output, final))):
+        torch.testing.assert_close(tensors_of(found), tensors_of(of))
     packed, of_packed, of_steps = run(module, pack_padded_sequence(x, lengths), return_states=True)
     torch.testing.assert_close(pad_packed_sequence(packed)[0], output)
     torch.testing.assert_close(of_packed, final)
