@@ -1,6 +1,6 @@
 """Registers, spills and compile times of the Triton kernels around cells of FlexRNN, for GPUs that need not be here.
 
-    python bench/flex_resources.py                           # every cell of rnnfast.cells, for every target
+    python bench/flex_resources.py                           # every cell of rnnfast.cells, and layer_norm, everywhere
     python bench/flex_resources.py --target sm_90 -k slstm   # for one, and one cell
 
 The exit code is 1 if a kernel spills more than four registers, or takes more shared memory than its target has.
@@ -25,8 +25,11 @@ from triton.compiler import ASTSource
 from rnnfast import cells
 from rnnfast.evaluator import without_matrix
 from rnnfast.triton import flex, flex_kernels
+from rnnfast.variants import lstm_of_normalized_c, varied
 
 CELLS = {name: of for name, of in vars(cells).items() if isinstance(of, cells.Cell)}
+# As layers with layer_norm=True have them, whose programs have whole rows.
+CELLS |= {"lstm_norm": varied(lstm_of_normalized_c, True, False), "gru_norm": varied(cells.gru, True, False)}
 # bf16 stands for float16, too. All but W_hh, and on their way to it h and the gradients of a, are float32 then.
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
@@ -48,13 +51,14 @@ def variants(target: str) -> Iterator[Variant]:
         precision = {"fp32": "tf32x3", "tf32": "tf32"}.get(dtype, "ieee")
         products = flex.Products(of, "ieee" if chip.is_amd else precision)
         for width in (16, 32, 64, 128, 256, 512, 1024) if gates else ():
-            how = flex.choose(gates, width, width, 64, products, chip)
+            how = flex.choose(gates, width, width, 64, products, chip, cell.sees_rows)
             forms["shared" if how.depth else "fused" if how.fused else "stepwise"] = how
         if dtype in ("tf32", "bf16"):
             forms = {} if chip.is_amd else {form: how for form, how in forms.items() if form != "stepwise"}
         else:  # what makes no products is the same in the others, and there are no others on AMD
-            forms["stepwise"] = flex.choose(gates, 9999, 9999, 9999, products, chip)
-            forms["apart"] = flex.choose(0, 256, 256, 64, products, chip)
+            large = 1024 if cell.sees_rows else 9999
+            forms["stepwise"] = flex.choose(gates, large, large, 9999, products, chip, cell.sees_rows)
+            forms["apart"] = flex.choose(0, 256, 256, 64, products, chip, cell.sees_rows)
         yield from (Variant(target, kernel, name, form, dtype, how) for form, how in forms.items())
 
 

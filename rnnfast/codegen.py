@@ -381,18 +381,21 @@ TRITON_PROGRAM = """\
 import triton
 import triton.language as tl
 
-from rnnfast.triton.maths import log1p, maximum, minimum, relu, sigmoid, tanh, where_positive
+from rnnfast.triton.maths import log1p, maximum, mean, minimum, relu, sigmoid, tanh, where_positive
 
 
 @triton.jit
-def step(%(given)s):
+def step(%(given)s, is_unit, H):
 %(lines)s
 """
 
 
 def triton_program(program: Program, inputs: Mapping[str, int], results: Sequence[int]) -> str:
     """A module with the function ``step``, which runs a program operation by operation: on tuples of so many tiles by
-    name, and to a tuple of its results, or where they are of several kinds to a tuple of each kind's."""
+    name, and to a tuple of its results, or where they are of several kinds to a tuple of each kind's.
+
+    Tiles are [units, rows], but [1, rows] of what is one number for all units of a row, and [1, 1] of numbers.
+    ``is_unit`` is [units, 1], and H how many such units there are; a tile has all of them where there are means."""
     names = [f"{which}[{k}]" for which, count in inputs.items() for k in range(count)]
     lines = []
 
@@ -402,10 +405,10 @@ def triton_program(program: Program, inputs: Mapping[str, int], results: Sequenc
 
     for number in program.numbers:  # tiles, for bare numbers are float32 in some places, and have no negative zero
         sign = "-1.0 * " if math.copysign(1, number) < 0 else ""
-        named(f'{sign}tl.full(x[0].shape, float("{abs(number)!r}"), x[0].dtype)')
+        named(f'{sign}tl.full([1, 1], float("{abs(number)!r}"), x[0].dtype)')
     formats = {**Triton.functions, **{op: f"{{}} {sign} {{}}" for op, sign in _INFIX.items()}}
     formats["negate"] = "-1.0 * {}"  # of 0 Triton's minus makes 0
-    formats["clip_gradient"] = "{}"
+    formats |= {"clip_gradient": "{}", "mean": "mean({}, is_unit, H)"}
     for op, places in program.operations:
         named(formats[op].format(*[names[place] for place in places]))
     found = iter([names[place] for place in program.results])

@@ -75,8 +75,22 @@ class _ClipGradient(torch.autograd.Function):
         return grad.clamp(-bound, bound), None
 
 
+class _ClipGradientAlone(_ClipGradient):
+    """With tangents, which are no gradients and stay as they are. torch.compile refuses what has a ``jvp``."""
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: Any) -> Tensor:
+        return tangent.view_as(tangent)
+
+
+def _clip_gradient(tensor: Tensor, bound: Tensor) -> Tensor:
+    function = _ClipGradient if torch.compiler.is_compiling() else _ClipGradientAlone
+    found: Tensor = function.apply(tensor, bound)  # type: ignore[no-untyped-call]
+    return found
+
+
 PRIMITIVES["clip_gradient"] = Primitive(
-    lambda a, bound: _ClipGradient.apply(a, bound),  # type: ignore[no-untyped-call]
+    _clip_gradient,
     lambda d, y, a, bound: (minimum(maximum(d, -bound), bound), None),
 )
 clip_gradient = functools.partial(_primitive, "clip_gradient")
@@ -392,6 +406,7 @@ def _by_triton(*inputs: Any) -> tuple[Tensor, ...]:
 
 
 RUN: dict[str, Callable[..., tuple[Tensor, ...]]]  # by backend
+_ROW = 4096  # units at most of a row that one of Triton's programs holds, for means; some registers spill from 2048 on
 RUN = {"reference": in_plain_torch, "cpu": on_cpu, "triton": _by_triton}
 
 
@@ -410,8 +425,8 @@ def choose(
     elif made is not USUAL and made._replace(forced=None) != USUAL:
         # This is asked first: torch.compile cannot trace what asks for a GPU.
         why_not = "derivatives, graphs and transforms of torch's go through plain torch"
-    elif name == "triton" and cell.sees_rows:
-        why_not = "a step sees whole rows of units, which Triton's kernels have in pieces"
+    elif name == "triton" and cell.sees_rows and hidden > _ROW:
+        why_not = f"a step takes means over a row, of which Triton's kernels have {_ROW} units at most"
     elif not (found := BACKENDS[name].probe(device)).available:
         why_not = found.detail
     elif dtype not in DTYPES:

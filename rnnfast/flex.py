@@ -33,9 +33,9 @@ class FlexRNN(_Module):
     and the recurrence is dense and undivided, the layers run on the same kernels as :class:`rnnfast.LSTM`. So do, where
     the backend ``cuda`` serves, those of CIFG, MGU, LiGRU, the LSTM with relu and, in float32 and float64, JANET and
     leaky neurons. All else runs on a CPU through an evaluator of the cell's operations, with nothing to compile, and on
-    a GPU on kernels that Triton compiles of it when it first runs, unless it takes means over a row's units; and
-    elsewhere, in graphs and transforms of torch's, and where derivatives are derived, as plain torch: in any dtype,
-    with any derivative.
+    a GPU on kernels that Triton compiles of it when it first runs, unless it takes means over rows of more than 4096
+    units; and elsewhere, in graphs and transforms of torch's, and where derivatives are derived, as plain torch: in any
+    dtype, with any derivative.
 
     Args:
         cell: what :func:`rnnfast.cell` has made of a function; :mod:`rnnfast.cells` has some.

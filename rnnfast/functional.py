@@ -36,7 +36,7 @@ def rnn(
     return_states: bool = False,
     recompute: bool = False,
     reset_after: bool = True,
-    of_layers: Sequence[Callable[[Inputs], tuple[Tensor, Tensor, Tensor, Tensor]]] | None = None,
+    of_layers: Sequence[Callable[[Inputs, bool], tuple[Tensor, Tensor, Tensor, Tensor]]] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | tuple[Tensor, Tensor] | None]:
     """A stack of recurrent layers: the function behind :class:`rnnfast.RNN`, ``LSTM`` and ``GRU``.
 
@@ -55,7 +55,8 @@ def rnn(
         return_states: whether to return h (and c) of every layer and step.
         recompute: keep only outputs (and c) for the backward, which computes the gates again.
         reset_after: false for a GRU that resets h before the product, as :class:`rnnfast.GRU` has it.
-        of_layers: of each layer what runs it, as :func:`rnnfast.recurrence.layer` does; None: a backend.
+        of_layers: of each layer what runs it, as :func:`rnnfast.recurrence.layer` does, of its inputs and whether c of
+            every step is to be kept; None: a backend.
 
     Returns:
         output ``[T, N, D*P]`` (or ``[R, D*P]``), h_n, c_n (shape ``[0]`` but for an LSTM) and the states: None, or
@@ -129,7 +130,7 @@ def rnn(
         else:
             inputs = Inputs(mode, *of_layer[:3], batch_sizes, lengths, resets, bidirectional, names, of_layer[3])
             if of_layers is not None:
-                y, h_n, c_n, c = of_layers[k](inputs)
+                y, h_n, c_n, c = of_layers[k](inputs, return_states)
             elif reset_after:
                 y, h_n, c_n, c = recurrence.layer(backend, inputs, keep_c=return_states, recompute=recompute)
             else:

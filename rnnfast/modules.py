@@ -789,8 +789,9 @@ class LSTM(_Recurrent[Sequence[Tensor], tuple[Tensor, Tensor]]):
         state_clip: the bound of the gradients of h_t and c_t as they leave a step, h_t's with the output's and that
             from the next step: in the backward they are clamped to [-state_clip, state_clip] before they go into the
             step (as Graves does with the gates', "Generating Sequences With Recurrent Neural Networks", 2013). What a
-            layer computes stays the same. It has no forward-mode derivatives, and what is derived once more is clipped
-            once more: second derivatives are not those of the clipped gradients.
+            layer computes stays the same, and so do its forward-mode derivatives, as tangents are not clipped. Those of
+            a gradient are the clipped gradient's; but what is derived in reverse once more is clipped once more, and so
+            is no derivative of the clipped gradient.
         num_heads: K, a divisor of H: W_hh is K blocks on the diagonal, each of the units of one head, as in
             :class:`rnnfast.FlexRNN`: ``weight_hh_l{k}`` is ``[K, G*H/K, H/K]``, a head after the other and of each its
             G gates. It goes with all of these, whose equations stay the same.
@@ -800,8 +801,8 @@ class LSTM(_Recurrent[Sequence[Tensor], tuple[Tensor, Tensor]]):
 
     Where a step is another one than torch.nn's (``recurrent_dropout`` in training, ``zoneout``, ``layer_norm``,
     ``num_heads``, ``state_clip`` where a gradient is asked for), the layers run as those of :class:`rnnfast.FlexRNN`
-    do: on a CPU by the native library's evaluator, on a GPU by Triton's kernels, but with ``layer_norm`` as plain torch
-    there. Random numbers are of torch's generators. Dtypes are real.
+    do: on a CPU by the native library's evaluator, on a GPU by Triton's kernels, but with ``layer_norm`` of more than
+    4096 units as plain torch there. Random numbers are of torch's generators. Dtypes are real.
 
     Raises:
         ValueError: an option is none of these; there is a forget_bias and no bias; num_heads is no divisor of

@@ -173,6 +173,8 @@ def _together(cell: Cell) -> list[list[int]]:
 
 def _by_group(tensor: Tensor, cell: Cell, dim: int) -> list[Tensor]:
     """A tensor's parts of the gates that are normalised together."""
+    if not cell.apart:
+        return [tensor]
     hidden = tensor.size(dim) // len(cell.gates)
     return list(tensor.split([hidden * len(group) for group in _together(cell)], dim))
 
@@ -188,13 +190,14 @@ def norm_sizes(mode: str, hidden: int, bias: bool) -> dict[str, int]:
 
 
 def layer(
-    variant: Variant, norms: Sequence[dict[str, Tensor]], recompute: bool, inputs: Inputs
+    variant: Variant, norms: Sequence[dict[str, Tensor]], recompute: bool, inputs: Inputs, keep_c: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One layer with all its directions; inputs and results as of :func:`rnnfast.recurrence.layer`.
 
     Args:
         norms: of each direction its weights of :func:`norm_sizes`; without ``layer_norm`` none.
         recompute: keep only what enters the layer for the backward.
+        keep_c: whether c of every step is asked for; else it is empty.
 
     Raises:
         ValueError: dtypes are complex.
@@ -209,8 +212,8 @@ def layer(
         )
     if inputs.batch_sizes is not None:
         _, pack, padded = reference._padded(inputs, inputs.batch_sizes)
-        y, h_n, c_n, c = layer(variant, norms, recompute, padded)
-        return pack(y), h_n, c_n, pack(c) if mode == "LSTM" else c
+        y, h_n, c_n, c = layer(variant, norms, recompute, padded, keep_c)
+        return pack(y), h_n, c_n, pack(c) if mode == "LSTM" and keep_c else c
     weights = inputs.directions()
     hidden, of = weights[0].w_ih.size(0) // GATES[mode], CELLS[mode]
     backend, _ = choose_variant(variant, mode, x.device, x.dtype, hidden, x.size(1))
@@ -222,13 +225,14 @@ def layer(
         directions = [_by_name(w) for w in weights]
     of = _cell_of(variant, mode)
     x = reference.without_padding(inputs).x
-    plans = [Plan(of, (), reverse) for reverse in (False, True)[: len(directions)]]
+    wanted = None if keep_c else 1
+    plans = [Plan(of, (), reverse, wanted) for reverse in (False, True)[: len(directions)]]
     states = None if inputs.h0 is None else [inputs.h0] if inputs.c0 is None else [inputs.h0, inputs.c0]
     of_layer: Callable[..., Any] = functools.partial(layer_of_any_cell, serve, plans)
     with no_autocast(x.device.type):  # its casts have been made
         every, final = (recomputed(of_layer) if recompute else of_layer)(x, states, lengths, inputs.resets, directions)
     absent = x.new_zeros(0)
-    return every[0], final[0], *((final[1], every[1]) if mode == "LSTM" else (absent, absent))
+    return every[0], *final, *[absent] * (2 - len(final)), every[1] if mode == "LSTM" and keep_c else absent
 
 
 def _by_name(w: Weights) -> dict[str, Tensor]:
@@ -240,8 +244,7 @@ def _by_name(w: Weights) -> dict[str, Tensor]:
 def _with_norms(w: Weights, norms: dict[str, Tensor], cell: Cell) -> dict[str, Tensor]:
     """Likewise, for a cell that :func:`_normalized` has made of this one, behind :func:`_run_normalized`."""
     acc = torch.promote_types(w.w_hh.dtype, torch.float32)
-    none = torch.zeros_like(norms["gain_hh"])
-    b_ih, b_hh = (none if bias is None else bias for bias in (w.b_ih, w.b_hh))
+    b_ih, b_hh = (torch.zeros_like(norms["gain_hh"]) if bias is None else bias for bias in (w.b_ih, w.b_hh))
     joined, *apart = _by_group(b_hh, cell, 0)
     of_x, *rest = _by_group(b_ih, cell, 0)
     w_hh = w.w_hh
@@ -253,7 +256,7 @@ def _with_norms(w: Weights, norms: dict[str, Tensor], cell: Cell) -> dict[str, T
     found |= zip(cell.gates, norms["gain_hh"].chunk(len(cell.gates)))
     found |= zip((f"shift of {cell.gates[gate]}" for gate in cell.apart), apart)
     if (gain_c := norms.get("gain_c")) is not None:
-        found |= {"gain of c": gain_c, "shift of c": norms.get("bias_c", torch.zeros_like(gain_c))}
+        found |= {"gain of c": gain_c, "shift of c": norms["bias_c"] if "bias_c" in norms else torch.zeros_like(gain_c)}
     return found
 
 

@@ -384,6 +384,12 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
             "x_gates.new_empty if lengths is None else x_gates.new_zeros",
             "x_gates.new_empty",
         ),
+        ("means of a head", VARIANTS, "width == hidden or not sees_rows", "True"),
+        ("means of a tile of units", FLEX_TRITON, "    if not sees_rows:\n", "    if True:\n"),
+    ],
+    "rnnfast/triton/maths.py": [
+        ("means of padding", FLEX_TRITON, "tl.where(is_unit, x, 0.0).to", "x.to"),
+        ("means added up in float32", MEANS, "0.0).to(tl.float64)", "0.0)"),
     ],
     "rnnfast/triton/flex_kernels.py": [
         ("border of the reverse direction", FLEX_TRITON, "border = t + 1 - at.d", "border = t + 1"),

@@ -18,6 +18,7 @@ import tempfile
 import time
 import traceback
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -138,12 +139,17 @@ FLEX = [
     FlexCall("slstm", "bfloat16", 600, "resets", True, {"num_heads": 2}),
     FlexCall("sru", "float16", 40, "rectangular", True, {}),
     FlexCall("leaky_rnn", "float64", 3, "rectangular", False, {"recurrent": "diagonal"}),
+    FlexCall("LSTM", "bfloat16", 40, "lengths", True, {"layer_norm": True, "zoneout": 0.1}),
+    FlexCall("GRU", "float32", 1, "resets", True, {"layer_norm": True, "state_clip": 0.1}),
+    FlexCall("RNN", "float32", 300, "rectangular", True, {"layer_norm": True, "num_heads": 2}),
 ]
 
 
 def make_flex(call: FlexCall) -> None:
     dtype = getattr(torch, call.dtype)
-    net = rnnfast.FlexRNN(getattr(rnnfast.cells, call.cell), 8, call.hidden, dtype=dtype, **call.options)
+    is_torchs = call.cell in ("LSTM", "GRU", "RNN")
+    of = getattr(rnnfast, call.cell) if is_torchs else partial(rnnfast.FlexRNN, getattr(rnnfast.cells, call.cell))
+    net = of(8, call.hidden, dtype=dtype, **call.options)
     options = {"lengths": torch.tensor([3, 0, 2])} if call.form == "lengths" else {}
     options |= {"resets": torch.rand(3, 3) < 0.5} if call.form == "resets" else {}
     with torch.set_grad_enabled(call.trained):

@@ -5,6 +5,7 @@ Their numbers are tested with those of every other backend, in test_flex.py.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import itertools
 import linecache
@@ -17,8 +18,9 @@ from typing import Any
 import interpreter
 import pytest
 import torch
-from helpers import chooser, flatten, values_and_grads
+from helpers import FLOOR, assert_off_by_twice_at_most, chooser, flatten, values_and_grads
 from test_flex import DOUBLE, OF_FORM, SPECIAL, again, assert_same_or_zero, states_of
+from test_means import layer, normalized
 from test_triton import H200, ROOT, compiled
 
 import rnnfast
@@ -32,10 +34,12 @@ interpreted = pytest.mark.skipif(not interpreter.ENABLED, reason="runs kernels o
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
-def test_the_largest_cell_compiles_without_spills(target: str) -> None:
+@pytest.mark.parametrize(
+    ("target", "cell"), [*itertools.product(("sm_80", "sm_90", "sm_100", "gfx942"), ["slstm"]), ("sm_90", "lstm_norm")]
+)
+def test_the_largest_cells_compile_without_spills(target: str, cell: str) -> None:
     """The command fails if it spills; bench/results/flex-resources.txt has all cells, which take minutes."""
-    lines = compiled("bench/flex_resources.py", "--target", target, "-k", "slstm fused").splitlines()
+    lines = compiled("bench/flex_resources.py", "--target", target, "-k", f"{cell} fused").splitlines()
     found = [line.split()[1] for line in lines if line.startswith(target)]
     dtypes = 1 if target.startswith("gfx") else 3  # there is no other than float32, and nowhere fused float64
     assert sorted(found) == ["backward"] * dtypes + ["forward"] * dtypes
@@ -131,27 +135,32 @@ def test_another_process_prints_the_same() -> None:
 
 
 LARGE = {"step by step": "a launch and a product a step", "shared": "all steps in one launch"}
+OF_ROWS = "a launch and a product a step, by programs that have whole rows for their means"
 
 
 @interpreted
-@pytest.mark.parametrize("cell", [cells.slstm, again(cells.gru)], ids=str)
+@pytest.mark.parametrize(
+    ("cell", "way"), [*itertools.product((cells.slstm, again(cells.gru)), LARGE), (normalized, "rows")], ids=str
+)
 @pytest.mark.parametrize("heads", [1, 2])
 @pytest.mark.parametrize("form", OF_FORM)
-@pytest.mark.parametrize("way", LARGE)
 @pytest.mark.few(2, "cell", "heads", "form", "way")
 def test_heads_that_are_too_large_for_the_chip(
     cell: Cell, heads: int, form: str, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A launch a step; and programs that share a head, which here wait for no other, but have a launch a step, too."""
+    """A launch a step; and programs that share a head, which here wait for no other, but have a launch a step, too.
+
+    Means are of all heads' units, more than a program has in other launches of a step.
+    """
     how = flex.How(True, 16, 2, flex.Products(DOUBLE), {}, depth=16) if way == "shared" else None
     monkeypatch.setattr(flex, "_chip", lambda device: H200._replace(shared_memory=0))
     monkeypatch.setattr(flex, "_shared", lambda *args: how)
-    hidden = 40 if way == "shared" else 6  # several programs, parts of products and tiles of rows
+    hidden = {"shared": 40, "rows": 150}.get(way, 6)  # several programs, parts of products and tiles of rows
     net = FlexRNN(cell, 3, hidden, num_heads=heads, bidirectional=True, dtype=DOUBLE)
     x, states = torch.randn(5, 4, 3, dtype=DOUBLE), states_of(cell, hidden)
     expected = values_and_grads(net, x, states, **OF_FORM[form])
     with rnnfast.use_backend("triton"):
-        assert rnnfast.explain(net)[0].reason.endswith(LARGE[way])
+        assert rnnfast.explain(net)[0].reason.endswith(LARGE.get(way, OF_ROWS))
         assert_same_or_zero(values_and_grads(net, x, states, **OF_FORM[form]), expected)
         with torch.no_grad():
             y = net(x, states, **OF_FORM[form])[0]
@@ -196,7 +205,7 @@ def test_what_pads_a_tile_is_nothing() -> None:
 
     @rnnfast.cell(gates="g k")
     def inverse(x: Any, a: Any, s: Any) -> Any:
-        return 1 / (x.g * x.g + a.g * a.g) + a.k / (x.g * x.g)
+        return 1 / (x.g * x.g + a.g * a.g) + a.k / (x.g * x.g) + cells.mean(1 / (x.k * x.g))
 
     net, x = FlexRNN(inverse, 3, 5, bias=False, dtype=DOUBLE), 1 + torch.rand(3, 2, 3, dtype=DOUBLE)
     net.weight_ih_l0.data.abs_()
@@ -204,6 +213,20 @@ def test_what_pads_a_tile_is_nothing() -> None:
     assert all(t.isfinite().all() for t in expected.values())
     with rnnfast.use_backend("triton"):
         assert_same_or_zero(values_and_grads(net, x), expected)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["LSTM", "GRU"])
+def test_layer_norm_is_as_exact_as_in_plain_torch(name: str, dtype: torch.dtype) -> None:
+    """Against float64 ours may be off by twice what the loop is in the same precision."""
+    exact = layer(name, 20, zoneout=0.3, bidirectional=True).eval().to(dtype).double()
+    x, form = torch.randn(5, 4, 3).to(dtype), OF_FORM["lengths"] | OF_FORM["resets"]
+    found = []
+    for backend, of in ("triton", dtype), ("reference", dtype), ("reference", DOUBLE):
+        with rnnfast.use_backend(backend):
+            found.append(values_and_grads(copy.deepcopy(exact).to(of), x.to(of), **form))
+    assert_off_by_twice_at_most(*found, dtype, FLOOR[dtype])
 
 
 @interpreted
@@ -260,6 +283,11 @@ def test_a_gpu_gets_triton(gpus: Callable[..., None], monkeypatch: pytest.Monkey
         assert FlexRNN(cells.janet, 3, 1024)._backend(CUDA, torch.float32, batch)[1].endswith(way)
     for options in ({}, {"num_heads": 10}, {"recurrent": "none"}, {"recurrent": "diagonal"}):
         assert FlexRNN(cells.janet, 3, 400, **options)._backend(CUDA, torch.float32)[1].endswith("in one launch")
+    of_rows = FlexRNN(normalized, 3, 400)
+    assert of_rows._backend(CUDA, torch.float32)[1].endswith(OF_ROWS)
+    assert FlexRNN(normalized, 3, 128)._backend(CUDA, torch.bfloat16)[1].endswith(": all steps in one launch")
+    backend, why = FlexRNN(normalized, 3, 5000)._backend(CUDA, torch.float32)
+    assert backend == "reference" and "means over a row, of which Triton's kernels have 4096 units at most" in why
     assert net._backend(CUDA, torch.complex64) == ("reference", "no kernel for torch.complex64")
     assert net._backend(torch.device("mps"), torch.float32) == ("reference", "no kernels for device 'mps'")
     with rnnfast.use_backend("triton"), pytest.raises(RuntimeError, match=r"'triton' cannot serve.*device 'cpu'"):

@@ -12,6 +12,7 @@ from backends import PERSISTENT, regime
 from helpers import LAYERS, assert_off_by_twice_at_most, values_and_grads
 from test_flex import OF_TORCH, AsTorchs, again, with_zeros
 from test_gpu import PRECISIONS, assert_close, assert_equal, tf32
+from test_means import normalized
 from test_variants import FLEX, own_lstm
 from torch import Tensor
 
@@ -34,13 +35,14 @@ SIZES: dict[str, tuple[int, dict[str, Any]]] = {
 }
 ANEW = {name: again(getattr(cells, name)) for name in ("lstm", "gru", "peephole_lstm")}
 OWN = ("cifg", "relu_lstm", "slstm", "janet", "mgu", "ligru", "indrnn", "sru", "min_gru", "min_lstm", "leaky_rnn")
-ZOO = ANEW | {name: getattr(cells, name) for name in OWN}
-# sLSTM has operations of all kinds, peephole_lstm weights of the units' own.
+ZOO = ANEW | {name: getattr(cells, name) for name in OWN} | {"normalized": normalized}
+# sLSTM has operations of all kinds, peephole_lstm weights of the units' own, and normalized means over rows, for which
+# programs share no head: where others would, a launch is a step.
 CHOSEN = [(of, "float32", size, "rectangular") for of in ZOO for size in ("fused", "shared", "stepwise")]
 CHOSEN += [(of, "float32", size, form) for of in ("gru", "slstm") for size in SIZES for form in ("lengths", "resets")]
 CHOSEN += [
     (name, dtype, size, form)
-    for name, form in (("lstm", "rectangular"), ("slstm", "both"), ("peephole_lstm", "both"))
+    for name, form in (("lstm", "rectangular"), ("slstm", "both"), ("peephole_lstm", "both"), ("normalized", "both"))
     for size in ("fused", "shared", "shared-heads", "stepwise")
     for dtype in PRECISIONS
     if dtype != "float32"
@@ -232,14 +234,17 @@ def test_options(name: str, option: str, hidden: int) -> None:
     assert_close(found, expected, scale=5e-5)
 
 
+@pytest.mark.parametrize("options", [{}, {"zoneout": 0.3, "state_clip": 0.05, "num_heads": 2}], ids=str)
+@pytest.mark.parametrize("hidden", [24, 64, 128, 300, 2050])
 @pytest.mark.parametrize("name", LAYERS)
-def test_layer_norm(name: str) -> None:
-    """On a GPU in plain torch."""
-    net = getattr(rnnfast, name)(I, 24, bidirectional=True, layer_norm=True, device=DEVICE)
-    x = torch.randn(T, N, I, device=DEVICE)
+def test_layer_norm(name: str, hidden: int, options: dict[str, Any]) -> None:
+    """Of rows that one launch holds, and of larger ones, step by step."""
+    net = getattr(rnnfast, name)(I, hidden, bidirectional=True, layer_norm=True, device=DEVICE, **options)
+    x, given = torch.randn(T, N, I, device=DEVICE), of_form("both")
+    found = list(values_and_grads(net, x, **given).values())
     with rnnfast.use_backend("reference"):
-        found = list(values_and_grads(net, x).values())
-        assert_close(found, list(values_and_grads(net.double(), x.double()).values()), scale=5e-5)
+        expected = list(values_and_grads(net, x, **given).values())
+    assert_close(found, expected, scale=5e-5)
 
 
 @pytest.mark.parametrize("form", ["nested", "cu_seqlens"])

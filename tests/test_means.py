@@ -20,7 +20,9 @@ from rnnfast import FlexRNN, cells
 from rnnfast.cells import Cell, cell
 
 DOUBLE, I = torch.float64, 3
-on_each = pytest.mark.parametrize("kernels", [name for name in KERNELS if name != "triton"])  # which refuses them
+on_each = pytest.mark.parametrize("kernels", KERNELS)
+# Whose layers test_variants.py runs by Triton's interpreter, on which many steps take long.
+natively = pytest.mark.parametrize("kernels", [name for name in KERNELS if name != "triton"])
 # Of one unit, less than a vector, vectors and a rest of all lanes, and several strips with a rest.
 HIDDEN = (1, 6, 37, 300)
 
@@ -159,8 +161,12 @@ def test_says_what_serves_it() -> None:
     if rnnfast.backends()["cpu"].available:
         assert choice.reason.startswith("the evaluator of the native library")
     if rnnfast.backends()["triton"].available:
-        with rnnfast.use_backend("triton"), pytest.raises(RuntimeError, match="a step sees whole rows of units"):
-            net(x)
+        with rnnfast.use_backend("triton"):
+            (choice,) = rnnfast.explain(net, x)
+            assert choice.reason == "Triton compiles it: all steps in one launch"
+            large = FlexRNN(normalized, I, 5000)
+            with pytest.raises(RuntimeError, match=r"a step takes means over a row, .* have 4096 units at most"):
+                large(x)
 
 
 # layer_norm=True, of more units than fit a vector
@@ -210,7 +216,7 @@ def layer(name: str, hidden: int, **options: Any) -> nn.Module:
     return module
 
 
-@on_each
+@natively
 @pytest.mark.parametrize("hidden", HIDDEN)
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.few(1, "kernels", "hidden", "name")

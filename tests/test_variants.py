@@ -4,9 +4,11 @@ their papers' equations that get the same random numbers."""
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ import torch
 from backends import BACKENDS, use
 from helpers import LAYERS, assert_same, leaves, states_of, tensors_of, values_and_grads
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
@@ -34,11 +37,6 @@ OPTIONS = {
     "heads": {"num_heads": 2},
     "all": {"recurrent_dropout": 0.4, "zoneout": 0.3, "layer_norm": True, "state_clip": 0.05, "num_heads": 3},
 }
-
-
-def serving(options: dict, kernels: str) -> str:
-    """Triton has no kernels of cells that see whole rows."""
-    return "reference" if "layer_norm" in options and kernels == "triton" else kernels
 
 
 def make(name: str, **options: Any) -> nn.Module:
@@ -151,7 +149,7 @@ FORM = {
 def test_is_the_papers(name: str, option: str, form: str, kernels: str) -> None:
     module = make(name, bidirectional=True, **OPTIONS[option])
     inputs = torch.randn(T, N, I, dtype=DOUBLE), states_of(module, N)
-    with use(serving(OPTIONS[option], kernels)):
+    with use(kernels):
         for training in (True, False):
             module.train(training)
             expected = values_and_grads(Paper(module), *inputs, **FORM[form])
@@ -209,6 +207,10 @@ def test_forms_agree(name: str, option: str) -> None:
         return module(*args, **kwargs)
 
     output, final, states = run(module, x, lengths=lengths, return_states=True)
+    with torch.no_grad():
+        inferred = run(module, x, lengths=lengths, return_states=True), run(module, x, lengths=lengths)
+    for found, of in zip(inferred, ((output, final, states), (output, final))):
+        torch.testing.assert_close(tensors_of(found), tensors_of(of))
     packed, of_packed, of_steps = run(module, pack_padded_sequence(x, lengths), return_states=True)
     torch.testing.assert_close(pad_packed_sequence(packed)[0], output)
     torch.testing.assert_close(of_packed, final)
@@ -342,15 +344,65 @@ def test_traced(option: str) -> None:
     torch.testing.assert_close(found, module(x))
 
 
-def test_forward_mode() -> None:
-    module, x = make("LSTM", layer_norm=True, zoneout=0.3).eval(), torch.randn(3, N, I, dtype=DOUBLE)
-    d_x = torch.randn_like(x)
-    jacobian = torch.autograd.functional.jacobian(lambda x: module(x)[0], x).flatten(3).flatten(0, 2)
-    found = torch.func.jvp(lambda x: module(x)[0], (x,), (d_x,))[1]
-    torch.testing.assert_close(found.flatten(), jacobian @ d_x.flatten())
-    module = make("LSTM", state_clip=0.1)
-    with pytest.raises(NotImplementedError, match="jvp"):
-        torch.func.jvp(lambda x: module(x)[0], (x,), (d_x,))
+def seeded(module: nn.Module, x: Tensor, weights: dict[str, Tensor] | None = None) -> Tensor:
+    """The output, of the same random numbers in each call."""
+    torch.manual_seed(1)
+    return torch.func.functional_call(module, weights or {}, x)[0]
+
+
+def differences(function: Callable[[Tensor], Tensor], x: Tensor, d_x: Tensor, step: float = 1e-6) -> Tensor:
+    return (function(x + step * d_x) - function(x - step * d_x)) / (2 * step)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("option", OPTIONS)
+@layers
+@pytest.mark.few(2, "training", "option", "name")
+def test_forward_mode(name: str, option: str, training: bool) -> None:
+    """The derivatives of what a layer computes, which a clip of gradients leaves as it is."""
+    run = functools.partial(seeded, make(name, **OPTIONS[option]).train(training))
+    x, d_x = torch.randn(2, 3, N, I, dtype=DOUBLE)
+    expected = differences(run, x, d_x)
+    torch.testing.assert_close(torch.func.jvp(run, (x,), (d_x,))[1], expected, rtol=0, atol=1e-7)
+    with torch.no_grad(), forward_ad.dual_level():
+        found = forward_ad.unpack_dual(run(forward_ad.make_dual(x, d_x))).tangent
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-7)
+
+
+def test_forward_mode_of_a_clipped_gradient() -> None:
+    """Is that of the gradient with its clips."""
+    module, (x, d_x) = make("LSTM", state_clip=0.5), torch.randn(2, T, N, I, dtype=DOUBLE)
+    gradient = torch.func.grad(lambda x: seeded(module, x).sum())
+    without = torch.func.grad(lambda x: seeded(make("LSTM"), x).sum())
+    assert not torch.equal(gradient(x), without(x))
+    found = torch.func.jvp(gradient, (x,), (d_x,))[1]
+    torch.testing.assert_close(found, differences(gradient, x, d_x), rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@layers
+@pytest.mark.few(1, "option", "name")
+def test_transforms(name: str, option: str) -> None:
+    """In training: Jacobians, and of samples and of stacked weights, with vmap's flag for what is random."""
+    module, x = make(name, **OPTIONS[option]), torch.randn(2, 3, N, I, dtype=DOUBLE)
+    weights = dict(module.named_parameters())
+    expected = torch.autograd.functional.jacobian(lambda x: seeded(module, x), x[0])
+    torch.testing.assert_close(torch.func.jacrev(lambda x: seeded(module, x))(x[0]), expected)
+    stacked = {key: torch.stack([weight, 2 * weight]) for key, weight in weights.items()}
+    members = [{key: of[k] for key, of in stacked.items()} for k in range(2)]
+    run = lambda weights, x: seeded(module, x, weights)
+    found = torch.func.vmap(run, randomness="same")(stacked, x)
+    torch.testing.assert_close(found, torch.stack([run(*of) for of in zip(members, x)]))
+    gradients = torch.func.vmap(torch.func.grad(lambda *of: run(*of).square().sum()), (None, 0), randomness="same")
+    found = gradients(weights, x)
+    each = [torch.autograd.grad(seeded(module, row).square().sum(), list(weights.values())) for row in x]
+    for key, of in zip(weights, zip(*each)):
+        torch.testing.assert_close(found[key], torch.stack(of))
+    if option in ("dropout", "zoneout", "all"):
+        with pytest.raises(RuntimeError, match="randomness"):
+            torch.func.vmap(run)(stacked, x)
+        both = torch.func.vmap(lambda x: seeded(module, x), randomness="different")(x[:1].expand(2, -1, -1, -1))
+        assert not torch.equal(*both)
 
 
 @pytest.mark.parametrize("option", OPTIONS)
@@ -444,9 +496,8 @@ def test_says_what_serves_it() -> None:
             assert choice.reason.startswith(evaluated) or not library
     (choice,) = rnnfast.explain(rnnfast.GRU(I, H, recurrent_dropout=0.1).eval(), x)
     assert not choice.reason.startswith(evaluated)
-    for name in ("torch", "triton"):
-        with rnnfast.use_backend(name), pytest.raises(RuntimeError, match=f"'{name}' cannot serve this call"):
-            module(x)
+    with rnnfast.use_backend("torch"), pytest.raises(RuntimeError, match="'torch' cannot serve this call"):
+        module(x)
 
 
 def test_stream() -> None:

@@ -30,6 +30,7 @@ from .layer import _chip
 from .plan import Chip
 
 _TILE = 128  # numbers, one a thread: of units that lie side by side, and rows where there are fewer units
+_THREADS = 512  # at most, of a program with a whole row: of them each has room for the registers of several units
 
 
 class Products(NamedTuple):
@@ -93,8 +94,13 @@ def steps_of(cell: Cell) -> tuple[Any, Any]:
     return _module(forward).step, _module(backward).step
 
 
-def choose(gates: int, hidden: int, width: int, rows: int, products: Products, chip: Chip) -> How:
-    """How a direction runs that has so many gates of W_hh h, of H units in heads of W, and N rows."""
+def choose(
+    gates: int, hidden: int, width: int, rows: int, products: Products, chip: Chip, sees_rows: bool = False
+) -> How:
+    """How a direction runs that has so many gates of W_hh h, of H units in heads of W, and N rows.
+
+    Where a step sees rows, a program has all units of its rows, for means are made within one.
+    """
     dtype, precision = products
     units = max(16, 1 << (width - 1).bit_length())  # as the tensor cores want them
     size = gates * units * units * dtype.itemsize * (2 if precision == "tf32x3" else 1)
@@ -102,16 +108,19 @@ def choose(gates: int, hidden: int, width: int, rows: int, products: Products, c
     # What plan.py says of RDNA's cells with weights of the units' own holds for all cells here; and products of float64
     # tiles, which are slow anyway, Triton 3.6 does not compile in the backward.
     options: dict[str, Any] = {"enable_fp_fusion": True}
-    if gates and size <= room and not chip.is_rdna and dtype != torch.float64:  # as plan.py has it
+    is_whole = width == hidden or not sees_rows
+    if gates and is_whole and size <= room and not chip.is_rdna and dtype != torch.float64:  # as plan.py has it
         options["num_warps"] = 8 if units * dtype.itemsize > 128 else 4
         options |= {} if chip.is_amd else {"maxnreg": 255}
         return How(True, units, 16 if chip.is_amd else 8, products, options)
-    if gates and (how := _shared(gates, hidden, width, rows, products, chip)):
+    if gates and not sees_rows and (how := _shared(gates, hidden, width, rows, products, chip)):
         return how
-    units = min(_TILE, 1 << (hidden - 1).bit_length())
-    options["num_warps"] = _TILE // chip.warp_size
+    units = 1 << (hidden - 1).bit_length()
+    if not sees_rows:
+        units = min(_TILE, units)
+    options["num_warps"] = min(max(_TILE, units), _THREADS) // chip.warp_size
     products = Products(torch.promote_types(dtype, torch.float32))  # torch's
-    return How(not gates, units, _TILE // units, products, options)
+    return How(not gates, units, max(1, _TILE // units), products, options)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -138,8 +147,10 @@ def _shared(gates: int, hidden: int, width: int, rows: int, products: Products, 
 
 def reason(cell: Cell, hidden: int, heads: int, dtype: torch.dtype, device: torch.device, rows: int) -> str:
     products = Products.of(dtype, device)
-    how = choose(len(cell.gates_of_a), hidden, hidden // heads, rows, products, _chip(device))
-    return "all steps in one launch" if how.fused else "a launch and a product a step"
+    how = choose(len(cell.gates_of_a), hidden, hidden // heads, rows, products, _chip(device), cell.sees_rows)
+    if how.fused:
+        return "all steps in one launch"
+    return "a launch and a product a step" + ", by programs that have whole rows for their means" * cell.sees_rows
 
 
 class _Direction:
@@ -160,7 +171,8 @@ class _Direction:
         self.W = self.H // self.K
         by_head = None if b_hh is None else b_hh.view(self.A, self.K, 1, self.W).permute(1, 2, 0, 3)
         self.bias = None if by_head is None else by_head.flatten(2).contiguous()  # flat, it may still be a view
-        self.how = choose(self.A, self.H, self.W, self.N, products, _chip(x_gates.device))
+        chip = _chip(x_gates.device)
+        self.how = choose(self.A, self.H, self.W, self.N, products, chip, plan.cell.sees_rows)
         self.multiplied = self.how.products.dtype
         self.own_w = None  # for products within the kernel
         if self.A and self.how.fused:

@@ -194,11 +194,11 @@ def forward(
         if BK > 0:
             W, H = aligned(W, ALIGN), aligned(H, ALIGN)
             programs = tl.cdiv(W, BH)
-        head, own, unit, is_own = of_head(W, programs, BH)
-        inside = is_own & is_row
+        head, own, unit, is_unit = of_head(W, programs, BH)
+        inside = is_unit & is_row
         if BK == 0:
             k = tl.arange(0, BH)[None, :]
-            w = load(p_w + head.to(tl.int64) * (A * W * W) + own * W + k, A, W * W, is_own & (k < W))
+            w = load(p_w + head.to(tl.int64) * (A * W * W) + own * W + k, A, W * W, is_unit & (k < W))
         b = (zeros,) * A
         if p_b is not None:
             b = load(p_b + head * (A * W) + own + n * 0, A, W, inside)
@@ -207,7 +207,7 @@ def forward(
     if FUSED:  # the launch ends with the tile's longest row
         steps = longest(at, p_lengths)
         last = steps
-    u = tiles_at(p_units, unit + n * 0, inside)
+    u = tiles_at(p_units, unit, is_unit)
     states = tiles_at(p_states, n * H + unit, inside)
     t = time(at, first, steps)
     x = gates_at(at, row(at, t), p_x, H, X, inside & (t < length))
@@ -232,7 +232,7 @@ def forward(
             a = load(p_a + of_a, A, W, inside & valid)
         if p_before is not None:
             store_at(p_before, place * H + unit, states, inside & valid)
-        after = CELL(x, a, states, u)
+        after = CELL(x, a, states, u, is_unit, H)
         store_at(p_every, place * H + unit, after, inside & valid)
         states = chosen(valid, after, states)
         if p_resets is not None:
@@ -299,6 +299,10 @@ def backward(
 ):
     S: tl.constexpr = len(p_before)
     U: tl.constexpr = len(p_d_units)
+    # Of a shared head there is the product to wait for, and no room to have two steps. Nor is there beside many sums,
+    # not even for what Triton would load ahead.
+    AHEAD: tl.constexpr = BK == 0 and U < 4
+    STAGES: tl.constexpr = 1 if BK == 0 and U >= 4 else None
     acc: tl.constexpr = p_x.dtype.element_ty
     d, unit, n, is_unit, is_row, inside, length = tile(tl.program_id(0), p_lengths, T, N, H, BH, BN)
     if p_w is not None:
@@ -306,38 +310,39 @@ def backward(
         if BK > 0:
             W, H = aligned(W, ALIGN), aligned(H, ALIGN)
             programs = tl.cdiv(W, BH)
-        head, own, unit, is_own = of_head(W, programs, BH)
-        inside = is_own & is_row
+        head, own, unit, is_unit = of_head(W, programs, BH)
+        inside = is_unit & is_row
         if BK == 0:
             k = tl.arange(0, BH)[None, :]
-            w = load(p_w + head.to(tl.int64) * (A * W * W) + k * W + own, A, W * W, is_own & (k < W))
+            w = load(p_w + head.to(tl.int64) * (A * W * W) + k * W + own, A, W * W, is_unit & (k < W))
     at = Tile(REVERSE, unit, n, is_unit, is_row, inside, length, None, p_resets, T, N)
     steps = T
     if FUSED:
         steps = longest(at, p_lengths)
         last = steps
-    u = tiles_at(p_units, unit + n * 0, inside)
+    u = tiles_at(p_units, unit, is_unit)
     d_units = tiles_at(p_d_units, n * H + unit, inside)
     d_states = tiles_at(p_d_states, n * H + unit, inside)
-    if BK == 0:
+    if AHEAD:
         values = load_backward(at, time(at, last - 1, steps), p_x, p_a, p_before, p_d_every, H, W, X, A, EVERY)
-    for i in range(last - first):
+    for i in tl.range(last - first, num_stages=STAGES):
         s = last - 1 - i
         t = time(at, s, steps)
-        if BK > 0:  # there is the product to wait for, and no room to have two steps
-            x, a, before, d_every = load_backward(at, t, p_x, p_a, p_before, p_d_every, H, W, X, A, EVERY)
-            after = time(at, s + 1, steps)  # what the step after this one has left
-            through = product_with_da(at, after, p_w, p_da, own, head, H, W, acc, A, BN, 2 * BK, PRECISION)
-            d_states = (d_states[0] + through,) + d_states[1:]
-        else:
+        if AHEAD:
             t_ahead = time(at, tl.maximum(s - 1, first), steps)
             ahead = load_backward(at, t_ahead, p_x, p_a, p_before, p_d_every, H, W, X, A, EVERY)
             x, a, before, d_every = values
+        else:
+            x, a, before, d_every = load_backward(at, t, p_x, p_a, p_before, p_d_every, H, W, X, A, EVERY)
+        if BK > 0:
+            after = time(at, s + 1, steps)  # what the step after this one has left
+            through = product_with_da(at, after, p_w, p_da, own, head, H, W, acc, A, BN, 2 * BK, PRECISION)
+            d_states = (d_states[0] + through,) + d_states[1:]
         valid = t < length
         place = row(at, t)
         if p_resets is not None:
             d_states = where(is_cut(at, t) == 0, d_states, S)
-        dx, da, d_before, of_units = CELL(x, a, before, u, add(d_states, d_every, S))
+        dx, da, d_before, of_units = CELL(x, a, before, u, add(d_states, d_every, S), is_unit, H)
         store(p_dx + place * (X * H) + unit, dx, X, H, inside & valid)
         if A > 0:
             store(p_da + place_of_a(at, place, H, W, A), da, A, W, inside & valid)
@@ -349,9 +354,9 @@ def backward(
             d_before = (d_before[0] + through,) + d_before[1:]
         d_states = chosen(valid, d_before, d_states)
         d_units = add(d_units, where(valid, of_units, U), U)
-        if BK == 0:
+        if AHEAD:
             values = ahead
-        elif FUSED:
+        if BK > 0 and FUSED:
             meet(p_met, H // W, i + 1, programs)
     if ENDS:
         begin = time(at, first, steps)

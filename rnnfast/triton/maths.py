@@ -44,6 +44,16 @@ def maximum(a, b):
 
 
 @triton.jit
+def mean(x, is_unit, H):
+    """Over the H units of each row, which all are among the tile's; [1, rows].
+
+    Added up in float64: of numbers that lie close together far from zero, the mean has to be as exact as each of them.
+    """
+    total = tl.sum(tl.where(is_unit, x, 0.0).to(tl.float64), 0, keep_dims=True)
+    return (total * (1 / tl.cast(H, tl.float64))).to(x.dtype)
+
+
+@triton.jit
 def log1p(x):
     """What rounding has taken from 1 + x is put right to first order."""
     u = 1 + x
