@@ -98,15 +98,16 @@ class Stream:
             step.put(of_step)
 
     def reset(self, mask: Tensor | None = None) -> None:
-        """Zero the state of all rows, or of those where ``mask``, bool ``[N]``, is true.
+        """Give the state its initial value, zero but for some cells of a FlexRNN, in all rows, or in those where
+        ``mask``, bool ``[N]``, is true.
 
         Raises:
             ValueError: mask has another shape or dtype.
         """
         if mask is not None and (mask.dtype != torch.bool or mask.shape != (self.batch,)):
             raise ValueError(f"mask must be bool of shape [{self.batch}], got {mask.dtype} of {list(mask.shape)}")
-        for state in (state for step in self._recurrent for state in step.states):
-            state.zero_() if mask is None else state.masked_fill_(mask.to(state.device)[:, None], 0)
+        for state, value in ((state, value) for step in self._recurrent for state, value in zip(step.states, step.initial)):
+            state.fill_(value) if mask is None else state.masked_fill_(mask.to(state.device)[:, None], value)
 
     def refresh(self) -> None:
         """Take over weights that have changed; the state stays."""
@@ -130,15 +131,13 @@ def _parts(module: nn.Module) -> list[nn.Module]:
 
 
 def _step(module: nn.Module, batch: int) -> Any:
-    if isinstance(module, FlexRNN):
-        raise TypeError("rnnfast.Stream: a FlexRNN cannot be streamed: call it with one step and the states before it")
-    return _Step(_ours(module), batch) if isinstance(module, (nn.RNNBase, nn.RNNCellBase)) else module
+    return _Step(_ours(module), batch) if isinstance(module, (nn.RNNBase, nn.RNNCellBase, FlexRNN)) else module
 
 
 def _ours(module: nn.Module) -> Any:
     """The module, or, of one of torch.nn's, a module of ours with its very Parameters."""
     of_torch = next((ours for ours in OURS if type(module).forward is getattr(nn, ours.__name__).forward), None)
-    own = of_torch is None and type(module).forward not in (_Recurrent.forward, _Cell.forward)
+    own = of_torch is None and type(module).forward not in (_Recurrent.forward, _Cell.forward, FlexRNN.forward)
     if own or module._forward_hooks or module._forward_pre_hooks:
         raise TypeError(f"rnnfast.Stream: {type(module).__name__} has a forward or hooks of its own")
     if of_torch is None:
@@ -160,11 +159,14 @@ class _Step:
         weight = module._weights()[0]
         self.dtype, self.device, self.shape = weight.dtype, weight.device, torch.Size((batch, weight.size(1)))
         self.projected = getattr(module, "proj_size", 0)
-        widths = [self.projected or module.hidden_size] + [module.hidden_size] * module._has_cell_state
+        is_flex = isinstance(module, FlexRNN)
+        self.initial = module.cell.initial if is_flex else (0.0,) * (1 + module._has_cell_state)
+        widths = [self.projected or module.hidden_size] + [module.hidden_size] * (len(self.initial) - 1)
         layers = () if self.is_cell else (module.num_layers,)
         with torch.inference_mode(False):
             self.states = [
-                torch.zeros(*layers, batch, width, dtype=weight.dtype, device=weight.device) for width in widths
+                torch.full((*layers, batch, width), value, dtype=weight.dtype, device=weight.device)
+                for width, value in zip(widths, self.initial)
             ]
         self.output = self.states[0] if self.is_cell else self.states[0][-1]
         self._delete: Any = lambda: None

@@ -306,7 +306,7 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         ("clipped on one side", VARIANTS, "minimum(maximum(d, -bound), bound)", "minimum(d, bound)"),
         ("a clip that is not derived", VARIANTS, "return grad.clamp(-bound, bound), None", "return grad, None"),
         ("biases by head", FLEX, "view(w_hh.size(0), -1, w_hh.size(2)).transpose(0, 1).flatten()", "flatten()"),
-        ("scalars by value", FLEX, "tuple(float(scalar).hex() for scalar in plan.scalars)", "plan.scalars"),
+        ("scalars by value", FLEX, "tuple(float(scalar).hex() for scalar in scalars)", "tuple(scalars)"),
         ("one gradient of x and a, whatever is given", VARIANTS, "heads == 1 and made >= len(a) and", "heads == 1 and"),
         ("operations in one that are read twice", FLEX, "if uses[arg] == 1 and (both", "if (both"),
         (

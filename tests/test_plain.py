@@ -368,7 +368,7 @@ def test_mistakes_are_told_in_torchs_words(name: str, served: list[bool]) -> Non
 def test_layers_of_several_sizes_are_refused() -> None:
     """The states of all layers are in one tensor."""
     x, of = torch.randn(3, 2, 4), lambda *sizes: [torch.randn(16, 4), *(torch.randn(*size) for size in sizes)]
-    two_lstms = 2 << 8 | modules._NUMBERS["LSTM"] << 3
+    two_lstms = 2 << 8 | modules.NUMBERS["LSTM"] << 3
     y, _, _ = ops.PLAIN(two_lstms, x, of((16, 3), (3, 4), (16, 3), (16, 3), (3, 4)))
     assert y.shape == (3, 2, 3)
     assert ops.PLAIN(two_lstms, x, of((16, 3), (3, 4), (16, 3), (16, 2), (2, 4))) == (None, None, None)

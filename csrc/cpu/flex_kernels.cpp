@@ -778,7 +778,7 @@ class ForwardSweep {
       for (int64_t s = 0; s < f.S; s++) {
         Number* const old = state(s, n, step);
         for (int64_t u = 0; cut && u < P; u++) old[u] = Number(f.initial[s]);
-        if (!valid && f.every[s]) clear(row_at<Number>(f.every[s], t * f.N + n, H), H * sizeof(Number));
+        if (!valid && f.every[s]) clear(row_at<Number>(f.every[s], t * f.N + n, f.E), H * sizeof(Number));
       }
       if (!valid) memcpy(state(0, n, step + 1), state(0, n, step), P * sizeof(Number));
     }
@@ -820,7 +820,7 @@ class ForwardSweep {
         for (int64_t s = 0; s < f.S; s++) {
           evaluator.write(s, state(s, strip.row, step + 1) + strip.place, P, strip, U, valid);
           if (!f.every[s]) continue;
-          evaluator.write(s, row_at<Number>(f.every[s], row, H) + strip.unit, H, strip, strip.lanes, valid);
+          evaluator.write(s, row_at<Number>(f.every[s], row, f.E) + strip.unit, f.E, strip, strip.lanes, valid);
         }
       });
     }
