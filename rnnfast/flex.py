@@ -240,6 +240,12 @@ class FlexRNN(_Module):
             y, every = y.transpose(0, 1), [s.transpose(1, 2) for s in every]
         return (y, tuple(final), tuple(every)) if return_states else (y, tuple(final))
 
+    def _to_states(self, states: Any) -> Sequence[Tensor]:
+        return self._checked(states, 3) or ()
+
+    def _to_hidden(self, states: Sequence[Tensor]) -> Any:
+        return states
+
     def _plain_states(self, states: Any) -> Sequence[Tensor] | None:
         fits = isinstance(states, (tuple, list)) and len(states) == len(self.cell.states)
         return states if fits else None

@@ -32,18 +32,17 @@ class Stream:
             act(step(x))
 
     It is for inference, without gradients and autocast, and puts the module into eval mode. On a CPU a step of a layer
-    is a call of the library, which writes into memory made beforehand and decides next to nothing in Python. One thread
-    may use it at a time.
+    is a call of the library, which writes into memory made beforehand and decides next to nothing in Python; a step of
+    a :class:`rnnfast.FlexRNN` is a call of the module. One thread may use it at a time.
 
     Args:
-        module: an ``RNN``, ``LSTM``, ``GRU`` or cell of rnnfast or torch.nn, or an ``nn.Sequential`` of such and of
-            modules without a state, which get ``[N, F]``. Layers have one direction; ``batch_first`` makes no
-            difference. A copy of their weights is kept: after a change call :meth:`refresh`.
+        module: an ``RNN``, ``LSTM``, ``GRU`` or cell of rnnfast or torch.nn, a ``FlexRNN``, or an ``nn.Sequential`` of
+            such and of modules without a state, which get ``[N, F]``. Layers have one direction; ``batch_first`` makes
+            no difference. A copy of their weights is kept: after a change call :meth:`refresh`.
         batch: the number of rows, N.
 
     Raises:
-        TypeError: the module has no recurrent layer or cell, or one of them is a FlexRNN, or has a forward or hooks of
-            its own.
+        TypeError: the module has no recurrent layer or cell, or one of them has a forward or hooks of its own.
         ValueError: a layer has two directions, or a hidden_size for each of its layers; batch is less than 1.
     """
 
@@ -80,8 +79,9 @@ class Stream:
 
     @property
     def state(self) -> Any:
-        """As torch.nn has it: of a layer h ``[L, N, P]``, of a cell ``[N, H]``, of an LSTM (h, c); of a sequence a list
-        of these. It is the memory that steps read and write; what is assigned is copied there.
+        """As torch.nn has it: of a layer h ``[L, N, P]``, of a cell ``[N, H]``, of an LSTM (h, c), of a FlexRNN a tuple
+        of its cell's states; of a sequence a list of these. It is the memory that steps read and write; what is
+        assigned is copied there.
 
         Raises:
             ValueError: what is assigned has another shape.
@@ -106,7 +106,7 @@ class Stream:
         """
         if mask is not None and (mask.dtype != torch.bool or mask.shape != (self.batch,)):
             raise ValueError(f"mask must be bool of shape [{self.batch}], got {mask.dtype} of {list(mask.shape)}")
-        for state, value in ((state, value) for step in self._recurrent for state, value in zip(step.states, step.initial)):
+        for state, value in (pair for step in self._recurrent for pair in zip(step.states, step.initial)):
             state.fill_(value) if mask is None else state.masked_fill_(mask.to(state.device)[:, None], value)
 
     def refresh(self) -> None:
@@ -147,6 +147,13 @@ def _ours(module: nn.Module) -> Any:
     return twin
 
 
+def _mode_of(module: Any) -> str | None:
+    """By which the library has the cell of a module of ours; None if it has not."""
+    if isinstance(module, FlexRNN):
+        return None if module.cell.weights else module._mode(None)
+    return str(module._mode if isinstance(module, _Cell) else module.mode)
+
+
 class _Step:
     """A layer or cell of ours with its state."""
 
@@ -159,8 +166,8 @@ class _Step:
         weight = module._weights()[0]
         self.dtype, self.device, self.shape = weight.dtype, weight.device, torch.Size((batch, weight.size(1)))
         self.projected = getattr(module, "proj_size", 0)
-        is_flex = isinstance(module, FlexRNN)
-        self.initial = module.cell.initial if is_flex else (0.0,) * (1 + module._has_cell_state)
+        of_flex = module.cell.initial if isinstance(module, FlexRNN) else None
+        self.initial = of_flex or (0.0,) * (1 + module._has_cell_state)
         widths = [self.projected or module.hidden_size] + [module.hidden_size] * (len(self.initial) - 1)
         layers = () if self.is_cell else (module.num_layers,)
         with torch.inference_mode(False):
@@ -191,11 +198,11 @@ class _Step:
         self._by_module(torch.zeros(self.shape, dtype=self.dtype, device=self.device))
         self._delete()
         self._run: Any = None
-        module = self.module
+        module, mode = self.module, _mode_of(self.module)
         is_served = (
             self.device.type == "cpu" and self.dtype in DTYPES and module._rnnfast_options.is_usual(training=False)
         )
-        if not is_served or not BACKENDS["cpu"].probe(self.device).available:
+        if mode is None or not is_served or not BACKENDS["cpu"].probe(self.device).available:
             return
         # The library reads weights where they lie: no others than these, which nobody else can move or free.
         weights = [weight.detach().clone(memory_format=torch.contiguous_format) for weight in module._weights()]
@@ -207,7 +214,7 @@ class _Step:
         h, c = (*self._places, None)[:2]
         library = _library()
         self._handle = library.rnnfast_stream_new(
-            (module._mode if self.is_cell else module.mode).encode(), DTYPES.index(self.dtype), layers,
+            mode.encode(), DTYPES.index(self.dtype), layers,
             *self.shape, module.hidden_size, self.output.size(1), biased, bool(self.projected),
             (ctypes.c_void_p * len(weights))(*(weight.data_ptr() for weight in weights)), h, c,
         )  # fmt: skip

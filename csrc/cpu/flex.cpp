@@ -283,96 +283,126 @@ void fill(void* to, int64_t count, double value) {
   std::fill_n(static_cast<Number*>(to), count, Number(value));
 }
 
-PlainOutputs run(const PlainInputs& in) {
-  const auto& [layers, kind, layout, D] = in.form;
-  const bool has_hh = kind & 2, biased = kind & 1;
-  Reader read;
-  RNNFAST_CHECK(in.program.size() == 5, "a program is five tensors");
-  const Tensor& initial = in.program[3];
-  check_tensor("reads", in.program[4], {3}, ScalarType::Long);
-  const auto* reads = static_cast<const int64_t*>(read(in.program[4]));
-  const int64_t X = reads[0], A = reads[1], U = reads[2];
-  RNNFAST_CHECK(in.x.defined() && (in.x.dim() == 2 || in.x.dim() == 3), "x has to have 2 or 3 dimensions");
-  const bool batched = in.x.dim() == 3, turned = batched && layout == kBatchFirst;
-  const ScalarType dtype = in.x.scalar_type(), acc = accumulated(dtype);
-  const auto summed = [&](const Tensor& t) {  // in the type of sums
-    RNNFAST_CHECK(t.defined() && t.scalar_type() == dtype, "all have to be of x's dtype");
-    Reader::check_memory(t);
-    return dtype == acc ? t : torch::stable::to(t, acc);
-  };
-  const auto stored = [&](const Tensor& t) { return dtype == acc ? t : torch::stable::to(t, dtype); };
-
-  PlainOutputs out{turned ? torch::stable::transpose(in.x, 0, 1) : batched ? in.x : torch::stable::unsqueeze(in.x, 1)};
-  const int64_t T = out.y.size(0), N = out.y.size(1), each = in.weights.size() / std::max<int64_t>(layers * D, 1);
-  RNNFAST_CHECK(layout < kCell && T > 0, "x has no steps");
-  RNNFAST_CHECK(layers > 0 && int64_t(in.weights.size()) == layers * D * each && each >= (1 + has_hh) * (1 + biased),
-                "the layers lack weights");
-  RNNFAST_CHECK(X > 0 && in.weights[0].defined() && in.weights[0].dim() == 2, "w_ih has to be [X*H, I]");
-  const int64_t H = in.weights[0].size(0) / X, S = initial.defined() && initial.dim() == 1 ? initial.size(0) : 0;
-  RNNFAST_CHECK(S > 0 && H > 0 && std::max({T, N, H}) < kMost, "a layer needs states and units");
-  RNNFAST_CHECK(in.states.empty() || int64_t(in.states.size()) == S, "got ", in.states.size(), " states");
-  check_tensor("initial", initial, {S}, ScalarType::Double);
-  const auto* first = static_cast<const double*>(read(initial));
-
-  const int64_t of_state = N * H, bytes = of_state * (acc == ScalarType::Double ? 8 : 4);
-  const Shape of_states = batched ? Shape{layers * D, N, H} : Shape{layers * D, H};
-  for (int64_t s = 0; s < S; s++) {
-    out.states.push_back(empty(of_states, acc));
-    void* const to = out.states[s].data_ptr();
-    if (!in.states.empty()) {
-      check_tensor("states", in.states[s], of_states, dtype);
-      if (of_state) std::memcpy(to, read(summed(in.states[s])), layers * D * bytes);
-    } else {
-      (acc == ScalarType::Double ? fill<double> : fill<float>)(to, layers * D * of_state, first[s]);
-    }
+class PlainCall {
+ public:
+  explicit PlainCall(const PlainInputs& in) : in_(in) {
+    RNNFAST_CHECK(in.program.size() == 5, "a program is five tensors");
+    const Tensor &initial = in.program[3], &reads = in.program[4];
+    check_tensor("reads", reads, {3}, ScalarType::Long);
+    const auto* counts = static_cast<const int64_t*>(read_(reads));
+    X = counts[0], A = counts[1], U = counts[2];
+    RNNFAST_CHECK(X > 0 && std::max({X, A, U}) < kMost, "the program reads no gates of x");
+    RNNFAST_CHECK(initial.defined() && initial.dim() == 1 && initial.size(0) > 0, "a layer needs states");
+    S = initial.size(0);
+    RNNFAST_CHECK(in.x.defined() && (in.x.dim() == 2 || in.x.dim() == 3), "x has to have 2 or 3 dimensions");
+    dtype_ = in.x.scalar_type(), acc_ = accumulated(dtype_);
+    const auto& [layers, kind, layout, directions] = in.form;
+    each_ = layers > 0 ? in.weights.size() / (layers * directions) : 0;
+    RNNFAST_CHECK(layout < kCell && each_ > 0 && int64_t(in.weights.size()) == layers * directions * each_,
+                  "the layers have unlike weights");
+    const Tensor& w_ih = in.weights[0];
+    RNNFAST_CHECK(w_ih.defined() && w_ih.dim() == 2 && w_ih.size(0) / X > 0, "w_ih has to be [X*H, I]");
+    H = w_ih.size(0) / X;
   }
-  const Tensor* weight = in.weights.data();
-  for (int64_t k = 0; k < layers; k++) {
-    const Tensor x = summed(out.y);  // lives until the layer has read it
-    for (int64_t d = 0; d < D; d++) {
-      const Tensor *const end = weight + each, w_ih = summed(*weight++);
-      OptionalTensor w_hh, b_ih, b_hh;
-      if (has_hh) w_hh = summed(*weight++);
-      if (biased) b_ih = summed(*weight++);
-      if (biased && has_hh) b_hh = summed(*weight++);
-      std::vector<Tensor> units;
-      while (weight < end) units.push_back(summed(*weight++));
-      const bool by_unit = w_hh && !A;
-      Arguments given(in.program[0], in.program[1], in.program[2], "x", x, x, w_ih, by_unit ? OptionalTensor() : w_hh,
-                      H, S, units, initial, std::nullopt, std::nullopt, d == 1);
-      if (by_unit) {  // each unit sees its own h
-        const int64_t gates = (U - int64_t(units.size())) / (1 + biased);
-        given.add_units(*w_hh, gates);
-        if (b_hh) given.add_units(*std::exchange(b_hh, std::nullopt), gates);
+
+  PlainOutputs run() {
+    const auto& [layers, kind, layout, directions] = in_.form;
+    const bool batched = in_.x.dim() == 3, turned = batched && layout == kBatchFirst;
+    PlainOutputs out;
+    out.y = turned ? torch::stable::transpose(in_.x, 0, 1) : batched ? in_.x : torch::stable::unsqueeze(in_.x, 1);
+    const int64_t T = out.y.size(0), N = out.y.size(1);
+    RNNFAST_CHECK(T > 0 && std::max({T, N, H}) < kMost, "x has no steps, or a size is 2^31 or more");
+    out.states = states_before(batched ? Shape{layers * directions, N, H} : Shape{layers * directions, H});
+    for (int64_t k = 0; k < layers; k++) {
+      const Tensor x = in_sums(out.y);  // lives until the layer has read it
+      for (int64_t d = 0; d < directions; d++) {
+        std::vector<void*> states;
+        for (const Tensor& of : out.states) states.push_back(at(of, (k * directions + d) * N * H));
+        run(x, k * directions + d, d, states.data(), out.y);
       }
-      FlexLayer& l = given.l;
-      RNNFAST_CHECK(l.X == X && l.A == A && l.U == U, "the program reads other weights");
-      given.check_program(X + A + S + U, S, S);
-      check_tensor("b_ih", b_ih, {X * H}, acc);
-      check_tensor("b_hh", b_hh, {A * H}, acc);
-      if (d == 0) out.y = empty({T, N, D * H}, acc);
-      std::vector<void*> states, every(S);
-      for (const Tensor& of : out.states) states.push_back(static_cast<char*>(of.data_ptr()) + (k * D + d) * bytes);
-      every[0] = static_cast<char*>(out.y.data_ptr()) + d * H * out.y.element_size();
-      FlexForward f{l};
-      f.b_ih = given.read(b_ih), f.b_hh = given.read(b_hh);
-      f.states = states.data(), f.every = every.data(), f.E = D * H;
-      chosen_flex().forward[acc == ScalarType::Double](f);
+      out.y = stored(out.y);
     }
-    out.y = stored(out.y);
+    if (!batched) out.y = torch::stable::squeeze(out.y, 1);
+    if (turned) out.y = torch::stable::transpose(out.y, 0, 1);
+    for (Tensor& of : out.states) of = stored(of);
+    return out;
   }
-  if (!batched) out.y = torch::stable::squeeze(out.y, 1);
-  if (turned) out.y = torch::stable::transpose(out.y, 0, 1);
-  for (Tensor& of : out.states) of = stored(of);
-  return out;
-}
+
+ private:
+  // In the type of sums, and as it is returned.
+  Tensor in_sums(const Tensor& t) const {
+    RNNFAST_CHECK(t.defined() && t.scalar_type() == dtype_, "all have to be of x's dtype");
+    Reader::check_memory(t);
+    return dtype_ == acc_ ? t : torch::stable::to(t, acc_);
+  }
+  Tensor stored(const Tensor& t) const { return dtype_ == acc_ ? t : torch::stable::to(t, dtype_); }
+  bool is_double() const { return acc_ == ScalarType::Double; }
+  static void* at(const Tensor& t, int64_t element) {
+    return static_cast<char*>(t.data_ptr()) + element * t.element_size();
+  }
+
+  std::vector<Tensor> states_before(const Shape& shape) {
+    RNNFAST_CHECK(in_.states.empty() || int64_t(in_.states.size()) == S, "got ", in_.states.size(), " states");
+    check_tensor("initial", in_.program[3], {S}, ScalarType::Double);
+    const auto* initial = static_cast<const double*>(read_(in_.program[3]));
+    std::vector<Tensor> made;
+    for (int64_t s = 0; s < S; s++) {
+      if (!in_.states.empty()) check_tensor("states", in_.states[s], shape, dtype_);
+      made.push_back(empty(shape, acc_));
+      const int64_t count = made[s].numel();
+      if (in_.states.empty()) {
+        (is_double() ? fill<double> : fill<float>)(made[s].data_ptr(), count, initial[s]);
+      } else if (count) {
+        std::memcpy(made[s].data_ptr(), read_(in_sums(in_.states[s])), count * made[s].element_size());
+      }
+    }
+    return made;
+  }
+
+  // Direction d of a layer, with its weights, which makes its columns of y, and the first one y itself.
+  void run(const Tensor& x, int64_t index, int64_t d, void* const* states, Tensor& y) const {
+    const bool biased = in_.form.kind & 1, has_hh = in_.form.kind & 2;
+    RNNFAST_CHECK(each_ >= (1 + has_hh) * (1 + biased), "a direction lacks weights");
+    const Tensor *weight = &in_.weights[index * each_], *end = weight + each_;
+    const auto next = [&](bool given) { return given ? OptionalTensor(in_sums(*weight++)) : std::nullopt; };
+    const OptionalTensor w_ih = next(true), w_hh = next(has_hh), b_ih = next(biased), b_hh = next(biased && has_hh);
+    std::vector<Tensor> units;
+    while (weight < end) units.push_back(in_sums(*weight++));
+    const bool by_unit = A == 0;  // each unit sees its own h, or none
+    Arguments given(in_.program[0], in_.program[1], in_.program[2], "x", x, x, w_ih, by_unit ? std::nullopt : w_hh, H,
+                    S, units, in_.program[3], std::nullopt, std::nullopt, d == 1);
+    const int64_t of_a = (U - int64_t(units.size())) / (1 + biased);
+    if (by_unit && w_hh) given.add_units(*w_hh, of_a);
+    if (by_unit && b_hh) given.add_units(*b_hh, of_a);
+    const FlexLayer& l = given.l;
+    RNNFAST_CHECK(l.X == X && l.A == A && l.U == U, "the program reads other weights");
+    given.check_program(X + A + S + U, S, S);
+    check_tensor("b_ih", b_ih, {X * H}, acc_);
+    if (!by_unit) check_tensor("b_hh", b_hh, {A * H}, acc_);
+
+    const int64_t columns = in_.form.D * H;
+    if (d == 0) y = empty({l.T, l.N, columns}, acc_);
+    std::vector<void*> every(S);
+    every[0] = at(y, d * H);
+    FlexForward f{l};
+    f.b_ih = given.read(b_ih), f.b_hh = by_unit ? nullptr : given.read(b_hh);
+    f.states = states, f.every = every.data(), f.E = columns;
+    chosen_flex().forward[is_double()](f);
+  }
+
+  const PlainInputs& in_;
+  Reader read_;
+  ScalarType dtype_, acc_;  // of the tensors, and of sums
+  int64_t H, S, X, A, U;
+  int64_t each_;  // weights of a direction
+};
 
 void flex_plain(StableIValue* values, uint64_t arguments, uint64_t results) {
   Stack stack(values, arguments, results);
   const PlainInputs in(stack);
   PlainOutputs out;
   try {
-    out = run(in);
+    out = PlainCall(in).run();
   } catch (const std::exception&) {
   }
   stack.give(out.y, out.states);
