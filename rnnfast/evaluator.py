@@ -477,11 +477,12 @@ def layer(
                 raise RuntimeError(f"the cell has {len(plan.cell.weights)} weights of units, got {len(units)}")
         elif w_hh is not None and w_hh.dim() < 2:
             raise RuntimeError(f"weight_hh of a dense recurrence must be 2D or 3D, got {w_hh.dim()}D instead")
-        before = (
-            [x.new_full((x.size(1), hidden), value, dtype=acc) for value in plan.cell.initial]
-            if states is None
-            else [state[d] if same else state[d].to(acc) for state in states]
-        )
+        if states is None:
+            size, initial = (x.size(1), hidden), plan.cell.initial
+            first = x.new_full(size, initial[0], dtype=acc)  # for all that begin alike
+            before = [first if value is initial[0] else x.new_full(size, value, dtype=acc) for value in initial]
+        else:
+            before = [state[d] if same else state[d].to(acc) for state in states]
         found = run(plan, x, w_ih, b_ih, None, w_hh, b_hh, lengths, resets, *before, *units)
         runs.append((found[: len(before)], found[len(before) :]))
     is_one = len(runs) == 1

@@ -62,6 +62,8 @@ class Arguments {
     check_tensor("numbers", numbers, {numbers.size(0)}, ScalarType::Double);
     RNNFAST_CHECK(results.defined() && results.dim() == 1, "results has to be a vector");
     check_tensor("results", results, {results.size(0)}, ScalarType::Long);
+    RNNFAST_CHECK(std::max({operations.size(0), numbers.size(0), results.size(0)}) < kMost / 2048,
+                  "the program is too long");
     static_assert(sizeof(Operation) == 4 * sizeof(int64_t));
     l.program = {0,
                  numbers.size(0),
@@ -97,7 +99,6 @@ class Arguments {
     p.inputs = inputs;
     RNNFAST_CHECK(p.results == results, "the program has ", p.results, " results, expected ", results);
     RNNFAST_CHECK(std::max({l.T, l.N, l.I, (l.X + l.Z) * l.H, l.A * l.H, l.Y * l.H}) < kMost, "a size is 2^31 or more");
-    RNNFAST_CHECK(p.numbers + p.operations < kMost / 1024, "the program is too long");
     for (int64_t k = 0; k < p.operations; k++) {
       const Operation& o = p.operation[k];
       RNNFAST_CHECK(o.op >= 0 && o.op < kOps, "the program has no operation ", o.op);
@@ -292,16 +293,19 @@ class PlainCall {
     const auto* counts = static_cast<const int64_t*>(read_(reads));
     X = counts[0], A = counts[1], U = counts[2];
     RNNFAST_CHECK(X > 0 && std::max({X, A, U}) < kMost, "the program reads no gates of x");
-    RNNFAST_CHECK(initial.defined() && initial.dim() == 1 && initial.size(0) > 0, "a layer needs states");
+    RNNFAST_CHECK(initial.defined() && initial.dim() == 1, "initial has to be a vector");
     S = initial.size(0);
+    RNNFAST_CHECK(S > 0 && S < kMost / 2048, "a layer cannot have ", S, " states");
     RNNFAST_CHECK(in.x.defined() && (in.x.dim() == 2 || in.x.dim() == 3), "x has to have 2 or 3 dimensions");
     dtype_ = in.x.scalar_type(), acc_ = accumulated(dtype_);
     const auto& [layers, kind, layout, directions] = in.form;
     each_ = layers > 0 ? in.weights.size() / (layers * directions) : 0;
-    RNNFAST_CHECK(layout < kCell && each_ > 0 && int64_t(in.weights.size()) == layers * directions * each_,
+    RNNFAST_CHECK(layout < kCell && kind < 4, "there is no such form");
+    RNNFAST_CHECK(each_ > 0 && int64_t(in.weights.size()) == layers * directions * each_,
                   "the layers have unlike weights");
     const Tensor& w_ih = in.weights[0];
-    RNNFAST_CHECK(w_ih.defined() && w_ih.dim() == 2 && w_ih.size(0) / X > 0, "w_ih has to be [X*H, I]");
+    RNNFAST_CHECK(w_ih.defined() && w_ih.dim() == 2 && w_ih.size(0) / X > 0 && w_ih.size(0) < kMost,
+                  "w_ih has to be [X*H, I]");
     H = w_ih.size(0) / X;
   }
 
@@ -311,7 +315,7 @@ class PlainCall {
     PlainOutputs out;
     out.y = turned ? torch::stable::transpose(in_.x, 0, 1) : batched ? in_.x : torch::stable::unsqueeze(in_.x, 1);
     const int64_t T = out.y.size(0), N = out.y.size(1);
-    RNNFAST_CHECK(T > 0 && std::max({T, N, H}) < kMost, "x has no steps, or a size is 2^31 or more");
+    RNNFAST_CHECK(T > 0 && std::max(T, N) < kMost, "x has no steps, or a size is 2^31 or more");
     out.states = states_before(batched ? Shape{layers * directions, N, H} : Shape{layers * directions, H});
     for (int64_t k = 0; k < layers; k++) {
       const Tensor x = in_sums(out.y);  // lives until the layer has read it
