@@ -53,6 +53,7 @@ FLEX = "test_flex.py"
 FLEX_TRITON = "test_flex_triton.py"
 MEANS = "test_means.py"
 PLAIN = "test_plain.py"
+STREAM = "test_stream.py"
 VARIANTS = "test_variants.py"
 UNITS = "test_peephole.py -k {}"
 # What is caught means little if these fail without a mistake.
@@ -361,11 +362,15 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         ("places beyond", FLEX, "place < inputs + p.numbers + k", "place < inputs + p.numbers + k + 1"),
         ("results beyond", FLEX, "p.result[k] < p.places()", "true"),
         ("states that are inputs", FLEX, "k < made ? inputs : 0", "0"),
+        ("states of the first layer", PLAIN, "at(of, (k * directions + d) * N * H)", "at(of, 0)"),
+        ("both directions in one's columns", PLAIN, "every[0] = at(y, d * H);", "every[0] = at(y, 0);"),
     ],
+    "rnnfast/stream.py": [("a cell's states begin with zero", STREAM, "state.fill_(value)", "state.fill_(0)")],
     "rnnfast/flex.py": [
         ("packed rows in order", FLEX, "state.index_select(1, back)", "state.index_select(1, order)"),
         ("no more to recompute", FLEX, "run = recomputed(run) if self.recompute else run", "run = run"),
         ("dropout before the first", FLEX, "if k and self.dropout:", "if self.dropout:"),
+        ("dropout that is left out", PLAIN, "if self.dropout and self.training:", "if False:"),
     ],
     "rnnfast/triton/flex.py": [
         ("no episode begins first", FLEX_TRITON, "resets is not None and not plan.reverse", "False"),
