@@ -33,7 +33,7 @@ class Stream:
 
     It is for inference, without gradients and autocast, and puts the module into eval mode. On a CPU a step of a layer
     is a call of the library, which writes into memory made beforehand and decides next to nothing in Python; a step of
-    a :class:`rnnfast.FlexRNN` is a call of the module. One thread may use it at a time.
+    a :class:`rnnfast.FlexRNN` of another cell than torch's is an operator's call. One thread may use it at a time.
 
     Args:
         module: an ``RNN``, ``LSTM``, ``GRU`` or cell of rnnfast or torch.nn, a ``FlexRNN``, or an ``nn.Sequential`` of
@@ -198,17 +198,20 @@ class _Step:
         self._by_module(torch.zeros(self.shape, dtype=self.dtype, device=self.device))
         self._delete()
         self._run: Any = None
+        self._is_served = False
         module, mode = self.module, _mode_of(self.module)
         is_served = (
             self.device.type == "cpu" and self.dtype in DTYPES and module._rnnfast_options.is_usual(training=False)
         )
-        if mode is None or not is_served or not BACKENDS["cpu"].probe(self.device).available:
+        if not is_served or not BACKENDS["cpu"].probe(self.device).available:
             return
         # The library reads weights where they lie: no others than these, which nobody else can move or free.
         weights = [weight.detach().clone(memory_format=torch.contiguous_format) for weight in module._weights()]
         if not all(weight.numel() for weight in weights):
             return
-        self._kept, self._places = weights, self._places_of_states()
+        self._kept, self._places, self._is_served = weights, self._places_of_states(), True
+        if mode is None:
+            return
         layers = 1 if self.is_cell else module.num_layers
         biased = len(weights) // layers - bool(self.projected) > 2
         h, c = (*self._places, None)[:2]
@@ -227,11 +230,14 @@ class _Step:
         if x.shape != self.shape or x.dtype is not self.dtype or x.device != self.device:
             got, expected = (f"{of.dtype} {list(of.shape)} on {of.device}" for of in (x, self))
             raise ValueError(f"rnnfast.Stream: got {got}, expected {expected}")
-        if self._run is None or type(x) not in _TYPES or _dispatch_modes() or _tracing_state() or is_forced():
+        if not self._is_served or type(x) not in _TYPES or _dispatch_modes() or _tracing_state() or is_forced():
             self.put(self._by_module(x))
             return self.output
         if self._places != self._places_of_states():  # as share_memory_() moves them
             self.refresh()
+        if self._run is None:
+            self._by_one_operator(x)
+            return self.output
         if not x.is_contiguous() or x.is_neg():
             x = x.resolve_neg().contiguous()
         if self._run(self._handle, x.data_ptr()):
@@ -241,6 +247,15 @@ class _Step:
 
     def _places_of_states(self) -> list[int]:
         return [state.data_ptr() for state in self.states]
+
+    @torch.no_grad()
+    def _by_one_operator(self, x: Tensor) -> None:
+        """A step of a FlexRNN whose cell the library's streams do not have."""
+        made = self.module._plain(x.unsqueeze(1 if self.module.batch_first else 0), self._kept, self.states)
+        if made is None:
+            self.put(self._by_module(x))
+        else:
+            torch._foreach_copy_(self.states, made[1])
 
     @torch.no_grad()
     def _by_module(self, x: Tensor) -> Any:

@@ -104,6 +104,23 @@ def test_layers_of_any_cell(cell: cells.Cell, options: dict, dtype: torch.dtype,
     assert_states(step.state, final, **bounds)
     of_kernels = cell is cells.lstm and "recurrent" not in options
     assert (step._recurrent[0]._run is not None) == (by_library and of_kernels)
+    assert step._recurrent[0]._is_served == by_library
+
+
+def test_a_layer_of_any_cell_is_refreshed() -> None:
+    module, x = FlexRNN(cells.slstm, 4, 6, 2, dropout=0.5), torch.randn(2, 4)
+    step = rnnfast.Stream(module, 2)
+    first = step(x).clone()
+    module.weight_ih_l1.data = torch.randn(6, 24).t()
+    step.reset()
+    assert torch.equal(step(x), first)
+    step.refresh()
+    step.reset()
+    module.train()  # but for dropout
+    torch.testing.assert_close(step(x), module.eval()(x[None])[0][0])
+    assert not step(x.requires_grad_()).requires_grad
+    with torch.autograd.forward_ad.dual_level():
+        step(x.detach())
 
 
 def test_sequences_with_a_layer_of_any_cell() -> None:
