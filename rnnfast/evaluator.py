@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import FunctionType
 from typing import Any, NamedTuple, TypeAlias, TypeGuard
@@ -216,11 +216,16 @@ class _Programs(NamedTuple):
     backward: tuple[Tensor, Tensor, Tensor]
     initial: Tensor
     of_rows: int  # of what is kept beside the states how many are a number for all units of a row, which are last
+    plain: list[Tensor]  # the forward, as cpu_flex_plain takes it
+
+
+def hexadecimal(scalars: Iterable[float]) -> tuple[str, ...]:
+    return tuple(float(scalar).hex() for scalar in scalars)
 
 
 @functools.lru_cache(maxsize=1024)
 def programs(cell: Cell, scalars: tuple[str, ...], heads: int, made: int) -> _Programs:
-    """Of scalars in hexadecimal, as 0.0 and -0.0 are the same key; made: X, the gates that W_ih x makes."""
+    """Of scalars that are hexadecimal, as 0.0 and -0.0 are the same key; made: X, the gates that W_ih x makes."""
     of = cell.inputs
     x, a = [of["x"][gate] for gate in cell.gates_of_x], [of["a"][gate] for gate in cell.gates_of_a]
     inputs = [*x, *a, *of["s"], *of["w"]]
@@ -252,7 +257,9 @@ def programs(cell: Cell, scalars: tuple[str, ...], heads: int, made: int) -> _Pr
     forward = *keeping[:2], keeping[2][: len(cell.after)]
     backward = encoded(results, *saved, *of["s"], *cell.after, *of["w"], *cell.incoming)
     initial = torch.tensor(cell.initial, dtype=torch.float64)
-    return _Programs(forward, keeping, backward, initial, sum(value.of_row for value in saved))
+    reads = torch.tensor([len(x), len(a), len(of["w"])])
+    plain = [*forward, initial, reads]
+    return _Programs(forward, keeping, backward, initial, sum(value.of_row for value in saved), plain)
 
 
 def _fused(
@@ -282,7 +289,7 @@ def _is_of_heads(w_hh: Tensor | None) -> TypeGuard[Tensor]:
 
 def _programs(plan: Plan, w_ih: Tensor | None, w_hh: Tensor | None, state: Tensor) -> _Programs:
     made, heads = 0 if w_ih is None else w_ih.size(0) // state.size(-1), w_hh.size(0) if _is_of_heads(w_hh) else 1
-    return programs(plan.cell, tuple(float(scalar).hex() for scalar in plan.scalars), heads, made)
+    return programs(plan.cell, hexadecimal(plan.scalars), heads, made)
 
 
 def _forward(plan: Plan, inputs: Sequence[Any], keep: bool) -> Any:
@@ -486,11 +493,12 @@ def layer(
                 raise RuntimeError(f"the cell has {len(plan.cell.weights)} weights of units, got {len(units)}")
         elif w_hh is not None and w_hh.dim() < 2:
             raise RuntimeError(f"weight_hh of a dense recurrence must be 2D or 3D, got {w_hh.dim()}D instead")
-        before = (
-            [x.new_full((x.size(1), hidden), value, dtype=acc) for value in plan.cell.initial]
-            if states is None
-            else [state[d] if same else state[d].to(acc) for state in states]
-        )
+        if states is None:
+            size, initial = (x.size(1), hidden), plan.cell.initial
+            first = x.new_full(size, initial[0], dtype=acc)  # for all that begin alike
+            before = [first if value is initial[0] else x.new_full(size, value, dtype=acc) for value in initial]
+        else:
+            before = [state[d] if same else state[d].to(acc) for state in states]
         found = run(plan, x, w_ih, b_ih, None, w_hh, b_hh, lengths, resets, *before, *units)
         runs.append((found[: len(before)], found[len(before) :]))
     is_one = len(runs) == 1

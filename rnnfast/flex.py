@@ -9,7 +9,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,11 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.types import Device
 
-from . import functional, jagged, reference, variants
+from . import functional, jagged, ops, reference, variants
 from .backends import choose_backend, circumstances
 from .cells import CELLS, Cell, check_numbers
-from .evaluator import RUN, Plan, choose, layer, no_autocast, recomputed, without_matrix
-from .modules import Options, _check_are_tensors, _Module, options
+from .evaluator import RUN, Plan, choose, hexadecimal, layer, no_autocast, programs, recomputed, without_matrix
+from .modules import NUMBERS, Options, _check_are_tensors, _Module, options, plain_form
 
 RECURRENCES = ("dense", "diagonal", "none")
 
@@ -208,16 +208,21 @@ class FlexRNN(_Module):
             RuntimeError: dtypes or devices differ; T is 0 and no lengths are given; use_backend asks for a backend that
                 cannot serve the cell.
         """
-        _check_are_tensors(lengths=lengths, resets=resets)
+        if lengths is not None or resets is not None:
+            _check_are_tensors(lengths=lengths, resets=resets)
         if cu_seqlens is not None or max_seqlen is not None or (isinstance(input, Tensor) and input.is_nested):
             of_padded = functools.partial(FlexRNN.forward, self)  # not a subclass's own, which is running
             more = lengths, resets, return_states, cu_seqlens, max_seqlen
             return jagged.run(of_padded, self.batch_first, input, states, *more)
+        weights = self._weights()
+        no_more = lengths is None and resets is None and not return_states
+        if no_more and (quick := self._quick(input, states, weights=weights)) is not None:
+            return quick  # type: ignore[no-any-return]
         if isinstance(input, PackedSequence):
             if lengths is not None or resets is not None:
                 name = "resets" if lengths is None else "lengths"
                 raise ValueError(f"{name} cannot be given together with a PackedSequence")
-            return self._packed(input, states, return_states)
+            return self._packed(input, states, return_states, weights)
         if input.dim() not in (2, 3):
             raise ValueError(f"FlexRNN: Expected input to be 2D or 3D, got {input.dim()}D instead")
         is_batched = input.dim() == 3
@@ -230,14 +235,43 @@ class FlexRNN(_Module):
         elif self.batch_first:
             input = input.transpose(0, 1)
             resets = resets.transpose(0, 1) if resets is not None and resets.dim() == 2 else resets
-        y, final, every = self._run(input, states, lengths, resets, return_states)
+        y, final, every = self._run(input, states, lengths, resets, return_states, weights)
         if not is_batched:
             y, final, every = y.squeeze(1), [s.squeeze(1) for s in final], [s.squeeze(2) for s in every]
         elif self.batch_first:
             y, every = y.transpose(0, 1), [s.transpose(1, 2) for s in every]
         return (y, tuple(final), tuple(every)) if return_states else (y, tuple(final))
 
-    def _packed(self, input: PackedSequence, states: Sequence[Tensor] | None, return_states: bool) -> tuple[Any, ...]:
+    _own_forward = forward
+
+    def _to_states(self, states: Any) -> Sequence[Tensor]:
+        return self._checked(states, 3) or ()
+
+    def _to_hidden(self, states: Sequence[Tensor]) -> Any:
+        return states
+
+    def _plain_states(self, states: Any) -> Sequence[Tensor] | None:
+        fits = isinstance(states, (tuple, list)) and len(states) == len(self.cell.states)
+        return states if fits else None
+
+    def _plain(self, input: Tensor, weights: list[Tensor], states: Sequence[Tensor]) -> tuple[Any, ...] | None:
+        """What the CPU library makes of it, if that serves; else None."""
+        if self.dropout and self.training:
+            return None
+        if mode := self._mode(None, input.device, input.dtype):
+            y, *final = ops.PLAIN(plain_form(self, NUMBERS[mode]), input, self._for_kernels(weights), *states)
+            final = final[: len(self.cell.states)]
+        else:
+            form = plain_form(self, 2 * ("weight_hh" in self._names) + self.bias)
+            program = programs(
+                self._run_cell, hexadecimal(self._scalars()), self.num_heads, len(self.cell.gates_of_x)
+            ).plain
+            y, final = ops.FLEX_PLAIN(form, program, input, weights, states)
+        return None if y is None else (y, tuple(final))
+
+    def _packed(
+        self, input: PackedSequence, states: Sequence[Tensor] | None, return_states: bool, weights: Sequence[Tensor]
+    ) -> tuple[Any, ...]:
         """As a padded sequence with lengths, its rows in the order of the packed ones."""
         data, batch_sizes, order, back = input
         x, lengths = pad_packed_sequence(PackedSequence(data, batch_sizes))
@@ -245,7 +279,7 @@ class FlexRNN(_Module):
         if states is not None and order is not None:
             self._check_batch(states, order.numel())
             states = [state.index_select(1, order) for state in states]
-        y, final, every = self._run(x, states, lengths, None, return_states)
+        y, final, every = self._run(x, states, lengths, None, return_states, weights)
 
         def pack(padded: Tensor) -> Tensor:
             return pack_padded_sequence(padded, lengths).data
@@ -282,6 +316,7 @@ class FlexRNN(_Module):
         lengths: Tensor | None,
         resets: Tensor | None,
         return_states: bool,
+        flat: Sequence[Tensor],
     ) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
         """Of time-major x the output, the final states and, if they are asked for, those of every layer and step."""
         if x.size(-1) != self.input_size:
@@ -289,7 +324,6 @@ class FlexRNN(_Module):
         if states is not None:
             self._check_batch(states, x.size(1))
         names, count = self._names, 1 + self.bidirectional
-        flat: Sequence[Tensor] = [self._weight(name) for name in self._all_names]
         variant = self._variant()
         if mode := self._mode(variant, x.device, x.dtype):
             return self._by_kernels(mode, x, states, lengths, resets, return_states, flat)
@@ -319,15 +353,18 @@ class FlexRNN(_Module):
         of_steps = [torch.stack(of) for of in zip(*every)] if return_states else []
         return y, finals[0] if len(finals) == 1 else [torch.cat(of) for of in zip(*finals)], of_steps
 
-    def _weight(self, name: str) -> Tensor:
-        """As getattr, in a tenth of the time; but a parametrized weight is no parameter."""
-        weight = self._parameters.get(name)
-        return cast(Tensor, getattr(self, name)) if weight is None else weight
+    def _weights(self) -> list[Tensor]:
+        own = self._parameters  # what is not among them, as parametrized weights are not, is looked up by Module
+        return [getattr(self, name) if (weight := own.get(name)) is None else weight for name in self._all_names]
 
     def _plans(self, wanted: int | None) -> list[Plan]:
         """Of each direction."""
-        scalars = tuple(self.scalars[name] for name in self.cell.scalars) + (0.0,) * self._has_own_a
+        scalars = self._scalars()
         return [Plan(self._run_cell, scalars, reverse, wanted) for reverse in (False, True)[: 1 + self.bidirectional]]
+
+    def _scalars(self) -> tuple[float, ...]:
+        """Of the cell that runs."""
+        return tuple(self.scalars[name] for name in self.cell.scalars) + (0.0,) * self._has_own_a
 
     def _mode(self, variant: variants.Variant | None, device: torch.device, dtype: torch.dtype) -> str | None:
         """The mode by which ``functional.rnn`` has the layer, with all backends' kernels or CUDA's; or None."""
@@ -340,7 +377,7 @@ class FlexRNN(_Module):
         if mode in CELLS:
             return mode
         seen = circumstances()
-        backend = seen.forced or choose_backend(seen, mode, device, dtype)[0]
+        backend = seen.forced or (device.type != "cpu" and choose_backend(seen, mode, device, dtype)[0])
         return mode if backend == "cuda" else None
 
     def _variant(self) -> variants.Variant | None:
@@ -356,16 +393,11 @@ class FlexRNN(_Module):
         return_states: bool,
         weights: Sequence[Tensor],
     ) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
-        if self.cell.weights or self.scalars:  # there they are one vector
-            each, own = len(self._names), len(self._names) - len(self.cell.weights)
-            scalars = [weights[0].new_full((self.hidden_size,), self.scalars[name]) for name in self.cell.scalars]
-            of_direction = [weights[at : at + each] for at in range(0, len(weights), each)]
-            weights = [w for of in of_direction for w in (*of[:own], torch.cat([*of[own:], *scalars]))]
         y, h_n, c_n, every = functional.rnn(
             mode,
             x,
             states,
-            weights,
+            self._for_kernels(weights),
             num_layers=self.num_layers,
             bidirectional=self.bidirectional,
             dropout=self.dropout,
@@ -377,6 +409,15 @@ class FlexRNN(_Module):
         )
         of_steps = [] if every is None else [every] if isinstance(every, Tensor) else every
         return y, [h_n, c_n][: len(self.cell.states)], of_steps
+
+    def _for_kernels(self, weights: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Those of units of a direction, and the layer's scalars, in one vector."""
+        if not self.cell.weights and not self.scalars:
+            return weights
+        each, own = len(self._names), len(self._names) - len(self.cell.weights)
+        scalars = [weights[0].new_full((self.hidden_size,), self.scalars[name]) for name in self.cell.scalars]
+        of_direction = [weights[at : at + each] for at in range(0, len(weights), each)]
+        return [w for of in of_direction for w in (*of[:own], torch.cat([*of[own:], *scalars]))]
 
     def _backend(
         self, device: torch.device, dtype: torch.dtype, batch: int = 1, extended: bool = False

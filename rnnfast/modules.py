@@ -34,7 +34,7 @@ Hidden = TypeVar("Hidden")  # and those that it returns
 _is_any_autocast, _is_grad_enabled = torch._C._is_any_autocast_enabled, torch.is_grad_enabled
 _dispatch_modes, _storage = torch._C._len_torch_dispatch_stack, Tensor.untyped_storage
 _FORCED, _TYPES = Circumstances(forced="cpu"), frozenset((Tensor, nn.Parameter))
-_NUMBERS = {mode: number for number, mode in enumerate(CELLS)}  # as csrc/cells.h has them
+NUMBERS = {mode: number for number, mode in enumerate(CELLS)}  # as csrc/cells.h has them
 _module_call = nn.Module.__call__  # which some tools replace
 _CHECKS = ("check_input", "check_forward_args", "check_hidden_size", "get_expected_hidden_size", "permute_hidden")
 
@@ -139,7 +139,7 @@ class _Module(nn.Module):
         if (seen is not USUAL and (seen.compiled or seen != _FORCED)) or _is_any_autocast():
             return None
         weights = self._weights() if weights is None else weights
-        if _is_grad_enabled() and weights[1].requires_grad:
+        if _is_grad_enabled() and weights[-1].requires_grad:
             is_torchs = seen is USUAL and self._is_quicker_by_torch(input.dtype)
             return self._single(input, hx, weights) if is_torchs else None
         states = () if hx is None else self._plain_states(hx)
@@ -264,6 +264,12 @@ class _Module(nn.Module):
     def _to_hidden(self, states: Sequence[Tensor]) -> Any:
         """h or (h, c), as a caller has them."""
         return states if self._has_cell_state else states[0]
+
+
+def plain_form(module: Any, kind: int) -> int:
+    """Of a stack of layers, as csrc/cpu/arguments.h reads it."""
+    layouts = (2 if module.batch_first else 0) | (1 if module.bidirectional else 0)
+    return int(module.num_layers << 8 | kind << 3 | layouts)
 
 
 def _layer_of(name: str) -> int:
@@ -525,9 +531,7 @@ class _Recurrent(_Module, nn.RNNBase, Generic[Hx, Hidden]):
         """What the CPU library makes of it, if that serves; else None."""
         if not self._checks_as_ours or (self.dropout and self.training):
             return None
-        form = self.num_layers << 8 | _NUMBERS[self.mode] << 3  # as csrc/cpu/plain.cpp reads it
-        form |= (2 if self.batch_first else 0) | (1 if self.bidirectional else 0)
-        y, h, c = ops.PLAIN(form, input, weights, *states)
+        y, h, c = ops.PLAIN(plain_form(self, NUMBERS[self.mode]), input, weights, *states)
         return None if h is None else (y, h if c is None else (h, c))
 
     def _packed(
@@ -1005,7 +1009,7 @@ class _Cell(_Module, nn.RNNCellBase, Generic[Hx, Hidden]):
 
     def _plain(self, input: Tensor, weights: list[Tensor], states: Sequence[Tensor]) -> Any:
         """What the CPU library makes of it, if that serves; else None."""
-        _, h, c = ops.PLAIN(_A_CELL | _NUMBERS[self._mode] << 3, input, weights, *states)
+        _, h, c = ops.PLAIN(_A_CELL | NUMBERS[self._mode] << 3, input, weights, *states)
         return h if c is None else (h, c)
 
     def _weights(self) -> list[Tensor]:

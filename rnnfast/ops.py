@@ -200,8 +200,9 @@ _implement("reference", _reference_forward, backward=_reference_backward)
 # Inference on a CPU: y, h_n and c_n, as csrc/cpu/plain.cpp has them, and no h_n of what it does not take. It is called
 # without torch's wrapper in Python, which takes a twentieth of a small step.
 PLAIN: Callable[..., tuple[Any, Any, Any]] = lambda *args: (None, None, None)
+FLEX_PLAIN: Callable[..., tuple[Any, Any]] = lambda *args: (None, ())  # y and the states, as csrc/cpu/flex.cpp has them
 if BACKENDS["cpu"].probe(None).available:
-    PLAIN = torch.ops.rnnfast.cpu_plain.default._op
+    PLAIN, FLEX_PLAIN = torch.ops.rnnfast.cpu_plain.default._op, torch.ops.rnnfast.cpu_flex_plain.default._op
 for _schema in ("cpu_isa(int? use) -> int", "checked_lengths(Tensor lengths, SymInt steps) -> Tensor", *records.CUDA):
     _define_operator(_schema)
 LIBRARY.impl("checked_lengths", _checked_lengths, "CompositeExplicitAutograd")

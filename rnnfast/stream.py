@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .backends import BACKENDS, DTYPES, is_forced
+from .cells import CELLS
 from .flex import FlexRNN
 from .modules import OURS, _Cell, _Recurrent
 
@@ -32,18 +33,17 @@ class Stream:
             act(step(x))
 
     It is for inference, without gradients and autocast, and puts the module into eval mode. On a CPU a step of a layer
-    is a call of the library, which writes into memory made beforehand and decides next to nothing in Python. One thread
-    may use it at a time.
+    is a call of the library, which writes into memory made beforehand and decides next to nothing in Python; a step of
+    a :class:`rnnfast.FlexRNN` of another cell than torch's is an operator's call. One thread may use it at a time.
 
     Args:
-        module: an ``RNN``, ``LSTM``, ``GRU`` or cell of rnnfast or torch.nn, or an ``nn.Sequential`` of such and of
-            modules without a state, which get ``[N, F]``. Layers have one direction; ``batch_first`` makes no
-            difference. A copy of their weights is kept: after a change call :meth:`refresh`.
+        module: an ``RNN``, ``LSTM``, ``GRU`` or cell of rnnfast or torch.nn, a ``FlexRNN``, or an ``nn.Sequential`` of
+            such and of modules without a state, which get ``[N, F]``. Layers have one direction; ``batch_first`` makes
+            no difference. A copy of their weights is kept: after a change call :meth:`refresh`.
         batch: the number of rows, N.
 
     Raises:
-        TypeError: the module has no recurrent layer or cell, or one of them is a FlexRNN, or has a forward or hooks of
-            its own.
+        TypeError: the module has no recurrent layer or cell, or one of them has a forward or hooks of its own.
         ValueError: a layer has two directions, or a hidden_size for each of its layers; batch is less than 1.
     """
 
@@ -80,8 +80,9 @@ class Stream:
 
     @property
     def state(self) -> Any:
-        """As torch.nn has it: of a layer h ``[L, N, P]``, of a cell ``[N, H]``, of an LSTM (h, c); of a sequence a list
-        of these. It is the memory that steps read and write; what is assigned is copied there.
+        """As torch.nn has it: of a layer h ``[L, N, P]``, of a cell ``[N, H]``, of an LSTM (h, c), of a FlexRNN a tuple
+        of its cell's states; of a sequence a list of these. It is the memory that steps read and write; what is
+        assigned is copied there.
 
         Raises:
             ValueError: what is assigned has another shape.
@@ -98,15 +99,16 @@ class Stream:
             step.put(of_step)
 
     def reset(self, mask: Tensor | None = None) -> None:
-        """Zero the state of all rows, or of those where ``mask``, bool ``[N]``, is true.
+        """Give the state its initial value, zero but for some cells of a FlexRNN, in all rows, or in those where
+        ``mask``, bool ``[N]``, is true.
 
         Raises:
             ValueError: mask has another shape or dtype.
         """
         if mask is not None and (mask.dtype != torch.bool or mask.shape != (self.batch,)):
             raise ValueError(f"mask must be bool of shape [{self.batch}], got {mask.dtype} of {list(mask.shape)}")
-        for state in (state for step in self._recurrent for state in step.states):
-            state.zero_() if mask is None else state.masked_fill_(mask.to(state.device)[:, None], 0)
+        for state, value in (pair for step in self._recurrent for pair in zip(step.states, step.initial)):
+            state.fill_(value) if mask is None else state.masked_fill_(mask.to(state.device)[:, None], value)
 
     def refresh(self) -> None:
         """Take over weights that have changed; the state stays."""
@@ -130,15 +132,13 @@ def _parts(module: nn.Module) -> list[nn.Module]:
 
 
 def _step(module: nn.Module, batch: int) -> Any:
-    if isinstance(module, FlexRNN):
-        raise TypeError("rnnfast.Stream: a FlexRNN cannot be streamed: call it with one step and the states before it")
-    return _Step(_ours(module), batch) if isinstance(module, (nn.RNNBase, nn.RNNCellBase)) else module
+    return _Step(_ours(module), batch) if isinstance(module, (nn.RNNBase, nn.RNNCellBase, FlexRNN)) else module
 
 
 def _ours(module: nn.Module) -> Any:
     """The module, or, of one of torch.nn's, a module of ours with its very Parameters."""
     of_torch = next((ours for ours in OURS if type(module).forward is getattr(nn, ours.__name__).forward), None)
-    own = of_torch is None and type(module).forward not in (_Recurrent.forward, _Cell.forward)
+    own = of_torch is None and type(module).forward not in (_Recurrent.forward, _Cell.forward, FlexRNN.forward)
     if own or module._forward_hooks or module._forward_pre_hooks:
         raise TypeError(f"rnnfast.Stream: {type(module).__name__} has a forward or hooks of its own")
     if of_torch is None:
@@ -146,6 +146,15 @@ def _ours(module: nn.Module) -> Any:
     twin = copy.copy(module)
     twin.__class__ = of_torch
     return twin
+
+
+def _mode_of(module: Any) -> str | None:
+    """By which the library has the cell of a module of ours; None if it has not."""
+    if isinstance(module, FlexRNN):
+        weight = module.weight_ih_l0
+        mode = None if module.cell.weights or module.scalars else module._mode(None, weight.device, weight.dtype)
+        return mode if mode in CELLS else None
+    return str(module._mode if isinstance(module, _Cell) else module.mode)
 
 
 class _Step:
@@ -160,11 +169,14 @@ class _Step:
         weight = module._weights()[0]
         self.dtype, self.device, self.shape = weight.dtype, weight.device, torch.Size((batch, weight.size(1)))
         self.projected = getattr(module, "proj_size", 0)
-        widths = [self.projected or module.hidden_size] + [module.hidden_size] * module._has_cell_state
+        of_flex = module.cell.initial if isinstance(module, FlexRNN) else None
+        self.initial = of_flex or (0.0,) * (1 + module._has_cell_state)
+        widths = [self.projected or module.hidden_size] + [module.hidden_size] * (len(self.initial) - 1)
         layers = () if self.is_cell else (module.num_layers,)
         with torch.inference_mode(False):
             self.states = [
-                torch.zeros(*layers, batch, width, dtype=weight.dtype, device=weight.device) for width in widths
+                torch.full((*layers, batch, width), value, dtype=weight.dtype, device=weight.device)
+                for width, value in zip(widths, self.initial)
             ]
         self.output = self.states[0] if self.is_cell else self.states[0][-1]
         self._delete: Any = lambda: None
@@ -189,7 +201,8 @@ class _Step:
         self._by_module(torch.zeros(self.shape, dtype=self.dtype, device=self.device))
         self._delete()
         self._run: Any = None
-        module = self.module
+        self._is_served = False
+        module, mode = self.module, _mode_of(self.module)
         is_served = (
             self.device.type == "cpu" and self.dtype in DTYPES and module._rnnfast_options.is_usual(training=False)
         )
@@ -199,13 +212,15 @@ class _Step:
         weights = [weight.detach().clone(memory_format=torch.contiguous_format) for weight in module._weights()]
         if not all(weight.numel() for weight in weights):
             return
-        self._kept, self._places = weights, self._places_of_states()
+        self._kept, self._places, self._is_served = weights, self._places_of_states(), True
+        if mode is None:
+            return
         layers = 1 if self.is_cell else module.num_layers
         biased = len(weights) // layers - bool(self.projected) > 2
         h, c = (*self._places, None)[:2]
         library = _library()
         self._handle = library.rnnfast_stream_new(
-            (module._mode if self.is_cell else module.mode).encode(), DTYPES.index(self.dtype), layers,
+            mode.encode(), DTYPES.index(self.dtype), layers,
             *self.shape, module.hidden_size, self.output.size(1), biased, bool(self.projected),
             (ctypes.c_void_p * len(weights))(*(weight.data_ptr() for weight in weights)), h, c,
         )  # fmt: skip
@@ -218,11 +233,14 @@ class _Step:
         if x.shape != self.shape or x.dtype is not self.dtype or x.device != self.device:
             got, expected = (f"{of.dtype} {list(of.shape)} on {of.device}" for of in (x, self))
             raise ValueError(f"rnnfast.Stream: got {got}, expected {expected}")
-        if self._run is None or type(x) not in _TYPES or _dispatch_modes() or _tracing_state() or is_forced():
+        if not self._is_served or type(x) not in _TYPES or _dispatch_modes() or _tracing_state() or is_forced():
             self.put(self._by_module(x))
             return self.output
         if self._places != self._places_of_states():  # as share_memory_() moves them
             self.refresh()
+        if self._run is None:
+            self._by_one_operator(x)
+            return self.output
         if not x.is_contiguous() or x.is_neg():
             x = x.resolve_neg().contiguous()
         if self._run(self._handle, x.data_ptr()):
@@ -232,6 +250,15 @@ class _Step:
 
     def _places_of_states(self) -> list[int]:
         return [state.data_ptr() for state in self.states]
+
+    @torch.no_grad()
+    def _by_one_operator(self, x: Tensor) -> None:
+        """A step of a FlexRNN whose cell the library's streams do not have."""
+        made = self.module._plain(x.unsqueeze(1 if self.module.batch_first else 0), self._kept, self.states)
+        if made is None:
+            self.put(self._by_module(x))
+        else:
+            torch._foreach_copy_(self.states, made[1])
 
     @torch.no_grad()
     def _by_module(self, x: Tensor) -> Any:

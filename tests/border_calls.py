@@ -7,6 +7,7 @@ refuses in no words: it returns nothing.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
 import sys
@@ -26,7 +27,7 @@ DTYPES = {"reference": (*FUSED, torch.complex64), "cpu": FUSED, "triton": FUSED,
 LAYERS = [f"{name}_{way}" for name in DTYPES for way in ("forward", "backward", "gate_gradients")]
 LAYERS.remove("reference_gate_gradients")  # which there is not
 OF_LAYER = ("mode", "x", "h0", "c0", "batch_sizes", "lengths", "resets", "bidirectional", "names", "weights")
-PLAIN = ["cpu_plain"]
+PLAIN = ["cpu_plain", "cpu_flex_plain"]
 STEPS = ["cuda_forward_steps", "cuda_backward_steps", "cuda_states_before"]
 BORDERS = {
     "reference": ["reference_forward", "reference_backward", "checked_lengths"],
@@ -148,6 +149,27 @@ def valid_plain(rng: random.Random, operator: str) -> Arguments:
     }
 
 
+@functools.cache
+def program_of_lstm() -> list[Tensor]:
+    """As any cell's."""
+    from rnnfast import cells, evaluator
+
+    return evaluator.programs(cells.lstm, (), 1, 4).plain
+
+
+def valid_flex(rng: random.Random, operator: str) -> Arguments:
+    """A plain call of an LSTM as one of any cell."""
+    while True:
+        call = valid_plain(rng, operator)
+        L, D, weights, states = call["form"] >> 8, 1 + (call["form"] & 1), call["weights"], [call["h0"], call["c0"]]
+        is_lstm = mode_of(call) == "LSTM" and call["form"] >> 1 & 3 != 2 and len(weights) % (2 * L * D) == 0
+        if is_lstm and len(weights[0]) and (states[0] is None) == (states[1] is None):
+            break
+    kind = 2 + (len(weights) == 4 * L * D)
+    of_call = {"x": call["x"], "weights": weights, "states": [] if states[0] is None else states}
+    return {"form": call["form"] & ~(31 << 3) | kind << 3, "program": list(program_of_lstm())} | of_call
+
+
 def valid_steps(rng: random.Random, operator: str) -> Arguments:
     mode, projected = rng.choice(MODES)
     dtype, D, G = rng.choice(FUSED), rng.choice((1, 2)), GATES[mode]
@@ -215,7 +237,12 @@ def valid_numbers(rng: random.Random, operator: str) -> Arguments:
 
 def valid_call(rng: random.Random, operator: str) -> Arguments:
     torch.default_generator.manual_seed(rng.randrange(2**31))
-    kinds = ((LAYERS, valid_layer), (PLAIN, valid_plain), (STEPS, valid_steps))
+    kinds = (
+        (LAYERS, valid_layer),
+        (["cpu_plain"], valid_plain),
+        (["cpu_flex_plain"], valid_flex),
+        (STEPS, valid_steps),
+    )
     return next((valid for names, valid in kinds if operator in names), valid_numbers)(rng, operator)
 
 
@@ -399,10 +426,14 @@ def changes_of(operator: str) -> dict[str, Callable[..., bool]]:
         found["x of 2^62 steps"] = put("x", lambda rng, call: call["x"].new_zeros(1, 1, 1).expand(BIG, 1, 1))
         found["units without end"] = endless
         found["directions that differ"] = put("weights", differing)
-    if operator in PLAIN:
+    if operator == "cpu_plain":
         found["a cell state of no LSTM"] = put(
             "c0", lambda rng, call: None if mode_of(call) in LSTMS or call["h0"] is None else call["h0"]
         )
+    if operator == "cpu_flex_plain":  # what would be another program, and no wrong one; what does not apply
+        for name in ("program longer", "program shorter", "program mkldnn", "program quantized", "states none"):
+            del found[name]
+    if operator in PLAIN:
         found["weights in another order"] = put("weights", lambda rng, call: call["weights"][::-1])
         found["x of no steps"] = put("x", lambda rng, call: without_steps(call))
         found["the other number of directions"] = put("form", lambda rng, call: call["form"] ^ 1)
@@ -593,9 +624,23 @@ def layers_of(call: Arguments) -> Iterator[Arguments]:
         x = x.new_zeros(*x.shape[:2], D * sizes_of[1])
 
 
+def as_plain(call: Arguments) -> Arguments:
+    """The other way round than ``valid_flex``."""
+    form, program, states = call["form"], call["program"], call["states"]
+    need(isinstance(form, int) and form >> 3 & 31 in (2, 3) and form >> 1 & 3 < 2 and form >> 8 > 0)
+    need(len(program) == 5 and len(states) in (0, 2) and all(isinstance(s, Tensor) for s in states))
+    for given, right in zip(program, program_of_lstm()):
+        need_tensor(given, right.shape, right.dtype, optional=False)
+        need(torch.equal(given.detach(), right))
+    need(len(call["weights"]) == (form >> 8) * (1 + (form & 1)) * (4 if form >> 3 & 1 else 2))
+    of_call = {"x": call["x"], "weights": call["weights"]}
+    h0, c0 = states or (None, None)
+    return {"form": form & ~(31 << 3) | list(GATES).index("LSTM") << 3, "h0": h0, "c0": c0} | of_call
+
+
 def check_plain(call: Arguments, operator: str) -> None:
-    for _ in layers_of(call):
-        pass
+    for layer in layers_of(call if operator == "cpu_plain" else as_plain(call)):
+        need(operator == "cpu_plain" or len(layer["weights"][0]) > 0)  # a layer of any cell has units
 
 
 def check_steps(call: Arguments, operator: str) -> None:
@@ -808,7 +853,7 @@ def check_call(operator: str, seed: int, number: int, changes: dict[str, Callabl
         results = op(**call)
     except Exception as raised:
         error = raised
-    if operator in PLAIN and (error is not None or results[1] is None):
+    if operator in PLAIN and (error is not None or not (isinstance(results[1], Tensor) or results[1])):
         assert error is None or str(error).startswith(TORCHS), f"it was refused in words: {error!r}"
         error = RuntimeError("rnnfast: of no such call")
     written = [a.name for a in op._schema.arguments if a.alias_info is not None and error is None]
@@ -817,6 +862,8 @@ def check_call(operator: str, seed: int, number: int, changes: dict[str, Callabl
     if error is None:
         assert valid, "it was not refused"
         assert operator not in LAYERS or are_right(call, operator, results), "the results are not the reference's"
+        if operator == "cpu_flex_plain":
+            call, results = as_plain(call), (results[0], *results[1])
         assert operator not in PLAIN or are_right_plain(call, results), "the results are not the reference's"
         return done, False
     assert not valid, f"it was refused: {error!r}"

@@ -54,6 +54,7 @@ FLEX_TRITON = "test_flex_triton.py"
 FLEX_CUDA = "test_flex_cuda.py"
 MEANS = "test_means.py"
 PLAIN = "test_plain.py"
+STREAM = "test_stream.py"
 VARIANTS = "test_variants.py"
 UNITS = "test_peephole.py -k {}"
 # What is caught means little if these fail without a mistake.
@@ -312,7 +313,7 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         ("clipped on one side", VARIANTS, "minimum(maximum(d, -bound), bound)", "minimum(d, bound)"),
         ("a clip that is not derived", VARIANTS, "return grad.clamp(-bound, bound), None", "return grad, None"),
         ("biases by head", FLEX, "view(w_hh.size(0), -1, w_hh.size(2)).transpose(0, 1).flatten()", "flatten()"),
-        ("scalars by value", FLEX, "tuple(float(scalar).hex() for scalar in plan.scalars)", "plan.scalars"),
+        ("scalars by value", FLEX, "tuple(float(scalar).hex() for scalar in scalars)", "tuple(scalars)"),
         ("one gradient of x and a, whatever is given", VARIANTS, "heads == 1 and made >= len(a) and", "heads == 1 and"),
         ("operations in one that are read twice", FLEX, "if uses[arg] == 1 and (both", "if (both"),
         (
@@ -367,13 +368,17 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         ("places beyond", FLEX, "place < inputs + p.numbers + k", "place < inputs + p.numbers + k + 1"),
         ("results beyond", FLEX, "p.result[k] < p.places()", "true"),
         ("states that are inputs", FLEX, "k < made ? inputs : 0", "0"),
+        ("states of the first layer", PLAIN, "at(of, (k * directions + d) * N * H)", "at(of, 0)"),
+        ("both directions in one's columns", PLAIN, "every[0] = at(y, d * H);", "every[0] = at(y, 0);"),
     ],
+    "rnnfast/stream.py": [("a cell's states begin with zero", STREAM, "state.fill_(value)", "state.fill_(0)")],
     "rnnfast/flex.py": [
         ("packed rows in order", FLEX, "state.index_select(1, back)", "state.index_select(1, order)"),
         ("no more to recompute", FLEX, "run = recomputed(run) if self.recompute else run", "run = run"),
         ("dropout before the first", FLEX, "if k and self.dropout:", "if self.dropout:"),
         ("scalars in half types", FLEX_CUDA, "self.scalars and dtype.itemsize < 4", "False"),
         ("a declared scalar for the layer's", FLEX_CUDA, "self.scalars[name]) for", "self.cell.scalars[name]) for"),
+        ("dropout that is left out", PLAIN, "if self.dropout and self.training:", "if False:"),
     ],
     "rnnfast/triton/flex.py": [
         ("no episode begins first", FLEX_TRITON, "resets is not None and not plan.reverse", "False"),

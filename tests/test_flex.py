@@ -731,11 +731,6 @@ def test_copies_without_a_matrix(recurrent: str) -> None:
         assert torch.equal(other(X)[0], net(X)[0])
 
 
-def test_has_no_stream(net: FlexRNN) -> None:
-    with pytest.raises(TypeError, match="a FlexRNN cannot be streamed: call it with one step"):
-        rnnfast.Stream(net)
-
-
 def test_export() -> None:
     net = FlexRNN(cells.janet, I, H, dtype=DOUBLE)
     program = torch.export.export(net, (X,), {"lengths": OF_FORM["lengths"]["lengths"]})

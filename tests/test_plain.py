@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import functools
 import gc
 import pickle
 import random
@@ -23,29 +24,35 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import rnnfast
-from rnnfast import modules, ops
+from rnnfast import FlexRNN, cells, modules, ops
+from rnnfast.evaluator import programs
 
 pytestmark = pytest.mark.skipif(not rnnfast.backends()["cpu"].available, reason="the native library is not built")
 
 
+REFUSED = {"PLAIN": (None, None, None), "FLEX_PLAIN": (None, ())}  # what an operator returns that does not serve
+
+
 @pytest.fixture
 def served(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Of every call of the library's operator whether it served."""
-    found, run = [], ops.PLAIN
+    """Of every call of the library's operators whether it served."""
+    found: list[bool] = []
 
-    def counted(*args: Any) -> Any:
+    def counted(run: Any, *args: Any) -> Any:
         outputs = run(*args)
-        found.append(outputs[1] is not None)
+        found.append(any(isinstance(of, Tensor) for of in outputs))
         return outputs
 
-    monkeypatch.setattr(ops, "PLAIN", counted)
+    for name in REFUSED:
+        monkeypatch.setattr(ops, name, functools.partial(counted, getattr(ops, name)))
     return found
 
 
 def otherwise(monkeypatch: pytest.MonkeyPatch, call: Callable[[], Any]) -> Any:
-    """What comes without that operator."""
+    """What comes without those operators."""
     with monkeypatch.context() as context:
-        context.setattr(ops, "PLAIN", lambda *args: (None, None, None))
+        for name, outputs in REFUSED.items():
+            context.setattr(ops, name, lambda *args, outputs=outputs: outputs)
         return call()
 
 
@@ -285,6 +292,173 @@ def test_sizes_of_zero(monkeypatch: pytest.MonkeyPatch, served: list[bool]) -> N
     assert served == [True]
 
 
+# Layers of any cell
+
+
+@rnnfast.cell(gates="i f g o", states="h c", weights="p", scalars={"k": 1.0})
+def own_cell(x: Any, a: Any, s: Any, w: Any) -> Any:
+    c = torch.sigmoid(x.f + a.f + w.p * s.c) * s.c + torch.sigmoid(x.i + a.i) * torch.tanh(w.k * x.g + a.g)
+    return torch.sigmoid(x.o + a.o) * torch.tanh(c), c
+
+
+OWN = [own_cell, cells.slstm, cells.mgu, cells.sru, cells.min_gru, cells.leaky_rnn]
+RECURRENCES = {
+    "dense": {},
+    "heads": {"num_heads": 2},
+    "diagonal": {"recurrent": "diagonal"},
+    "none": {"recurrent": "none"},
+}
+
+
+def flex_of(cell: cells.Cell, recurrence: str, **options: Any) -> FlexRNN:
+    """Of H = 6; a cell without a W_hh has no heads."""
+    torch.manual_seed(0)
+    return FlexRNN(cell, 4, 6, **options, **RECURRENCES["dense" if not cell.gates_of_a else recurrence])
+
+
+def states_like(module: FlexRNN, *batch: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Above zero, as those of some cells have to be."""
+    layers = module.num_layers * (1 + module.bidirectional)
+    return [torch.rand(layers, *batch, module.hidden_size, dtype=dtype) + 0.5 for _ in module.cell.states]
+
+
+@pytest.mark.few(2, "cell", "recurrence", "form", "given_states", "options", "bias", "dtype")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}], ids=["one layer", "more"])
+@pytest.mark.parametrize("given_states", [False, True], ids=["", "states"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("recurrence", RECURRENCES)
+@pytest.mark.parametrize("cell", OWN, ids=str)
+@torch.no_grad()
+def test_layers_of_any_cell(
+    cell: cells.Cell, recurrence: str, form: str, given_states: bool, options: dict, bias: bool, dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch, served: list[bool],
+) -> None:  # fmt: skip
+    module = flex_of(cell, recurrence, bias=bias, batch_first=form != "time first", dtype=dtype, **options)
+    x = torch.randn(*FORMS[form], 4, dtype=dtype)
+    batch = {"time first": (3,), "batch first": (3,), "one step": (3,), "one row": (1,)}.get(form, ())
+    args = (x, states_like(module, *batch, dtype=dtype)) if given_states else (x,)
+    outputs = module(*args)
+    assert_same_bits(outputs, otherwise(monkeypatch, lambda: module(*args)))
+    assert served == [True]
+    with rnnfast.use_backend("reference"):
+        expected = module(*args)
+    bounds = {"rtol": 3e-2, "atol": 3e-2} if dtype.itemsize == 2 else {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(outputs, expected, **bounds)
+
+
+@pytest.mark.parametrize("cell", [cells.lstm, cells.gru, cells.peephole_lstm], ids=str)
+@torch.no_grad()
+def test_torchs_cells_by_their_kernels(cell: cells.Cell, monkeypatch: pytest.MonkeyPatch, served: list[bool]) -> None:
+    module = flex_of(cell, "dense", num_layers=2, bidirectional=True, batch_first=True)
+    x = torch.randn(3, 5, 4)
+    for args in ((x,), (x, states_like(module, 3))):
+        assert_same_bits(module(*args), otherwise(monkeypatch, lambda: module(*args)))  # noqa: B023
+    assert served == [True, True]
+
+
+@torch.no_grad()
+def test_what_a_layer_of_any_cell_may_change(monkeypatch: pytest.MonkeyPatch, served: list[bool]) -> None:
+    """Between calls: nothing of the module is remembered."""
+    module, x = flex_of(own_cell, "dense", num_layers=2), torch.randn(3, 3, 4)
+    calls = [module(x)]
+    module.scalars["k"] = 0.3
+    calls.append(module(x))
+    module.batch_first = True
+    calls.append(module(x))
+    module.weight_ih_l0 = nn.Parameter(torch.randn(4, 24).t())
+    calls.append(module(torch._neg_view(-x)))
+    module.weight_p_l1.mul_(-1)
+    calls.append(module(x.mT.contiguous().mT))
+    torch.nn.utils.parametrizations.weight_norm(module, "weight_hh_l1")
+    calls.append(module(x, [*states_like(module, 3)]))
+    assert served == [True] * 6
+    assert not any(torch.equal(a[0], b[0]) for a, b in zip(calls, calls[1:]))
+    assert_same_bits(module(x), otherwise(monkeypatch, lambda: module(x)))
+
+
+@pytest.mark.parametrize("cell", OWN, ids=str)
+@torch.no_grad()
+def test_any_arguments_of_any_cell(cell: cells.Cell, monkeypatch: pytest.MonkeyPatch, served: list[bool]) -> None:
+    rng = random.Random(cell.name)
+    for _ in range(100):
+        options = {"num_layers": rng.randint(1, 2), "bidirectional": rng.random() < 0.5, "bias": rng.random() < 0.7}
+        module = flex_of(cell, rng.choice([*RECURRENCES]), batch_first=rng.random() < 0.5, **options)
+        batch = (rng.randint(1, 3),) if rng.random() < 0.7 else ()
+        lead = (*batch, rng.randint(1, 4)) if module.batch_first else (rng.randint(1, 4), *batch)
+        x, states = changed(rng, torch.randn(*lead, 4)), [changed(rng, s) for s in states_like(module, *batch)]
+        states = rng.choice([None, states, tuple(states), states, states[:-1], states[0]])
+        name = rng.choice(module._all_names)
+        weight = changed(rng, getattr(module, name).data)
+        setattr(module, name, None if weight is None else nn.Parameter(weight, requires_grad=False))
+        outcome = outcome_of(module, x, states)
+        expected = otherwise(monkeypatch, lambda: outcome_of(module, x, states))  # noqa: B023
+        if isinstance(outcome[0], type):
+            assert outcome == expected
+        else:
+            assert_same_bits(outcome, expected)
+    assert served.count(True) > 10
+
+
+@torch.no_grad()
+def test_no_rows_of_any_cell(served: list[bool]) -> None:
+    module = flex_of(cells.slstm, "heads", num_layers=2, bidirectional=True)
+    y, states = module(torch.randn(3, 0, 4))
+    assert y.shape == (3, 0, 12) and [s.shape for s in states] == [(4, 0, 6)] * 4
+    assert served == [True]
+
+
+@torch.no_grad()
+def test_memory_of_any_cell_that_was_taken_away() -> None:
+    for name, dtype in [("weight_hh_l0", torch.float32), ("weight_ih_l0", torch.bfloat16)]:
+        module = flex_of(cells.slstm, "dense", dtype=dtype)
+        inputs = module._weights(), [torch.randn(3, 2, 4, dtype=dtype)]
+        getattr(module, name).untyped_storage().resize_(16)
+        program = programs(module._run_cell, (), 1, 4).plain
+        assert ops.FLEX_PLAIN(1 << 8 | 3 << 3, program, inputs[1][0], inputs[0], []) == (None, [])
+
+
+@torch.no_grad()
+def test_malformed_plain_calls_of_any_cell() -> None:
+    module, x = flex_of(own_cell, "dense"), torch.randn(3, 2, 4)
+    program, weights = programs(own_cell, ((1.0).hex(),), 1, 4).plain, module._weights()
+    form, states = 1 << 8 | 3 << 3, states_like(module, 2)
+    valid = [form, program, x, weights, states]
+    y, _ = ops.FLEX_PLAIN(*valid)
+    torch.testing.assert_close(y, module(x, states)[0])
+    operations, numbers, results, initial, reads = program
+    beyond, elsewhere = results.clone(), operations.clone()
+    beyond[0], elsewhere[0, 1] = 10**6, 10**6
+    changes = {0: [0, -1, form | 4, form | 1, form & ~8, form & ~16, 2 << 8 | 3 << 3, 2**62, -(2**63)]}
+    changes[1] = [[], program[:4], [*program, reads], [operations, numbers, beyond, initial, reads]]
+    changes[1] += [
+        [elsewhere, *program[1:]],
+        [operations[:, :3], *program[1:]],
+        [operations, numbers, results[:1], initial, reads],
+    ]
+    changes[1] += [[*program[:3], initial[:1], reads], [*program[:3], initial.float(), reads]]
+    counts = [
+        (0, 4, 1),
+        (4, 3, 1),
+        (4, 0, 1),
+        (4, 4, 2),
+        (2, 4, 1),
+        (8, 4, 1),
+        (2**62, 4, 1),
+        (4, -1, 1),
+        (4, 4, 2**62),
+    ]
+    changes[1] += [[*program[:4], torch.tensor(count)] for count in counts]
+    changes[2] = [x[0, 0], x[None], x[:0], x[..., :3], x.double(), x.long(), x.to_sparse()]
+    changes[3] = [[], weights[:-1], [*weights, weights[-1]], weights[::-1], [w.double() for w in weights]]
+    changes[3] += [[w[:5] for w in weights], [w[:0] for w in weights]]
+    changes[4] = [states[:1], [*states, *states], [s[0] for s in states], [s.double() for s in states]]
+    for at, others in changes.items():
+        for other in others:
+            assert ops.FLEX_PLAIN(*valid[:at], other, *valid[at + 1 :]) == (None, []), (at, other)
+
+
 # What makes it another call
 
 
@@ -310,13 +484,17 @@ CIRCUMSTANCES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
 
 @pytest.mark.parametrize("name", CIRCUMSTANCES)
 def test_circumstances(name: str, served: list[bool]) -> None:
-    module, cell = rnnfast.GRU(4, 5), rnnfast.GRUCell(4, 5)
+    layers, cell = (rnnfast.GRU(4, 5), FlexRNN(cells.janet, 4, 5)), rnnfast.GRUCell(4, 5)
     with torch.set_grad_enabled(name == "a gradient"), CIRCUMSTANCES[name]():
-        module(torch.randn(3, 2, 4)), cell(torch.randn(2, 4))
+        for module in layers:
+            module(torch.randn(3, 2, 4))
+        cell(torch.randn(2, 4))
     assert served == []
     with torch.no_grad():
-        module(torch.randn(3, 2, 4)), cell(torch.randn(2, 4))
-    assert served == [True, True]
+        for module in layers:
+            module(torch.randn(3, 2, 4))
+        cell(torch.randn(2, 4))
+    assert served == [True, True, True]
 
 
 @torch.no_grad()
@@ -331,21 +509,24 @@ def test_harmless_circumstances(served: list[bool]) -> None:
 
 @torch.no_grad()
 def test_other_tensors(served: list[bool]) -> None:
-    module, x = rnnfast.GRU(4, 5), torch.randn(3, 2, 4)
-    module(x.as_subclass(Sub))
-    module(x, torch.zeros(1, 2, 5).as_subclass(Sub))
-    module(x, lengths=torch.tensor([1, 3]))
-    module(x, resets=torch.zeros(3, 2).bool())
-    module(x, return_states=True)
-    module(nn.utils.rnn.pack_sequence([torch.randn(3, 4)]))
-    module.to("meta")(x.to("meta"))
-    torch.jit.trace(rnnfast.GRU(4, 5), (x,), check_trace=False)
-    torch.func.vmap(rnnfast.GRU(4, 5))(x[None])
-    torch.compile(rnnfast.GRU(4, 5), backend="eager", fullgraph=True)(x)
-    rnnfast.LSTM(4, 5, 2, dropout=0.5)(x)
-    assert served == []
-    rnnfast.LSTM(4, 5, 2, dropout=0.5).eval()(x)
-    assert served == [True]
+    x = torch.randn(3, 2, 4)
+    for make in (rnnfast.GRU, functools.partial(FlexRNN, cells.janet)):
+        module, h = make(4, 5), torch.zeros(1, 2, 5).as_subclass(Sub)
+        module(x.as_subclass(Sub))
+        module(x, (h,) if isinstance(module, FlexRNN) else h)
+        module(x, lengths=torch.tensor([1, 3]))
+        module(x, resets=torch.zeros(3, 2).bool())
+        module(x, return_states=True)
+        module(nn.utils.rnn.pack_sequence([torch.randn(3, 4)]))
+        module.to("meta")(x.to("meta"))
+        torch.jit.trace(make(4, 5), (x,), check_trace=False)
+        torch.func.vmap(make(4, 5))(x[None])
+        torch.compile(make(4, 5), backend="eager", fullgraph=True)(x)
+        make(4, 5, 2, dropout=0.5)(x)
+        make(4, 5, zoneout=0.5)(x)
+        assert served == []
+        make(4, 5, 2, dropout=0.5).eval()(x)
+        assert served.pop()
 
 
 @pytest.mark.parametrize("name", ["GRU", "LSTM", "LSTMCell"])
@@ -368,7 +549,7 @@ def test_mistakes_are_told_in_torchs_words(name: str, served: list[bool]) -> Non
 def test_layers_of_several_sizes_are_refused() -> None:
     """The states of all layers are in one tensor."""
     x, of = torch.randn(3, 2, 4), lambda *sizes: [torch.randn(16, 4), *(torch.randn(*size) for size in sizes)]
-    two_lstms = 2 << 8 | modules._NUMBERS["LSTM"] << 3
+    two_lstms = 2 << 8 | modules.NUMBERS["LSTM"] << 3
     y, _, _ = ops.PLAIN(two_lstms, x, of((16, 3), (3, 4), (16, 3), (16, 3), (3, 4)))
     assert y.shape == (3, 2, 3)
     assert ops.PLAIN(two_lstms, x, of((16, 3), (3, 4), (16, 3), (16, 2), (2, 4))) == (None, None, None)
@@ -389,7 +570,9 @@ def test_no_memory_is_lost() -> None:
     libc.mallinfo2.restype = Mallinfo
     cell, module, x = rnnfast.GRUCell(4, 5), rnnfast.LSTM(4, 5, 2), torch.randn(3, 2, 4)
     step = rnnfast.Stream(cell, 2)
+    flex = FlexRNN(cells.slstm, 4, 5, 2, bidirectional=True)
     calls = (lambda: cell(x[0]), lambda: module(x), lambda: module(x, lengths=torch.tensor([1, 3])), lambda: step(x[0]))
+    calls += (lambda: flex(x), lambda: flex(x, flex(x)[1]), lambda: ops.FLEX_PLAIN(0, [], x, [x], [x]))
     for call in calls:
         for count in (200, 2000):  # the first ones fill caches
             before = libc.mallinfo2().in_use
@@ -401,8 +584,8 @@ def test_no_memory_is_lost() -> None:
 
 @torch.no_grad()
 def test_nothing_is_kept() -> None:
-    module, x = rnnfast.LSTM(4, 5, 2), torch.randn(3, 2, 4)
-    for call in (lambda: module(x), lambda: ops.PLAIN(2 << 8, x, [x] * 8)):
+    module, flex, x = rnnfast.LSTM(4, 5, 2), FlexRNN(cells.slstm, 4, 5, 2), torch.randn(3, 2, 4)
+    for call in (lambda: module(x), lambda: ops.PLAIN(2 << 8, x, [x] * 8), lambda: flex(x)):
         call(), gc.collect()
         before = len([t for t in gc.get_objects() if isinstance(t, Tensor)])
         for _ in range(3):

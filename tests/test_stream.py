@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import rnnfast
+from rnnfast import FlexRNN, cells
 from rnnfast import stream as streams
 
 
@@ -87,6 +88,75 @@ def test_sequences(by_library: bool) -> None:
     torch.testing.assert_close(of_gru, h[-1:])
     assert_states(of_cell, hx)
     assert not step(tokens[0]).requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2}, {"recurrent": "none"}, {"batch_first": True}], ids=str)
+@pytest.mark.parametrize("cell", [cells.slstm, cells.janet, cells.min_gru, cells.lstm, cells.peephole_lstm], ids=str)
+def test_layers_of_any_cell(cell: cells.Cell, options: dict, dtype: torch.dtype, by_library: bool) -> None:
+    module = FlexRNN(cell, 4, 6, dtype=dtype, **options)
+    x, step = torch.randn(5, 2, 4, dtype=dtype), rnnfast.Stream(module, 2)
+    outputs = torch.stack([step(of_step).clone() for of_step in x])
+    with torch.no_grad(), rnnfast.use_backend("reference"):
+        expected, final = module(x.transpose(0, 1) if module.batch_first else x)
+    bounds = {"rtol": 3e-2, "atol": 3e-2} if dtype.itemsize == 2 else {}
+    torch.testing.assert_close(outputs, expected.transpose(0, 1) if module.batch_first else expected, **bounds)
+    assert_states(step.state, final, **bounds)
+    of_kernels = cell is cells.lstm and "recurrent" not in options
+    assert (step._recurrent[0]._run is not None) == (by_library and of_kernels)
+    assert step._recurrent[0]._is_served == by_library
+
+
+def test_a_layer_of_any_cell_is_refreshed() -> None:
+    module, x = FlexRNN(cells.slstm, 4, 6, 2, dropout=0.5), torch.randn(2, 4)
+    step = rnnfast.Stream(module, 2)
+    first = step(x).clone()
+    module.weight_ih_l1.data = torch.randn(6, 24).t()
+    step.reset()
+    assert torch.equal(step(x), first)
+    step.refresh()
+    step.reset()
+    module.train()  # but for dropout
+    torch.testing.assert_close(step(x), module.eval()(x[None])[0][0])
+    assert not step(x.requires_grad_()).requires_grad
+    with torch.autograd.forward_ad.dual_level():
+        step(x.detach())
+
+
+def test_sequences_with_a_layer_of_any_cell() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), FlexRNN(cells.slstm, 4, 6), rnnfast.GRU(6, 5), nn.ReLU(inplace=True))
+    x, step = torch.randn(6, 2, 4), rnnfast.Stream(model, 2)
+    h, of_slstm = model[1](model[0](x))
+    h, of_gru = model[2](h)
+    for of_step, expected in zip(x, h.relu()):
+        torch.testing.assert_close(step(of_step), expected)
+    assert_states(step.state[0], of_slstm)
+    assert_states(step.state[1], of_gru)
+    twin = copy.deepcopy(step)
+    assert torch.equal(twin(x[0]), step(x[0]))
+
+
+@rnnfast.cell(gates="f g", states="h c", initial={"h": 0.5, "c": -2.0})
+def begins_elsewhere(x: Any, a: Any, s: Any) -> Any:
+    c = torch.sigmoid(x.f + a.f) * s.c + torch.tanh(x.g + a.g)
+    return torch.tanh(c) + s.h / 2, c
+
+
+def test_resets_give_a_cells_own_states() -> None:
+    module, x = FlexRNN(begins_elsewhere, 4, 5, 2), torch.randn(3, 4)
+    step = rnnfast.Stream(module, 3)
+    first = step(x).clone()
+    torch.testing.assert_close(first, module(x[None])[0][0])
+    step(x)
+    before = [t.clone() for t in step.state]
+    step.reset(torch.tensor([True, False, True]))
+    for now, old, value in zip(step.state, before, begins_elsewhere.initial):
+        assert torch.equal(now[:, 1], old[:, 1])
+        assert (now[:, [0, 2]] == value).all()
+    step.reset()
+    assert torch.equal(step(x), first)
+    step.state = module(x[None])[1]
+    torch.testing.assert_close(step(x), module(torch.stack([x, x]))[0][1])
 
 
 def test_layouts_of_input() -> None:
@@ -244,6 +314,10 @@ def test_copies() -> None:
     [
         (lambda: rnnfast.Stream(nn.Linear(3, 4)), "Linear has no recurrent layer or cell"),
         (lambda: rnnfast.Stream(rnnfast.GRU(4, 5, bidirectional=True)), "two directions"),
+        (lambda: rnnfast.Stream(FlexRNN(cells.mgu, 4, 5, bidirectional=True)), "two directions"),
+        (lambda: setattr(rnnfast.Stream(FlexRNN(cells.slstm, 4, 5)), "state", torch.zeros(1, 1, 5)), "tuple of 4 Tens"),
+        (lambda: setattr(rnnfast.Stream(FlexRNN(cells.mgu, 4, 5)), "state", (torch.zeros(1, 2, 5),)), "of shapes"),
+        (lambda: rnnfast.Stream(type("Own", (FlexRNN,), {"forward": None})(cells.mgu, 4, 5)), "forward or hooks"),
         (lambda: rnnfast.Stream(rnnfast.GRU(4, 5), 0), "batch has to be 1 or more, got 0"),
         (lambda: rnnfast.Stream(rnnfast.GRU(4, 5), 2)(torch.zeros(1, 4)), r"got torch.float32 \[1, 4\] on cpu"),
         (lambda: rnnfast.Stream(rnnfast.GRU(4, 5))(torch.zeros(1, 4).double()), "got torch.float64"),

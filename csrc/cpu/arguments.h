@@ -78,7 +78,6 @@ class Reader {
   }
   const void* operator()(const OptionalTensor& tensor) { return tensor ? (*this)(*tensor) : nullptr; }
 
- private:
   // A storage can be made smaller beneath a tensor.
   static void check_memory(const Tensor& tensor) {
     int64_t bytes, offset;
@@ -90,7 +89,18 @@ class Reader {
                   "the memory of a tensor was taken away");
   }
 
+ private:
   std::vector<Tensor> copies_;
+};
+
+// ---- plain calls
+
+enum Layout { kTimeFirst, kBatchFirst, kCell, kLayouts };
+
+// What a plain call is of, in one number, since an operator takes a quarter of a microsecond for each.
+struct Form {
+  explicit Form(int64_t bits) : layers(bits >> 8), kind(bits >> 3 & 31), layout(bits >> 1 & 3), D(1 + (bits & 1)) {}
+  int64_t layers, kind, layout, D;  // kind: the operator's matter
 };
 
 // ---- the time-step table

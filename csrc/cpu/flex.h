@@ -77,8 +77,9 @@ struct FlexForward : FlexLayer {
   const void* z_gates;  // [T,N,Z*H]
   const void* b_hh;     // [A*H]  or null
   void* const* states;  // S of [N,H]: before all steps on entry, after them on return
-  void* const* every;   // S of [T,N,H]: after every step; or null each
-  void* saved;          // [T,N,Y*H+R]
+  void* const* every;   // S of [T,N,E]: after every step, in the first H columns; or null each
+  int64_t E;
+  void* saved;  // [T,N,Y*H+R]
 };
 
 // The inputs of the program are what the forward saved, the states before the step and after it, the units' weights,

@@ -572,7 +572,7 @@ class InputGates {
       : panels(f.X * f.H),
         I_(f.I),
         w_(static_cast<const Number*>(f.w_ih)),
-        packed_(f.T * f.N > kUnpackedRows ? panels.width() * f.I : 0),
+        packed_(pays_to_pack(f.T * f.N, f.I) ? panels.width() * f.I : 0),
         bias_(panels.width()) {
     pack_vector<Number, Number>(bias_, static_cast<const Number*>(f.b_ih), panels);
     if (packed_) pack_weights<Number>(packed_, w_, I_, panels, f.threads);
@@ -599,8 +599,8 @@ class InputGates {
   const Buffer<Number> packed_, bias_;  // [panel][I][vector][U], [panel][vector][U]
 };
 
-// W_hh and its bias, packed for products that make all gates of some blocks. A panel has all gates of one block, in
-// groups of up to four, or four blocks of a single gate.
+// W_hh and its bias, for products that make all gates of some blocks; packed unless there are too few rows. A panel has
+// all gates of one block, in groups of up to four, or four blocks of a single gate.
 template <class Number>
 class Gates {
   static constexpr int U = kLanes<Number>;
@@ -611,9 +611,10 @@ class Gates {
         width(rows.width),
         blocks(rows.blocks),
         per_panel(A == 1 ? kMaxVectors : 1),
-        packed_(A * rows.padded * width),
+        w_(static_cast<const Number*>(f.w_hh)),
+        packed_(pays_to_pack(f.T * f.N, width) ? A * rows.padded * width : 0),
         bias_(A * rows.padded) {
-    const Number *w = static_cast<const Number*>(f.w_hh), *b = static_cast<const Number*>(f.b_hh);
+    const Number* b = static_cast<const Number*>(f.b_hh);
     Buffer<Number> of_group(A * width);
     for (int64_t head = 0; head < f.K; head++) {
       each_group([&](Range gs, const Panels<Number>& panels) {
@@ -622,7 +623,7 @@ class Gates {
         }
         const int64_t at = start(head, gs);
         pack_vector(bias_ + at, b ? static_cast<const Number*>(of_group) : nullptr, panels);
-        pack_weights(packed_ + at * width, w + (head * A + gs.begin) * width * width, width, panels, f.threads);
+        if (packed_) pack_weights<Number>(packed_ + at * width, weights(head, gs), width, panels, f.threads);
       });
     }
   }
@@ -632,9 +633,14 @@ class Gates {
     for (int64_t b = bs.begin; b < bs.end; b += per_panel) {
       each_group([&](Range gs, const Panels<Number>& panels) {
         const int64_t p = b / per_panel, at = start(head, gs) + panels.start(p);
-        product_in_registers<Number, Number>(h, stride, rows, packed_ + at * width, panels.vectors(p), width,
-                                             bias_ + at, 0, sums + ((b - bs.begin) * A + gs.begin) * U,
-                                             (bs.end - bs.begin) * A * U);
+        const int64_t next = (bs.end - bs.begin) * A * U;
+        Number* to = sums + ((b - bs.begin) * A + gs.begin) * U;
+        if (packed_) {
+          product_in_registers<Number, Number>(h, stride, rows, packed_ + at * width, panels.vectors(p), width,
+                                               bias_ + at, 0, to, next);
+        } else {
+          product_unpacked({h, stride, 0}, rows, weights(head, gs), panels, p, width, bias_ + at, to, next);
+        }
       });
     }
   }
@@ -651,8 +657,10 @@ class Gates {
     }
   }
   int64_t start(int64_t head, Range gs) const { return (head * A + gs.begin) * blocks * U; }
+  const Number* weights(int64_t head, Range gs) const { return w_ + (head * A + gs.begin) * width * width; }
 
-  Buffer<Number> packed_, bias_;  // [head][group][panel][width][vector][U], [head][group][panel][vector][U]
+  const Number* const w_;
+  const Buffer<Number> packed_, bias_;  // [head][group][panel][width][vector][U], [head][group][panel][vector][U]
 };
 
 // The units' weights in a buffer's rows.
@@ -778,7 +786,7 @@ class ForwardSweep {
       for (int64_t s = 0; s < f.S; s++) {
         Number* const old = state(s, n, step);
         for (int64_t u = 0; cut && u < P; u++) old[u] = Number(f.initial[s]);
-        if (!valid && f.every[s]) clear(row_at<Number>(f.every[s], t * f.N + n, H), H * sizeof(Number));
+        if (!valid && f.every[s]) clear(row_at<Number>(f.every[s], t * f.N + n, f.E), H * sizeof(Number));
       }
       if (!valid) memcpy(state(0, n, step + 1), state(0, n, step), P * sizeof(Number));
     }
@@ -820,7 +828,7 @@ class ForwardSweep {
         for (int64_t s = 0; s < f.S; s++) {
           evaluator.write(s, state(s, strip.row, step + 1) + strip.place, P, strip, U, valid);
           if (!f.every[s]) continue;
-          evaluator.write(s, row_at<Number>(f.every[s], row, H) + strip.unit, H, strip, strip.lanes, valid);
+          evaluator.write(s, row_at<Number>(f.every[s], row, f.E) + strip.unit, f.E, strip, strip.lanes, valid);
         }
       });
     }

@@ -76,11 +76,9 @@ class ForwardPass {
           base(p.bases + g * (p.f.steps.T + 1)) {}
   };
 
-  // Packing for this call alone moves every weight once. Weights that are read as they lie cost each row its share of
-  // adding up the lanes of a vector, which is the less of it the more columns are summed there.
   static bool is_packed(const Forward& f) {
     constexpr bool kAsStored = std::is_same_v<Exact, Plain<Stored>>;
-    return f.kept || f.R > (kAsStored ? max(kUnpackedRows, min(16, min(f.I, f.P) / 16)) : kUnpackedRows);
+    return f.kept || pays_to_pack(f.R, kAsStored ? min(f.I, f.P) : 0);
   }
 
   int64_t group_rows() const { return teams.groups() * teams.rows(); }

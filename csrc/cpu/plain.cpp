@@ -7,12 +7,8 @@
 namespace rnnfast {
 namespace {
 
-enum Layout { kTimeFirst, kBatchFirst, kCell, kLayouts };
-
 struct PlainInputs {
-  // The number of layers in its bits from 8 on, the cell's in those from 3, a Layout from 1, and in bit 0 whether there
-  // are two directions: one number, since an operator takes a quarter of a microsecond for each.
-  int64_t form;
+  Form form;                    // of a kind of cell
   Tensor x;                     // [T, N, I], [N, T, I], [T, I]; a cell's: [N, I], [I]
   std::vector<Tensor> weights;  // layer by layer, direction by direction
   OptionalTensor h0, c0;        // [L*D, N, P] and [L*D, N, H], [L*D, P] and [L*D, H]; a cell's: [N, H], [H]
@@ -30,11 +26,11 @@ struct Outputs {
 };
 
 Outputs run(const PlainInputs& in) {
-  const int64_t layers = in.form >> 8, layout = in.form >> 1 & 3;
-  Dimensions n = read_cell(in.form >> 3 & 31, in.x, in.form & 1);
+  const auto& [layers, kind, layout, D] = in.form;
+  Dimensions n = read_cell(kind, in.x, D == 2);
   const bool is_cell = layout == kCell;
   const int64_t dims = in.x.dim(), batched = is_cell ? 2 : 3;
-  RNNFAST_CHECK(layers > 0 && layout < kLayouts && (!is_cell || (layers == 1 && n.D == 1)), "no form is ", in.form);
+  RNNFAST_CHECK(layers > 0 && layout < kLayouts && (!is_cell || (layers == 1 && D == 1)), "there is no such form");
   RNNFAST_CHECK(dims == batched || dims == batched - 1, "x has ", dims, " dimensions");
   // Without a batch the input lies as if it was the only row.
   const int64_t steps_at = layout == kBatchFirst && dims == batched ? 1 : 0;

@@ -14,6 +14,11 @@ namespace {
 constexpr int64_t kThreadWork = 1 << 18;  // multiply-adds worth a thread
 constexpr int64_t kUnpackedRows = 4;      // of a sequence, up to which even weights packed beforehand gain nothing
 
+// Whether to pack weights of so many columns for so many rows alone, which moves every weight once. Weights that are
+// read as they lie cost each row its share of adding up the lanes of a vector, which is the less of it the more columns
+// are summed there.
+constexpr bool pays_to_pack(int64_t rows, int64_t columns) { return rows > max(kUnpackedRows, min(16, columns / 16)); }
+
 constexpr int64_t kChunkBytes = 256 * 1024;  // of projected inputs, to be in cache still when the recurrence reads them
 constexpr int64_t kChunkRows = 128;          // at least, so that they share the traffic of W_ih
 
