@@ -151,7 +151,7 @@ def _ours(module: nn.Module) -> Any:
 def _mode_of(module: Any) -> str | None:
     """By which the library has the cell of a module of ours; None if it has not."""
     if isinstance(module, FlexRNN):
-        weight = module.weight_ih_l0
+        weight = module._weights()[0]
         mode = None if module.cell.weights or module.scalars else module._mode(None, weight.device, weight.dtype)
         return mode if mode in CELLS else None
     return str(module._mode if isinstance(module, _Cell) else module.mode)
