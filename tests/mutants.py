@@ -389,7 +389,7 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
             "x_gates.new_empty if lengths is None else x_gates.new_zeros",
             "x_gates.new_empty",
         ),
-        ("means of a head", VARIANTS, "width == hidden or not sees_rows", "True"),
+        ("means of a head", FLEX_TRITON, "width == hidden or not sees_rows", "True"),
         ("means of a tile of units", FLEX_TRITON, "    if not sees_rows:\n", "    if True:\n"),
     ],
     "rnnfast/triton/maths.py": [

@@ -217,10 +217,10 @@ def test_what_pads_a_tile_is_nothing() -> None:
 
 @interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["LSTM", "GRU"])
-def test_layer_norm_is_as_exact_as_in_plain_torch(name: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("name", "heads"), [("LSTM", 1), ("GRU", 1), ("RNN", 2)])
+def test_layer_norm_is_as_exact_as_in_plain_torch(name: str, heads: int, dtype: torch.dtype) -> None:
     """Against float64 ours may be off by twice what the loop is in the same precision."""
-    exact = layer(name, 20, zoneout=0.3, bidirectional=True).eval().to(dtype).double()
+    exact = layer(name, 20, zoneout=0.3, num_heads=heads, bidirectional=True).eval().to(dtype).double()
     x, form = torch.randn(5, 4, 3).to(dtype), OF_FORM["lengths"] | OF_FORM["resets"]
     found = []
     for backend, of in ("triton", dtype), ("reference", dtype), ("reference", DOUBLE):
