@@ -178,15 +178,20 @@ def parts_of(where: Where) -> tuple[torch.device, Key, bool, bool, int]:
     return device, Key(mode, _NAMES[dtype], *rest), has_cudnn, may_measure, weights
 
 
+def is_faulty(backend: str, mode: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a check of the backend's kernels of such a layer has failed."""
+    return any(fault and kind[:4] == (backend, device, mode, dtype) for kind, fault in list(_faults.items()))
+
+
 def _untried(backend: str, mode: str, device: torch.device, dtype: torch.dtype, in_torch: bool) -> str:
     """What serves where nothing can be run."""
-    faulty = any(fault and kind[:4] == (backend, device, mode, dtype) for kind, fault in list(_faults.items()))
+    faulty = is_faulty(backend, mode, device, dtype)
     if in_torch and (faulty or _mode == "torch"):
         return "torch"
     return "reference" if faulty else backend
 
 
-_untried._dynamo_marked_constant = True  # type: ignore[attr-defined]
+is_faulty._dynamo_marked_constant = _untried._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def explained(where: Where, batch: int) -> Decision:

@@ -34,6 +34,8 @@ from .ops import LIBRARY
 from .recurrence import _one_by_one, _save, _saved
 from .reference import _Sequence, _stack, valid_steps
 
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+
 # As csrc/cpu/flex.h numbers them.
 OPERATIONS = (
     "add", "subtract", "multiply", "divide", "negate", "sigmoid", "tanh", "relu", "exp", "log", "log1p", "sqrt", "abs",
@@ -223,9 +225,14 @@ def hexadecimal(scalars: Iterable[float]) -> tuple[str, ...]:
     return tuple(float(scalar).hex() for scalar in scalars)
 
 
-@functools.lru_cache(maxsize=1024)
 def programs(cell: Cell, scalars: tuple[str, ...], heads: int, made: int) -> _Programs:
     """Of scalars that are hexadecimal, as 0.0 and -0.0 are the same key; made: X, the gates that W_ih x makes."""
+    # What is made within a mode, as FakeTensorMode, is fit for nothing outside of it.
+    return (_programs_of.__wrapped__ if _dispatch_modes() else _programs_of)(cell, scalars, heads, made)
+
+
+@functools.lru_cache(maxsize=1024)
+def _programs_of(cell: Cell, scalars: tuple[str, ...], heads: int, made: int) -> _Programs:
     of = cell.inputs
     x, a = [of["x"][gate] for gate in cell.gates_of_x], [of["a"][gate] for gate in cell.gates_of_a]
     inputs = [*x, *a, *of["s"], *of["w"]]
@@ -239,6 +246,9 @@ def programs(cell: Cell, scalars: tuple[str, ...], heads: int, made: int) -> _Pr
     # A result has to be made: one that is an input could be written over before it is read.
     results = [of if isinstance(of, Value) and of.op else Value("add", of, 0.0) for of in gradients]
 
+    integers = functools.partial(torch.tensor, dtype=torch.int64, device="cpu")  # whatever the default device is
+    floats = functools.partial(torch.tensor, dtype=torch.float64, device="cpu")
+
     def encoded(results: Sequence[Value], *inputs: Value) -> tuple[Tensor, Tensor, Tensor]:
         program = Program.of(results, [*inputs, *of["scalars"]])
         # Of the forward a clipped gradient is the value as it is.
@@ -246,19 +256,15 @@ def programs(cell: Cell, scalars: tuple[str, ...], heads: int, made: int) -> _Pr
         first = len(inputs) + len(scalars) + len(program.numbers)
         operations, places = _fused(as_it_is, program.results, first)
         rows = [[OPERATIONS.index(op), *args, *[0] * (3 - len(args))] for op, args in operations]
-        return (
-            torch.tensor(rows, dtype=torch.int64).view(-1, 4),
-            torch.tensor([*map(float.fromhex, scalars), *program.numbers], dtype=torch.float64),
-            torch.tensor(places, dtype=torch.int64),
-        )
+        numbers = [*map(float.fromhex, scalars), *program.numbers]
+        return integers(rows).view(-1, 4), floats(numbers), integers(places)
 
     keeping = encoded([*cell.after, *saved], *inputs)
     # The same operations, so that the states are the same to the bit whether a backward follows or not.
     forward = *keeping[:2], keeping[2][: len(cell.after)]
     backward = encoded(results, *saved, *of["s"], *cell.after, *of["w"], *cell.incoming)
-    initial = torch.tensor(cell.initial, dtype=torch.float64)
-    reads = torch.tensor([len(x), len(a), len(of["w"])])
-    plain = [*forward, initial, reads]
+    initial = floats(cell.initial)
+    plain = [*forward, initial, integers([len(x), len(a), len(of["w"])])]
     return _Programs(forward, keeping, backward, initial, sum(value.of_row for value in saved), plain)
 
 
@@ -493,12 +499,11 @@ def layer(
                 raise RuntimeError(f"the cell has {len(plan.cell.weights)} weights of units, got {len(units)}")
         elif w_hh is not None and w_hh.dim() < 2:
             raise RuntimeError(f"weight_hh of a dense recurrence must be 2D or 3D, got {w_hh.dim()}D instead")
-        if states is None:
-            size, initial = (x.size(1), hidden), plan.cell.initial
-            first = x.new_full(size, initial[0], dtype=acc)  # for all that begin alike
-            before = [first if value is initial[0] else x.new_full(size, value, dtype=acc) for value in initial]
-        else:
-            before = [state[d] if same else state[d].to(acc) for state in states]
+        before = (
+            [x.new_full((x.size(1), hidden), value, dtype=acc) for value in plan.cell.initial]
+            if states is None
+            else [state[d] if same else state[d].to(acc) for state in states]
+        )
         found = run(plan, x, w_ih, b_ih, None, w_hh, b_hh, lengths, resets, *before, *units)
         runs.append((found[: len(before)], found[len(before) :]))
     is_one = len(runs) == 1

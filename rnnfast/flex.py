@@ -20,6 +20,7 @@ from torch.types import Device
 from . import functional, jagged, ops, reference, variants
 from .backends import choose_backend, circumstances
 from .cells import CELLS, Cell, check_numbers
+from .choice import is_faulty
 from .evaluator import RUN, Plan, choose, hexadecimal, layer, no_autocast, programs, recomputed, without_matrix
 from .modules import NUMBERS, Options, _check_are_tensors, _Module, options, plain_form
 
@@ -216,7 +217,7 @@ class FlexRNN(_Module):
             return jagged.run(of_padded, self.batch_first, input, states, *more)
         weights = self._weights()
         no_more = lengths is None and resets is None and not return_states
-        if no_more and (quick := self._quick(input, states, weights=weights)) is not None:
+        if no_more and (quick := self._quick(input, states, weights)) is not None:
             return quick  # type: ignore[no-any-return]
         if isinstance(input, PackedSequence):
             if lengths is not None or resets is not None:
@@ -242,8 +243,6 @@ class FlexRNN(_Module):
             y, every = y.transpose(0, 1), [s.transpose(1, 2) for s in every]
         return (y, tuple(final), tuple(every)) if return_states else (y, tuple(final))
 
-    _own_forward = forward
-
     def _to_states(self, states: Any) -> Sequence[Tensor]:
         return self._checked(states, 3) or ()
 
@@ -263,9 +262,8 @@ class FlexRNN(_Module):
             final = final[: len(self.cell.states)]
         else:
             form = plain_form(self, 2 * ("weight_hh" in self._names) + self.bias)
-            program = programs(
-                self._run_cell, hexadecimal(self._scalars()), self.num_heads, len(self.cell.gates_of_x)
-            ).plain
+            of_program = hexadecimal(self._scalars()), self.num_heads, len(self.cell.gates_of_x)
+            program = programs(self._run_cell, *of_program).plain
             y, final = ops.FLEX_PLAIN(form, program, input, weights, states)
         return None if y is None else (y, tuple(final))
 
@@ -367,7 +365,7 @@ class FlexRNN(_Module):
         return tuple(self.scalars[name] for name in self.cell.scalars) + (0.0,) * self._has_own_a
 
     def _mode(self, variant: variants.Variant | None, device: torch.device, dtype: torch.dtype) -> str | None:
-        """The mode by which ``functional.rnn`` has the layer, with all backends' kernels or CUDA's; or None."""
+        """The mode by which ``functional.rnn`` has the layer; None if it has not, or has no kernels of it there."""
         mode = self.cell.twin
         if mode is None or self.recurrent != "dense" or self.num_heads > 1 or variant is not None:
             return None
@@ -377,8 +375,10 @@ class FlexRNN(_Module):
         if mode in CELLS:
             return mode
         seen = circumstances()
-        backend = seen.forced or (device.type != "cpu" and choose_backend(seen, mode, device, dtype)[0])
-        return mode if backend == "cuda" else None
+        if seen.forced or device.type == "cpu":
+            return mode if seen.forced == "cuda" else None
+        serves = choose_backend(seen, mode, device, dtype)[0] == "cuda" and not is_faulty("cuda", mode, device, dtype)
+        return mode if serves else None
 
     def _variant(self) -> variants.Variant | None:
         return self._rnnfast_options.variant(self.training, len(self.cell.states))
@@ -411,7 +411,7 @@ class FlexRNN(_Module):
         return y, [h_n, c_n][: len(self.cell.states)], of_steps
 
     def _for_kernels(self, weights: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Those of units of a direction, and the layer's scalars, in one vector."""
+        """With the weights of units of a direction, and the layer's scalars, in one vector."""
         if not self.cell.weights and not self.scalars:
             return weights
         each, own = len(self._names), len(self._names) - len(self.cell.weights)

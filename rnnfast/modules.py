@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx import _symbolic_trace
 from torch.nn import functional as F
-from torch.nn.modules import module as _torchs
 from torch.nn.utils.rnn import PackedSequence
 from torch.types import Device
 
@@ -96,50 +95,29 @@ class _Module(nn.Module):
     # From this many units on torch's kernels are quicker for a single step under autograd, in float32 on a CPU;
     # bench/README.md has the figures.
     _quicker_by_torch_from = math.inf
-    _own_forward: Any = None  # the forward that _quick may stand for
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if nn.Module.__call__ is _module_call and self._compiled_call_impl is None:
-            # As torch calls forward, but three frames before it would: a tenth of a small step.
-            if (
-                not (
-                    kwargs
-                    or self._modules  # weights may be parametrized, to be made once a call
-                    or self._forward_hooks
-                    or self._forward_pre_hooks
-                    or self._backward_hooks
-                    or self._backward_pre_hooks
-                    or _torchs._global_forward_hooks
-                    or _torchs._global_forward_pre_hooks
-                    or _torchs._global_backward_hooks
-                    or _torchs._global_backward_pre_hooks
-                    or "forward" in self.__dict__
-                    or type(self).forward is not type(self)._own_forward
-                )
-                and (quick := self._quick(*args)) is not None
-            ):
-                return quick
             return self._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]  # as that would, a frame later
         if _symbolic_trace._is_fx_tracing_flag and (proxy := _proxy_among((*args, *kwargs.values()))) is not None:
             path = proxy.tracer.path_of_module(self)  # type: ignore[attr-defined]  # a Tracer's, to which modules belong
             return proxy.tracer.create_proxy("call_module", path, args, kwargs)
         return nn.Module.__call__(self, *args, **kwargs)
 
-    def _quick(self, input: Any = None, hx: Any = None, *more: Any, weights: list[Tensor] | None = None) -> Any:
+    def _quick(self, input: Any, hx: Any, weights: list[Tensor]) -> Any:
         """What a single operator makes of a call on a CPU that has no more arguments; None if none serves it.
 
         It is torch's for a single step under autograd, where that is the quicker one, and our library's for inference.
         Most of a small step's time is spent in Python, so there is little here.
         """
-        if type(input) is not Tensor or not input.is_cpu or more:
+        if type(input) is not Tensor or not input.is_cpu:
             return None
         if self._rnnfast_options is not _USUAL_OPTIONS and not self._rnnfast_options.is_usual(self.training):
             return None
         seen = circumstances()
         if (seen is not USUAL and (seen.compiled or seen != _FORCED)) or _is_any_autocast():
             return None
-        weights = self._weights() if weights is None else weights
-        if _is_grad_enabled() and weights[-1].requires_grad:
+        if _is_grad_enabled() and weights[0].requires_grad:
             is_torchs = seen is USUAL and self._is_quicker_by_torch(input.dtype)
             return self._single(input, hx, weights) if is_torchs else None
         states = () if hx is None else self._plain_states(hx)
@@ -165,7 +143,6 @@ class _Module(nn.Module):
 
     if TYPE_CHECKING:
 
-        def _weights(self) -> list[Tensor]: ...
         def _single(self, input: Tensor, hx: Any, weights: list[Tensor]) -> Any: ...
         def _plain(self, input: Tensor, weights: list[Tensor], states: Sequence[Tensor]) -> Any: ...
 
@@ -489,7 +466,7 @@ class _Recurrent(_Module, nn.RNNBase, Generic[Hx, Hidden]):
             return jagged.run(of_padded, self.batch_first, input, hx, *more)
         weights = self._weights()
         no_more = lengths is None and resets is None and not return_states
-        if no_more and (quick := self._quick(input, hx, weights=weights)) is not None:
+        if no_more and (quick := self._quick(input, hx, weights)) is not None:
             return quick  # type: ignore[no-any-return]
         dropped = self._rnnfast_options.weight_dropout
         if dropped and self.training:
@@ -506,7 +483,6 @@ class _Recurrent(_Module, nn.RNNBase, Generic[Hx, Hidden]):
             hidden = self.permute_hidden(self._to_hidden(final), None)
         return (output, hidden, self._to_hidden(states)) if return_states else (output, hidden)
 
-    _own_forward = forward
     if TYPE_CHECKING:  # a Module's is known to take and return anything
         __call__ = forward
 
@@ -643,7 +619,7 @@ class _Recurrent(_Module, nn.RNNBase, Generic[Hx, Hidden]):
         """What torch.nn computes from: ``_flat_weights``, but for attributes that were replaced after it was made."""
         flat, names, parameters = self._flat_weights, self._flat_weights_names, self._parameters
         for name, weight in zip(names, flat):
-            if weight is None or name not in parameters or parameters[name] is not weight:
+            if weight is None or parameters.get(name) is not weight:
                 break
         else:
             return flat
@@ -978,7 +954,7 @@ class _Cell(_Module, nn.RNNCellBase, Generic[Hx, Hidden]):
             ValueError, RuntimeError: a wrong number of dimensions, size or dtype, in torch's words.
         """
         weights = self._weights()
-        if (quick := self._quick(input, hx, weights=weights)) is not None:
+        if (quick := self._quick(input, hx, weights)) is not None:
             return quick  # type: ignore[no-any-return]
         dims = input.dim()
         if dims not in (1, 2):
@@ -992,7 +968,6 @@ class _Cell(_Module, nn.RNNCellBase, Generic[Hx, Hidden]):
             h, c = h.squeeze(0), c.squeeze(0)
         return self._to_hidden((h, c))  # type: ignore[no-any-return]
 
-    _own_forward = forward
     if TYPE_CHECKING:  # a Module's is known to take and return anything
         __call__ = forward
 

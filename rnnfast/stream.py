@@ -6,7 +6,8 @@ import copy
 import ctypes
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +140,7 @@ def _ours(module: nn.Module) -> Any:
     """The module, or, of one of torch.nn's, a module of ours with its very Parameters."""
     of_torch = next((ours for ours in OURS if type(module).forward is getattr(nn, ours.__name__).forward), None)
     own = of_torch is None and type(module).forward not in (_Recurrent.forward, _Cell.forward, FlexRNN.forward)
-    if own or module._forward_hooks or module._forward_pre_hooks:
+    if own or "forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks:
         raise TypeError(f"rnnfast.Stream: {type(module).__name__} has a forward or hooks of its own")
     if of_torch is None:
         return module
@@ -254,7 +255,8 @@ class _Step:
     @torch.no_grad()
     def _by_one_operator(self, x: Tensor) -> None:
         """A step of a FlexRNN whose cell the library's streams do not have."""
-        made = self.module._plain(x.unsqueeze(1 if self.module.batch_first else 0), self._kept, self.states)
+        with self._in_eval_mode():
+            made = self.module._plain(x.unsqueeze(1 if self.module.batch_first else 0), self._kept, self.states)
         if made is None:
             self.put(self._by_module(x))
         else:
@@ -265,9 +267,14 @@ class _Step:
         """The state after a step."""
         if self.is_cell:
             return self.module(x, self.state)
+        with self._in_eval_mode():
+            return self.module(x.unsqueeze(1 if self.module.batch_first else 0), self.state)[1]
+
+    @contextmanager
+    def _in_eval_mode(self) -> Iterator[None]:
         training, self.module.training = self.module.training, False
         try:
-            return self.module(x.unsqueeze(1 if self.module.batch_first else 0), self.state)[1]
+            yield
         finally:
             self.module.training = training
 

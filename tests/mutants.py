@@ -135,7 +135,7 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
     ],
     "csrc/cpu/gemm.h": [
         ("GRU's direct part of the first rows", NUMBERS, "init + i * is, is, out", "init, is, out"),
-        ("few rows without a bias", NUMBERS, "Vec<Sum> total = load(init + v * U);", "Vec<Sum> total(0);"),
+        ("few rows without a bias", NUMBERS, "load(init + v * U) + sums_of_rows(sums)", "sums_of_rows(sums)"),
     ],
     "csrc/cpu/operands.h": [
         ("bias of the first gate", NUMBERS, "load(vector + panels.column(p, v)", "load(vector + panels.unit(p, v)"),

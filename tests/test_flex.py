@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_cells import BINARY, KINKED, SMOOTH
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import softplus
 from torch.nn.utils.rnn import pack_padded_sequence
 
@@ -785,6 +786,55 @@ def test_sizes_of_zero(net: FlexRNN) -> None:
     assert y.shape == (0, N, 2 * H) and all(torch.equal(a, b) for a, b in zip(states, given))
     with pytest.raises(RuntimeError, match="Expected sequence length to be larger than 0"):
         net(X[:0])
+
+
+@pytest.mark.parametrize("on", ["reference", "cpu"])
+def test_states_without_steps_share_no_memory(on: str) -> None:
+    net = FlexRNN(cells.cifg, I, H, dtype=DOUBLE)
+    with rnnfast.use_backend(on):
+        _, (h, c) = net(X[:0], lengths=torch.zeros(N, dtype=torch.long))
+    with torch.no_grad():
+        h.add_(1)
+    assert not c.count_nonzero()
+
+
+@pytest.mark.parametrize("name", ["bias_ih_l0", "bias_hh_l0"])
+def test_a_bias_may_be_taken_away(name: str) -> None:
+    net = FlexRNN(cells.slstm, I, H, dtype=DOUBLE)
+    with torch.no_grad():
+        getattr(net, name).zero_()
+    expected = net(X)[0]
+    setattr(net, name, None)
+    torch.testing.assert_close(net(X)[0], expected)
+    net(X)[0].sum().backward()
+    with torch.no_grad():
+        torch.testing.assert_close(net(X)[0], expected)
+
+
+def test_programs_outlive_modes() -> None:
+    """What runs first within a mode, or with a default device, leaves nothing behind that is fit for these alone."""
+
+    def fresh() -> FlexRNN:
+        cell = rnnfast.cell(gates="f")(lambda x, a, s: (x.f + a.f).tanh())
+        return FlexRNN(cell, I, H, device="cpu", dtype=DOUBLE).requires_grad_(False)
+
+    with FakeTensorMode():
+        fake = fresh()
+        assert fake(torch.empty(T, N, I, dtype=DOUBLE))[0].shape == (T, N, H)
+    net = fresh()
+    net.cell = net._run_cell = fake.cell
+    expected = reference(net)
+    torch.testing.assert_close(net(X)[0], expected)
+    with torch.device("meta"):
+        net = fresh()
+        torch.testing.assert_close(net(X)[0], reference(net))
+    torch.testing.assert_close(net(X)[0], reference(net))
+    torch.testing.assert_close(net.requires_grad_()(X)[0], reference(net))
+
+
+def reference(net: FlexRNN) -> Tensor:
+    with rnnfast.use_backend("reference"):
+        return net(X)[0]
 
 
 def test_explain(net: FlexRNN) -> None:

@@ -117,6 +117,13 @@ def test_a_layer_of_any_cell_is_refreshed() -> None:
     step.refresh()
     step.reset()
     module.train()  # but for dropout
+    expected = step(x).clone()
+    with torch.no_grad():
+        module.weight_ih_l0.mul_(2)
+    step.reset()
+    assert torch.equal(step(x), expected)  # by its copy of the weights
+    step.refresh()
+    step.reset()
     torch.testing.assert_close(step(x), module.eval()(x[None])[0][0])
     assert not step(x.requires_grad_()).requires_grad
     with torch.autograd.forward_ad.dual_level():
@@ -247,7 +254,9 @@ class Residual(nn.Sequential):
 def test_forwards_and_hooks_of_others() -> None:
     hooked = rnnfast.GRU(4, 5)
     hooked.register_forward_hook(lambda *args: None)
-    for module in (Doubled(4, 5), hooked):
+    replaced = FlexRNN(cells.slstm, 4, 5)
+    replaced.forward = lambda x: x
+    for module in (Doubled(4, 5), hooked, replaced):
         with pytest.raises(TypeError, match="a forward or hooks of its own"):
             rnnfast.Stream(module)
     with pytest.raises(TypeError, match="Residual has no recurrent layer"):
