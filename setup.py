@@ -45,7 +45,7 @@ def _cells():
     return [cell.cpp_name for cell in cells.MODES.values()]
 
 
-CELLS = _cells()  # of the CUDA kernels with products two objects each
+CELLS = _cells()  # for each the CUDA kernels with products are two objects
 
 # Of all GPUs since Ampere: code for one runs on later ones of its generation. PTX is for generations to come: their
 # driver compiles it, which takes it a minute.

@@ -100,7 +100,7 @@ enum Layout { kTimeFirst, kBatchFirst, kCell, kLayouts };
 // What a plain call is of, in one number, since an operator takes a quarter of a microsecond for each.
 struct Form {
   explicit Form(int64_t bits) : layers(bits >> 8), kind(bits >> 3 & 31), layout(bits >> 1 & 3), D(1 + (bits & 1)) {}
-  int64_t layers, kind, layout, D;  // kind: the operator's matter
+  int64_t layers, kind, layout, D;  // the kind: of plain.cpp a CellKind, of flex.cpp which weights there are
 };
 
 // ---- the time-step table

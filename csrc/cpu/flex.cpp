@@ -258,7 +258,7 @@ void flex_backward(StableIValue* values, uint64_t arguments, uint64_t results_) 
 // ---- plain calls, as plain.cpp has them
 
 struct PlainInputs {
-  Form form;  // of kinds: 2 if there are W_hh, of a matrix or a vector a gate, and 1 if there are biases
+  Form form;  // its kind: 2 if there are W_hh, of a matrix or a vector a gate, and 1 if there are biases
   // Operations, numbers, results and initial values, and how many gates of x and of a, and weights of units, it reads.
   std::vector<Tensor> program;
   Tensor x;                     // [T, N, I], [N, T, I], [T, I]
@@ -321,7 +321,7 @@ class PlainCall {
       for (int64_t d = 0; d < directions; d++) {
         std::vector<void*> states;
         for (const Tensor& of : out.states) states.push_back(at(of, (k * directions + d) * N * H));
-        run(x, k * directions + d, d, states.data(), out.y);
+        run_direction(x, k * directions + d, d, states.data(), out.y);
       }
       out.y = stored(out.y);
     }
@@ -363,7 +363,7 @@ class PlainCall {
   }
 
   // Direction d of a layer, with its weights, which makes its columns of y, and the first one y itself.
-  void run(const Tensor& x, int64_t index, int64_t d, void* const* states, Tensor& y) const {
+  void run_direction(const Tensor& x, int64_t index, int64_t d, void* const* states, Tensor& y) const {
     const bool biased = in_.form.kind & 1, has_hh = in_.form.kind & 2;
     RNNFAST_CHECK(each_ >= (1 + has_hh) * (1 + biased), "a direction lacks weights");
     const Tensor *weight = &in_.weights[index * each_], *end = weight + each_;
