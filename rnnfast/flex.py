@@ -352,8 +352,7 @@ class FlexRNN(_Module):
         return y, finals[0] if len(finals) == 1 else [torch.cat(of) for of in zip(*finals)], of_steps
 
     def _weights(self) -> list[Tensor]:
-        own = self._parameters  # what is not among them, as parametrized weights are not, is looked up by Module
-        return [getattr(self, name) if (weight := own.get(name)) is None else weight for name in self._all_names]
+        return self._weights_called(self._all_names)
 
     def _plans(self, wanted: int | None) -> list[Plan]:
         """Of each direction."""

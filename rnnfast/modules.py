@@ -137,6 +137,11 @@ class _Module(nn.Module):
         del held
         return served
 
+    def _weights_called(self, names: Sequence[str]) -> list[Any]:
+        """As getattr finds them, in a tenth of the time."""
+        own = self._parameters  # what is not among them, as parametrized weights are not, is looked up by Module
+        return [getattr(self, name) if (weight := own.get(name)) is None else weight for name in names]
+
     def _is_quicker_by_torch(self, dtype: torch.dtype) -> bool:
         """Whether torch's operator is, of a single step under autograd on a CPU."""
         return dtype is torch.float32 and bool(self.hidden_size >= self._quicker_by_torch_from)
@@ -988,10 +993,7 @@ class _Cell(_Module, nn.RNNCellBase, Generic[Hx, Hidden]):
         return h if c is None else (h, c)
 
     def _weights(self) -> list[Tensor]:
-        own = self._parameters  # what is not among them, as parametrized weights are not, is looked up by Module
-        weights: list[Any] = [
-            getattr(self, name) if (weight := own.get(name)) is None else weight for name in _CELL_WEIGHTS
-        ]
+        weights = self._weights_called(_CELL_WEIGHTS)
         if weights[2] is None or weights[3] is None:
             given = weights[2] if weights[3] is None else weights[3]
             if given is None:
